@@ -1,0 +1,33 @@
+"""lasnn: layer-wise knowledge distillation from a trained ANN into a spiking neural network.
+
+The public names below are the map of the library. They are resolved on first use (PEP 562), so that
+`import lasnn` and the command line's `--help` do not pay for importing PyTorch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "architectures": "lasnn.registry",
+    "datasets": "lasnn.registry",
+    "encoders": "lasnn.registry",
+    "losses": "lasnn.registry",
+    "neurons": "lasnn.registry",
+    "Recipe": "lasnn.recipe",
+    "Staged": "lasnn.network",
+    "distill": "lasnn.distillation",
+    "evaluate": "lasnn.evaluation",
+    "load_run": "lasnn.evaluation",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lasnn' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

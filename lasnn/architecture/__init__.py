@@ -1,0 +1,5 @@
+"""The built-in architectures, each written once and built as teacher or student."""
+
+from lasnn.architecture import resnet, vgg
+
+__all__ = ["resnet", "vgg"]

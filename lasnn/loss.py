@@ -1,0 +1,134 @@
+"""The terms of the objective: tensors in, one scalar out.
+
+A loss says what it needs by the names of its positional parameters, and a recipe is checked against them:
+
+    logits            [T, B, K]  the student's, at each time step
+    targets           [B]        class indices, int64
+    teacher_logits    [B, K]
+    student_features  one [T, B, C, H, W] for each pair of stages
+    teacher_features  one [B, C, H, W] for each pair of stages
+
+Its keyword-only parameters are the recipe's options. A loss sees tensors, never modules.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from pydantic import Field
+from torch import Tensor
+
+from lasnn.kernels import attention_map
+from lasnn.registry import losses
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Smoothing = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Power = Annotated[float, Field(ge=1, allow_inf_nan=False)]
+Weights = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None
+
+
+def _every_step(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold time: logits [T, B, K] -> [T*B, K], and each image's target (or teacher's logits) at every step."""
+    repeated = repeat(targets, "b ... -> (t b) ...", t=logits.shape[0])
+    return rearrange(logits, "t b k -> (t b) k"), repeated
+
+
+@losses.register("cross-entropy")
+def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: Smoothing = 0.0) -> Tensor:
+    """Cross-entropy of the logits averaged over the time steps."""
+    return F.cross_entropy(logits.float().mean(0), targets, label_smoothing=label_smoothing)
+
+
+@losses.register("tet")
+def tet(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mse_weight: Fraction = 0.05,
+    target_logit: float = 1.0,
+    label_smoothing: Smoothing = 0.0,
+) -> Tensor:
+    """Temporal efficient training: cross-entropy at every step, and MSE of the logits to a constant.
+
+    (1 - l) mean_t CE(o[t], y) + l MSE(o, target_logit) with l = `mse_weight` (Deng et al., ICLR 2022, eq. 12).
+    """
+    logits = logits.float()
+    mse = (logits - target_logit).square().mean()
+    logits, targets = _every_step(targets, logits)
+    ce = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return (1 - mse_weight) * ce + mse_weight * mse
+
+
+@losses.register("logit-kd")
+def logit_kd(
+    logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 4.0, readout: Literal["mean", "step"] = "mean"
+) -> Tensor:
+    """Knowledge distillation from the teacher's softened logits, of the mean over time or at each step.
+
+    temperature^2 KL(teacher || student), both softened (Hinton et al., 2015), averaged over images and, for
+    `readout = "step"`, over time steps.
+    """
+    logits, teacher_logits = logits.float(), teacher_logits.float()
+    if readout == "mean":
+        logits = logits.mean(0)
+    else:
+        logits, teacher_logits = _every_step(teacher_logits, logits)
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@losses.register("attention")
+def attention(
+    student_features: list[Tensor],
+    teacher_features: list[Tensor],
+    *,
+    power: Power = 2.0,
+    temporal: Literal["rate", "step", "map"] = "rate",
+    pair_weights: Weights = None,
+) -> Tensor:
+    """Layer-wise attention transfer: squared distance between normalised spatial attention maps, summed over pairs.
+
+    sum over pairs of w * mean over images and pixels of (Q(student) - Q(teacher))^2 with
+    Q(A) = vec(sum_c |A_c|^power) / ||.||_2 (Zagoruyko & Komodakis, ICLR 2017). `temporal` says how spikes become one
+    map: of the firing rate, of each step (the distance is averaged over steps), or the mean of the steps' maps.
+    Channels vanish in the map, so widths may differ; where the sizes differ, the larger feature is average-pooled to
+    the smaller. `power = 1` reaches neurons that are silent at every step; `power = 2` gives them no gradient.
+    """
+    total = torch.zeros((), device=student_features[0].device)
+    weights = pair_weights or [1.0] * len(student_features)
+    for weight, student, teacher in zip(weights, student_features, teacher_features, strict=True):
+        student, teacher = _same_size(student, teacher)
+        difference = attention_map(student, power, temporal) - attention_map(teacher[None], power)
+        total = total + weight * difference.square().mean()
+    return total
+
+
+@losses.register("feature-mse")
+def feature_mse(
+    student_features: list[Tensor], teacher_features: list[Tensor], *, pair_weights: Weights = None
+) -> Tensor:
+    """Mean squared error between the student's firing rates and the teacher's features, summed over pairs.
+
+    sum over pairs of w * mean (mean_t S - A)^2 (as in KDSNN, Xu et al., CVPR 2023). Paired stages need equal numbers of
+    channels; where the sizes differ, the larger feature is average-pooled to the smaller.
+    """
+    total = torch.zeros((), device=student_features[0].device)
+    weights = pair_weights or [1.0] * len(student_features)
+    for weight, student, teacher in zip(weights, student_features, teacher_features, strict=True):
+        student, teacher = _same_size(student, teacher)
+        total = total + weight * F.mse_loss(student.float().mean(0), teacher.float())
+    return total
+
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger of [T, B, C, H, W] and [B, C, H, W] to the smaller's H x W, each axis on its own."""
+    size = tuple(min(pair) for pair in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
+    if student.shape[-2:] != size:
+        pooled = F.adaptive_avg_pool2d(rearrange(student, "t b c h w -> (t b) c h w"), size)
+        student = rearrange(pooled, "(t b) c h w -> t b c h w", t=student.shape[0])
+    if teacher.shape[-2:] != size:
+        teacher = F.adaptive_avg_pool2d(teacher, size)
+    return student, teacher

@@ -1,0 +1,237 @@
+"""Networks as ordered, named stages, written once and built as an ANN teacher or as a spiking student.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes. Inside a network time is folded into the leading
+dimension, T-major, so that convolution, pooling and linear layers are plain `torch.nn`; only the neuron unfolds it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lasnn.errors import UserError, unknown
+from lasnn.registry import architectures, neurons
+
+
+@dataclass
+class Clock:
+    """How many time steps and images the current forward pass folds together.
+
+    One clock is shared by a network and its units. `Staged.forward` sets it and the units read it, which is what
+    lets everything between them be plain `torch.nn` modules that know nothing of time. It holds no neuron state.
+    """
+
+    steps: int = 1
+    batch: int = 0
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """[T*B, ...] -> [T, B, ...]; a tensor that is constant in time, [B, ...] -> [1, B, ...]."""
+        steps = 1 if x.shape[0] == self.batch else self.steps
+        return rearrange(x, "(t b) ... -> t b ...", t=steps)
+
+
+class NormActivate(nn.Module):
+    """Batch normalisation, an optional residual, ReLU: the unit of an ANN.
+
+    `channels=None` leaves the normalisation out. Input and output are [N, C, H, W] (or [N, F] without it).
+    """
+
+    def __init__(self, channels: int | None):
+        super().__init__()
+        self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = self.norm(x)
+        return torch.relu(x if residual is None else x + residual)
+
+
+class NormSpike(nn.Module):
+    """Batch normalisation, an optional residual, a spiking neuron: the unit of an SNN.
+
+    `channels=None` leaves the normalisation out. Input [T*B, C, H, W], or [B, C, H, W] where it is constant in time
+    (it is then normalised once, with the statistics of the unrepeated tensor); output: spikes [T*B, C, H, W].
+    """
+
+    def __init__(self, channels: int | None, neuron: nn.Module, clock: Clock):
+        super().__init__()
+        self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
+        self.neuron = neuron
+        self.clock = clock
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        current = self.clock.unfold(self.norm(x))
+        if residual is not None:
+            current = current + self.clock.unfold(residual)
+        spikes, _ = self.neuron(current, timesteps=self.clock.steps)
+        return rearrange(spikes, "t b ... -> (t b) ...")
+
+
+# Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.
+Act = Callable[..., nn.Module]
+
+
+def ann_units() -> Act:
+    """The factory that makes a network an ANN."""
+    return lambda channels=None: NormActivate(channels)
+
+
+def snn_units(neuron: str = "lif", **options) -> Act:
+    """The factory that makes a network an SNN of the registered `neuron` with its `options`."""
+    clock = Clock()
+    return lambda channels=None: NormSpike(channels, neurons.build(neuron, **options), clock)
+
+
+class Staged(nn.Module):
+    """Ordered, named stages and a head.
+
+    Args:
+        stages: name -> module, in order, named `stage1`, `stage2`, ...; each output can be tapped.
+        head: module from the last stage's output to logits [N, K].
+        stem: what comes before the first stage; it cannot be tapped.
+
+    The state dict's keys are `stem.*`, `<stage>.*` and `head.*`: the same for a teacher and its student.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], head: nn.Module, stem: nn.Module | None = None):
+        super().__init__()
+        self.stem = nn.Identity() if stem is None else stem
+        self.stage_names = tuple(stages)
+        for name, stage in stages.items():
+            if name in ("stem", "head"):
+                raise ValueError(f"a stage cannot be named {name!r}; name the stages stage1, stage2, ...")
+            self.add_module(name, stage)
+        self.head = head
+        clocks = {id(module.clock): module.clock for module in self.modules() if isinstance(module, NormSpike)}
+        if len(clocks) > 1:
+            raise ValueError("the units of one network must come from one `act` factory")
+        self.clock = next(iter(clocks.values()), Clock())
+
+    @property
+    def spiking(self) -> bool:
+        """Whether the network has spiking neurons."""
+        return any(isinstance(module, NormSpike) for module in self.modules())
+
+    def forward(
+        self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the network from rest.
+
+        Args:
+            x: [T, B, C, H, W], or [1, B, C, H, W] where the input is constant in time.
+            timesteps: T.
+            taps: names of stages whose outputs are wanted.
+
+        Returns:
+            Logits of each step [T, B, K] and {stage: feature [T, B, C, H, W]}; T is 1 for an ANN.
+
+        Raises:
+            ValueError: the leading dimension of `x` is neither 1 nor T.
+        """
+        if x.shape[0] not in (1, timesteps):
+            raise ValueError(f"the input has {x.shape[0]} time steps; expected {timesteps}, or 1 if constant in time")
+        self.clock.steps, self.clock.batch = timesteps, x.shape[1]
+        x = self.stem(rearrange(x, "t b c h w -> (t b) c h w"))
+        features = {}
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in taps:
+                features[name] = self.clock.unfold(x)
+        return self.clock.unfold(self.head(x)), features
+
+
+def build(architecture: str, act: Act, *, in_channels: int, num_classes: int, **options) -> Staged:
+    """Build a registered architecture with the units that `act` makes.
+
+    Raises:
+        UserError: the architecture is not known or did not return a `Staged` network.
+    """
+    network = architectures.build(architecture, act, in_channels=in_channels, num_classes=num_classes, **options)
+    if not isinstance(network, Staged):
+        where = architectures[architecture].where
+        raise UserError(f"architecture {architecture!r} ({where}) returned {type(network).__name__}, not lasnn.Staged")
+    return network
+
+
+def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shape of each stage's feature, (C, H, W), found by a forward pass of one image on the meta device.
+
+    Args:
+        network: on the meta device.
+        image: C, H, W of the input.
+
+    Raises:
+        UserError: the network cannot take images of this size; the stage at which it fails is named.
+    """
+    channels, height, width = image
+    mode = network.training
+    network.eval()
+    network.clock.steps, network.clock.batch = timesteps, 1
+    x = torch.empty(1, channels, height, width, device="meta")
+    shapes = {}
+    for name in ("stem", *network.stage_names, "head"):
+        try:
+            x = getattr(network, name)(x)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the network cannot take {height} x {width} images ({name}: {reason})") from error
+        if name in network.stage_names:
+            shapes[name] = tuple(x.shape[1:])
+    network.train(mode)
+    return shapes
+
+
+def check_taps(network: Staged, taps: Iterable[str]) -> list[str]:
+    """The lines for taps that name no stage of the network."""
+    return [unknown("stage", tap, network.stage_names) for tap in taps if tap not in network.stage_names]
+
+
+class Student(nn.Module):
+    """A spiking network with its encoder: images in, logits out.
+
+    Args:
+        network: the spiking network.
+        encoder: from images to [T or 1, B, C, H, W].
+        timesteps: T; set the attribute to run with another.
+    """
+
+    def __init__(self, network: Staged, encoder: nn.Module, timesteps: int):
+        super().__init__()
+        self.network = network
+        self.encoder = encoder
+        self.timesteps = timesteps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K], averaged over the T steps."""
+        return self.steps(images)[0].mean(0)
+
+    def steps(
+        self, images: Tensor, taps: Iterable[str] = (), generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features."""
+        return self.network(self.encoder(images, self.timesteps, generator), self.timesteps, taps)
+
+
+class Teacher(nn.Module):
+    """An ANN with its normalisation: images in, logits out.
+
+    Args:
+        network: the ANN.
+        mean, std: of the data set, per channel, in [0, 1] units.
+    """
+
+    def __init__(self, network: Staged, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K]."""
+        return self.taps(images)[0]
+
+    def taps(self, images: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K] and the tapped features [B, C, H, W]."""
+        logits, features = self.network(((images - self.mean) / self.std)[None], taps=taps)
+        return logits[0], {name: feature[0] for name, feature in features.items()}

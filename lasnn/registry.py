@@ -1,0 +1,220 @@
+"""Named parts that a recipe can choose: architectures, encoders, neurons, losses and data sets.
+
+    from lasnn import architectures
+
+    @architectures.register("my-net")
+    def my_net(act, *, in_channels: int, num_classes: int, width: int = 32) -> Staged:
+        '''One line that `lasnn list` shows.'''
+
+What is registered is a function or a class. Its positional parameters are what lasnn hands it; its keyword-only
+parameters are the options that a recipe may set, with their annotations as types and their defaults as defaults.
+"""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, get_args, get_origin
+
+from lasnn.errors import UserError, unknown
+
+REQUIRED = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a registered part: its type and its default (`REQUIRED` where there is none)."""
+
+    annotation: Any
+    default: Any
+
+    @property
+    def type_name(self) -> str:
+        return describe_type(self.annotation)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered part."""
+
+    name: str
+    function: Callable
+    inputs: tuple[str, ...]
+    options: dict[str, Option]
+
+    @property
+    def description(self) -> str:
+        """The first line of the docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def where(self) -> str:
+        """File and line of the definition, for error messages."""
+        try:
+            return f"{inspect.getsourcefile(self.function)}:{inspect.getsourcelines(self.function)[1]}"
+        except (OSError, TypeError):
+            return self.function.__module__
+
+    def problems(self, given: dict[str, Any], supplied: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+        """What is wrong with the options `given` in a recipe, as (option, message) pairs.
+
+        `supplied` names the keywords that lasnn passes itself; a recipe may not set them.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        found = []
+        for name, value in given.items():
+            option = None if name in supplied else self.options.get(name)
+            if option is None:
+                found.append((name, unknown(f"option of {self.name!r}", name, set(self.options) - set(supplied))))
+                continue
+            try:
+                # JSON mode makes strict checking agree with what TOML can say (an integer is a valid float).
+                TypeAdapter(option.annotation).validate_json(json.dumps(value, default=str), strict=True)
+            except ValidationError:
+                found.append((name, f"{value!r} is not valid; it takes {option.type_name}"))
+        for name, option in self.options.items():
+            if option.default is REQUIRED and name not in given and name not in supplied:
+                found.append((name, f"missing; {self.name!r} needs it ({option.type_name})"))
+        return found
+
+
+class Registry:
+    """The parts of one kind, by name.
+
+    `home` is the module that registers the built-in ones; it is imported when the registry is first used, so that
+    importing lasnn stays light.
+    """
+
+    def __init__(self, kind: str, home: str, check: Callable[[Entry], None] | None = None):
+        self.kind = kind
+        self._home = home
+        self._check = check
+        self._entries: dict[str, Entry] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[Callable], Callable]:
+        """Decorator that adds a function or class under `name`.
+
+        Raises:
+            ValueError: the name is taken, or the signature is not one that this kind of part can have.
+        """
+        # Built-in parts come first, so that it is the newcomer who is told that a name is taken.
+        self._load()
+
+        def add(function: Callable) -> Callable:
+            if name in self._entries:
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered ({self._entries[name].where}); choose another name"
+                )
+            entry = _entry(name, function)
+            if self._check:
+                self._check(entry)
+            self._entries[name] = entry
+            return function
+
+        return add
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def build(self, name: str, *inputs: Any, **options: Any) -> Any:
+        """Call the part registered under `name`."""
+        return self[name].function(*inputs, **options)
+
+    def __getitem__(self, name: str) -> Entry:
+        self._load()
+        if name not in self._entries:
+            raise UserError(unknown(self.kind, name, self._entries))
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries
+
+    def __iter__(self):
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} registry: {', '.join(self.names())}>"
+
+    def unregister(self, name: str) -> None:
+        """Forget a name (for notebooks that redefine a part, and for tests)."""
+        del self._entries[self[name].name]
+
+    def _load(self) -> None:
+        if not self._loaded:
+            # Set first: the home module registers its parts while it is being imported.
+            self._loaded = True
+            try:
+                import_module(self._home)
+            except BaseException:
+                self._loaded = False
+                raise
+
+
+def _entry(name: str, function: Callable) -> Entry:
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError as error:
+        raise ValueError(f"the annotations of {name!r} cannot be read: {error}") from error
+    inputs, options = [], {}
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            annotation = Any if parameter.annotation is REQUIRED else parameter.annotation
+            options[parameter.name] = Option(annotation, parameter.default)
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            inputs.append(parameter.name)
+        else:
+            # *args or **kwargs would swallow a recipe's typing errors.
+            raise ValueError(f"{name!r} takes *{parameter.name}; name every option, so that recipes can be checked")
+    return Entry(name, function, tuple(inputs), options)
+
+
+def describe_type(annotation: Any) -> str:
+    """A type as the user of a recipe would say it: `one of "hard", "soft"`, `a number`, `a list of text`."""
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
+    if annotation in words:
+        return words[annotation]
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(value) for value in inner)
+    if origin in (list, tuple):
+        return f"a list ({describe_type(inner[0])} each)" if inner else "a list"
+    if inner:  # a union, or Annotated, whose first argument is the type
+        parts = [part for part in inner if isinstance(part, type) or get_origin(part)]
+        return " or ".join(describe_type(part) for part in parts if part is not type(None))
+    return getattr(annotation, "__name__", str(annotation))
+
+
+# What a loss may ask for, by the names of its positional parameters; everything is a tensor or a list of tensors.
+LOSS_INPUTS = ("logits", "targets", "teacher_logits", "student_features", "teacher_features")
+
+
+def _check_loss(entry: Entry) -> None:
+    strange = [name for name in entry.inputs if name not in LOSS_INPUTS]
+    if strange or not entry.inputs:
+        raise ValueError(
+            f"loss {entry.name!r} asks for {', '.join(strange) or 'nothing'}; "
+            f"its positional parameters are chosen from {', '.join(LOSS_INPUTS)}, its options are keyword-only"
+        )
+
+
+architectures = Registry("architecture", "lasnn.architecture")
+encoders = Registry("encoder", "lasnn.encoder")
+neurons = Registry("neuron", "lasnn.neuron")
+losses = Registry("loss", "lasnn.loss", check=_check_loss)
+datasets = Registry("data set", "lasnn.data")
+REGISTRIES = {
+    "architectures": architectures,
+    "encoders": encoders,
+    "neurons": neurons,
+    "losses": losses,
+    "datasets": datasets,
+}
