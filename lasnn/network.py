@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from lasnn.errors import UserError, unknown
+from lasnn.errors import UserError
 from lasnn.registry import architectures, neurons
 
 
@@ -173,18 +173,13 @@ def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> d
     for name in ("stem", *network.stage_names, "head"):
         try:
             x = getattr(network, name)(x)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise UserError(f"the network cannot take {height} x {width} images ({name}: {reason})") from error
+            raise UserError(f"the network cannot run on {height} x {width} images ({name}: {reason})") from error
         if name in network.stage_names:
             shapes[name] = tuple(x.shape[1:])
     network.train(mode)
     return shapes
-
-
-def check_taps(network: Staged, taps: Iterable[str]) -> list[str]:
-    """The lines for taps that name no stage of the network."""
-    return [unknown("stage", tap, network.stage_names) for tap in taps if tap not in network.stage_names]
 
 
 class Student(nn.Module):

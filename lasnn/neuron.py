@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.kernels import lif
+from lasnn.kernels import SURROGATES, lif
 from lasnn.registry import neurons
 
-Surrogate = Literal["atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid"]
+Surrogate = Literal[SURROGATES]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # At tau = 1 nothing of the voltage is left from one step to the next; below it the decay overshoots.

@@ -12,10 +12,10 @@ parameters are the options that a recipe may set, with their annotations as type
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from lasnn.errors import UserError, unknown
 
@@ -187,10 +187,24 @@ def describe_type(annotation: Any) -> str:
         return "one of " + ", ".join(json.dumps(value) for value in inner)
     if origin in (list, tuple):
         return f"a list ({describe_type(inner[0])} each)" if inner else "a list"
-    if inner:  # a union, or Annotated, whose first argument is the type
-        parts = [part for part in inner if isinstance(part, type) or get_origin(part)]
-        return " or ".join(describe_type(part) for part in parts if part is not type(None))
+    if origin is Annotated:
+        return describe_type(inner[0]) + describe_limits(annotation.__metadata__)
+    if inner:  # a union
+        return " or ".join(describe_type(part) for part in inner if part is not type(None))
     return getattr(annotation, "__name__", str(annotation))
+
+
+def describe_limits(metadata: Iterable[Any]) -> str:
+    """The bounds that pydantic's metadata puts on a value: ` (>= 0 and < 1)`, or nothing."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [bound for item in metadata for bound in (getattr(item, "metadata", None) or [item])]
+    parts = [
+        f"{sign} {getattr(bound, name):g}"
+        for bound in bounds
+        for name, sign in signs.items()
+        if getattr(bound, name, None) is not None
+    ]
+    return f" ({' and '.join(parts)})" if parts else ""
 
 
 # What a loss may ask for, by the names of its positional parameters; everything is a tensor or a list of tensors.

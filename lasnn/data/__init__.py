@@ -1,0 +1,13 @@
+"""Data sets, one file each, and what every one of them shares: augmentation and the device-resident loader.
+
+To add a data set, write a `Dataset` subclass in a file here, decorate it with `@datasets.register(name)` and
+import the file below. Its first positional parameter is the folder `root`; its keyword-only parameters are
+the options that a recipe's `[data]` section may set.
+"""
+
+from lasnn.data import fashion_mnist  # noqa: F401  (importing a data set's file registers it)
+from lasnn.data.augment import AUGMENTATIONS
+from lasnn.data.dataset import Dataset, Images
+from lasnn.data.loader import Batches
+
+__all__ = ["AUGMENTATIONS", "Batches", "Dataset", "Images"]

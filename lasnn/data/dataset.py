@@ -1,0 +1,63 @@
+"""What every data set is: a description that costs nothing, and images in memory once it is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of one size with their labels: `pixels` uint8 [N, C, H, W], `labels` int64 [N], on one device.
+
+    Raises:
+        ValueError: the types, shapes or lengths are others.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __post_init__(self):
+        if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
+            raise ValueError(f"pixels must be uint8 [N, C, H, W], not {_describe(self.pixels)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
+            raise ValueError(f"labels must be int64 [{len(self.pixels)}], not {_describe(self.labels)}")
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Dataset:
+    """What a run knows of a data set before it reads a byte, and the way to read it.
+
+    Making one touches no file, so that a dry run needs no data on disk. A subclass sets the attributes below:
+    `mean` and `std` are per channel, of training pixels in [0, 1]; `augment` names the augmentations that are
+    used unless the recipe says otherwise; `source` says where `load` read from and is empty before that.
+    """
+
+    channels: int
+    height: int
+    width: int
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_size: int
+    test_size: int
+    augment: tuple[str, ...] = ()
+    source: str = ""
+
+    def load(self) -> tuple[Images, Images]:
+        """Read the training and the test images, on the CPU.
+
+        Raises:
+            UserError: the data is not there, or a file is broken; one line that names it.
+        """
+        raise NotImplementedError
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

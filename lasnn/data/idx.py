@@ -1,0 +1,99 @@
+"""idx files, the format of MNIST and its kin: a magic number, the dimensions, then the bytes.
+
+The magic number is 0x000008nn for unsigned bytes in nn dimensions; it and each dimension are 4 bytes, most
+significant byte first (http://yann.lecun.com/exdb/mnist, "The IDX file format").
+"""
+
+import gzip
+import os
+import zlib
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lasnn.data.dataset import Images
+from lasnn.errors import MachineError, UserError
+
+
+def images_and_labels(split: str) -> tuple[str, str]:
+    """The names, without `.gz`, of the two files of a split: "train" or "t10k"."""
+    return f"{split}-images-idx3-ubyte", f"{split}-labels-idx1-ubyte"
+
+
+def read_split(folder: Path, split: str, shape: tuple[int, int, int], classes: int) -> Images:
+    """The images [N, 1, H, W] and labels of one split in `folder`, checked against `shape`, (N, H, W).
+
+    Raises:
+        UserError: a file is missing, damaged, or not what its name says; one line that names the file.
+        MachineError: the machine failed to read a file.
+    """
+    images_name, labels_name = images_and_labels(split)
+    pixels = read_idx(find(folder, images_name), shape)
+    labels_path = find(folder, labels_name)
+    labels = read_idx(labels_path, shape[:1])
+    if labels.max() >= classes:
+        at = int(np.argmax(labels >= classes))
+        raise UserError(f"{labels_path}: label {labels[at]} at index {at}; labels go from 0 to {classes - 1}")
+    return Images(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels.astype(np.int64)))
+
+
+def find(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`, packed or not; packed first, because gzip carries a checksum.
+
+    Raises:
+        UserError: neither is there.
+    """
+    for path in (folder / f"{name}.gz", folder / name):
+        if os.path.exists(path):
+            return path
+    raise UserError(f"{folder / name}.gz is missing (unpacked, without .gz, would do as well)")
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The unsigned bytes of an idx file (gzipped if its name ends in `.gz`) as a writable array.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or has another shape; one line that names it.
+        MachineError: the machine failed to read it.
+    """
+    data = _read_bytes(path)
+    header = 4 + 4 * len(shape)
+    if len(data) < header:
+        raise UserError(f"{path}: ends after {len(data)} bytes, inside its header of {header} bytes")
+    magic, *dimensions = np.frombuffer(data, ">u4", 1 + len(shape)).tolist()
+    expected = 0x0800 + len(shape)
+    if magic != expected:
+        raise UserError(f"{path}: its magic number is 0x{magic:08x}, not the 0x{expected:08x} of such a file")
+    if tuple(dimensions) != shape:
+        raise UserError(f"{path}: its header says {_times(dimensions)}; {_times(shape)} expected")
+    length = header + prod(shape)
+    if len(data) != length:
+        raise UserError(f"{path}: {len(data)} bytes long when unpacked; its header promises {length}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape).copy()
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """Write unsigned bytes as a gzipped idx file; the same array always gives the same file."""
+    header = np.array([0x0800 + array.ndim, *array.shape], ">u4").tobytes()
+    # GzipFile writes the same header in every Python release; gzip.compress does not.
+    with open(path, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as packed:
+        packed.write(header + array.astype(np.uint8).tobytes())
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: truncated or damaged gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        users = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
+        raise (UserError if users else MachineError)(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _times(shape: tuple[int, ...] | list[int]) -> str:
+    return " x ".join(map(str, shape))

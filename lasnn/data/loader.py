@@ -1,0 +1,75 @@
+"""One epoch of batches from images that live on the device as bytes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lasnn.data.augment import augment as apply_augmentation
+from lasnn.data.dataset import Images
+from lasnn.random import generator
+
+
+class Batches:
+    """The batches of one epoch: pairs of images [b, C, H, W], floats in [0, 1], and labels [b].
+
+    Every image comes once; the last batch may be short. The order is a function of (seed, epoch) alone, the
+    same on every device; batch k's augmentation is a function of (seed, epoch, k) and the device. So an epoch
+    that is taken up again with `start` yields exactly the batches that were left. Iterating again yields the
+    same.
+
+    Args:
+        images: all images, on the device that the batches shall be on.
+        batch_size: images in a batch.
+        seed: the run's seed.
+        epoch: number of the epoch.
+        augment: names from `AUGMENTATIONS`, in the order of their use.
+        shuffle: False keeps the order of `images` (evaluation).
+        start: number of the first batch to yield; `len` counts the batches from there on.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or `start` is not a batch's number (or the number of batches).
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: Sequence[str] = (),
+        shuffle: bool = True,
+        start: int = 0,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.total = -(-len(images) // batch_size)
+        if not 0 <= start <= self.total:
+            raise ValueError(f"start must be from 0 to {self.total}, the number of batches, not {start}")
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.augment = tuple(augment)
+        self.shuffle = shuffle
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.total - self.start
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        pixels, labels = self.images.pixels, self.images.labels
+        if self.shuffle:
+            # Drawn on the CPU: generators of different devices give different orders.
+            order = torch.randperm(len(labels), generator=generator(self.seed, "order", self.epoch))
+            order = order.to(pixels.device)
+        for step in range(self.start, self.total):
+            chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            if self.shuffle:
+                chosen = order[chosen]
+            batch = pixels[chosen].float() / 255
+            if self.augment:
+                key = (self.seed, "augment", self.epoch, step)
+                batch = apply_augmentation(batch, self.augment, generator(*key, device=pixels.device))
+            yield batch, labels[chosen]

@@ -1,0 +1,551 @@
+"""The recipe: an experiment as one strict, typed TOML file.
+
+Every mistake in a recipe is found before the first batch and all of them are reported together. A key that is not
+listed here, in `[data]`, `[teacher]`, `[student]`, `[student.neuron]`, the encoder's table or a `[[losses]]` entry, is
+an option of the registered part that the table names, and is checked against that part's signature.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from lasnn.errors import UserError, unknown
+from lasnn.registry import architectures, datasets, describe_limits, describe_type, encoders, losses, neurons
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A table of the recipe: immutable, and nothing in it goes unread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Part(Section):
+    """A table that names a registered part; its further keys are that part's options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, use_attribute_docstrings=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that belong to the registered part."""
+        return dict(self.model_extra or {})
+
+
+class Training(BaseModel):
+    """How a network is trained. The defaults are those of ELKD's code for CIFAR (ResNet-18/19)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, use_attribute_docstrings=True)
+
+    epochs: Count = 300
+    """Passes over the training images."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW; both with a cosine schedule."""
+    lr: Positive = 0.1
+    """Learning rate at the end of the warm-up."""
+    min_lr: NonNegative = 0.0
+    """Learning rate that the cosine ends at."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs of linear warm-up from 0; fractions are allowed."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD; AdamW's first beta."""
+    weight_decay: NonNegative = 5e-4
+    """L2 penalty of SGD, decoupled decay of AdamW."""
+    clip_norm: NonNegative = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+
+class DataTable(Part):
+    """`[data]`: which images, from where, in what batches."""
+
+    name: str = "fashion-mnist-mini"
+    """A registered data set."""
+    root: str = "data"
+    """Folder of the data set's files, relative to the working directory."""
+    batch_size: Count = 128
+    """Images a step, over all processes."""
+    augment: list[str] | None = None
+    """Augmentations in order; left out, those of the data set."""
+
+
+class TeacherTable(Training, Part):
+    """`[teacher]`: the ANN, trained first and cached, or read from a checkpoint."""
+
+    architecture: str
+    """A registered architecture."""
+    checkpoint: str | None = None
+    """A `.safetensors` file, or a run folder whose teacher is taken; nothing is trained then."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Label smoothing of the teacher's cross-entropy."""
+
+
+_TEACHER_TRAINING = {*Training.model_fields, "label_smoothing"}
+
+
+class NeuronTable(Part):
+    """`[student.neuron]`: the spiking neuron."""
+
+    name: str = "lif"
+    """A registered neuron."""
+
+
+class EncoderTable(Part):
+    """The encoder as a table, where it has options."""
+
+    name: str
+    """A registered encoder."""
+
+
+class StudentTable(Part):
+    """`[student]`: the spiking network."""
+
+    architecture: str
+    """A registered architecture."""
+    timesteps: Count = 4
+    """T, in training; a trained student evaluates at any T."""
+    encoder: str | EncoderTable = "direct"
+    """A registered encoder, by name or as a table with its options."""
+    neuron: NeuronTable = NeuronTable()
+    """The neuron and its options."""
+    init: Literal["random", "teacher"] = "random"
+    """Where the student's weights start: at random, or as a copy of its teacher's (same architecture)."""
+
+    @property
+    def encoder_table(self) -> EncoderTable:
+        """The encoder, always as a table."""
+        return EncoderTable(name=self.encoder) if isinstance(self.encoder, str) else self.encoder
+
+
+class DistillTable(Training, Section):
+    """`[distill]`: how the student is trained."""
+
+    pairs: list[str] | None = None
+    """Stages to match, "stage2" or "student-stage:teacher-stage"; left out, all stages of the same name."""
+
+
+class LossTable(Part):
+    """One `[[losses]]` entry: a term of the objective."""
+
+    name: str
+    """A registered loss."""
+    weight: NonNegative = 1.0
+    """Its factor in the sum."""
+
+
+class Recipe(Section):
+    """A whole experiment. `Recipe.load` reads one from a file or by a shipped recipe's name."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """All random numbers are keyed by it."""
+    device: str = "auto"
+    """"auto" (CUDA if present), "cpu", "cuda" or "cuda:N"."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of convolutions and matrix products (autocast); fp16 uses a gradient scaler."""
+    plugins: list[str] = []
+    """Python files beside the recipe, or modules, that register parts of your own."""
+    data: DataTable = DataTable()
+    """The images."""
+    teacher: TeacherTable | None = None
+    """The ANN; left out, the student trains alone."""
+    student: StudentTable
+    """The spiking network."""
+    distill: DistillTable = DistillTable()
+    """The student's training."""
+    losses: list[LossTable] = []
+    """The complete objective; left out, cross-entropy (weight 1) and, with a teacher, attention (weight 1000)."""
+
+    _source: str = PrivateAttr("recipe")
+    _folder: Path = PrivateAttr(Path())
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return Path(self._source).stem
+
+    @property
+    def plugin_files(self) -> list[Path]:
+        """Those plugins that are files."""
+        return [self._folder / plugin for plugin in self.plugins if _is_file(plugin)]
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":
+        """Read and check a recipe.
+
+        Args:
+            recipe: path of a TOML file, or the name of a shipped recipe.
+            overrides: `key.path=value` settings, applied in order; values are TOML, bare words are text.
+
+        Raises:
+            UserError: everything that is wrong, a line each.
+        """
+        path = find(recipe)
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid TOML: {error}") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        problems, overridden = [], set()
+        for setting in overrides:
+            try:
+                overridden.add(_override(tables, setting))
+            except ValueError as error:
+                problems.append(f"--set {setting}: {error}")
+        return cls.from_tables(tables, source=str(path), overridden=overridden, problems=problems)
+
+    @classmethod
+    def from_tables(
+        cls,
+        tables: dict[str, Any],
+        source: str = "recipe",
+        overridden: set[str] = frozenset(),
+        problems: list[str] = (),
+    ) -> "Recipe":
+        """Check a recipe given as nested dicts, as `tomllib` returns them.
+
+        Args:
+            source: what messages call the recipe; plugins are looked for in its folder.
+            overridden: keys whose mistakes are blamed on `--set`.
+            problems: lines found so far, reported with the rest.
+
+        Raises:
+            UserError: everything that is wrong, a line each.
+        """
+
+        def line(key: str, message: str) -> str:
+            blamed = any(key == name or key.startswith(f"{name}.") for name in overridden)
+            return f"{'--set' if blamed else source}: {key}: {message}"
+
+        found = list(problems)
+        recipe = None
+        # A second look without the faulty keys finds what is wrong with the rest of the recipe.
+        for _ in range(8):
+            try:
+                recipe = cls.model_validate_json(json.dumps(tables, default=str), strict=True)
+                break
+            except ValidationError as error:
+                faults = list(_faults(error))
+                found += [line(".".join(map(str, place)), message) for place, message in faults]
+                if not all([_remove(tables, place) for place, _ in faults]):
+                    break
+        if recipe is not None:
+            recipe._source, recipe._folder = source, Path(source).parent
+            found += [line(key, message) for key, message in _check_parts(recipe)]
+        if found or recipe is None:
+            raise UserError(*dict.fromkeys(found))
+        return recipe._filled_in()
+
+    def _filled_in(self) -> "Recipe":
+        """The same recipe with everything that was left out written down."""
+        terms = self.losses or [LossTable(name="cross-entropy", weight=1.0)]
+        if not self.losses and self.teacher:
+            terms = [*terms, LossTable(name="attention", weight=1000.0)]
+        data = self.data
+        if data.augment is None:
+            images = datasets.build(data.name, Path(data.root), **data.options)
+            data = data.model_copy(update={"augment": list(images.augment)})
+        filled = self.model_copy(update={"losses": terms, "data": data})
+        filled._source, filled._folder = self._source, self._folder
+        return filled
+
+    def line(self, key: str, message: str) -> str:
+        """An error line about a key of this recipe."""
+        return f"{self._source}: {key}: {message}"
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; reading it gives an equal recipe."""
+        tables = self.model_dump(exclude_none=True)
+        if self.teacher and self.teacher.checkpoint is not None:
+            # A teacher that is read from a file has no training settings, and may not be given any.
+            for key in _TEACHER_TRAINING:
+                del tables["teacher"][key]
+        return dump_toml(tables)
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe given as a path or as a shipped recipe's name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(recipe) in known:
+        return known[str(recipe)]
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    raise UserError(f"no such file, and {unknown('recipe', path.stem, known)}")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with lasnn, name -> file."""
+    import lasnn.recipes
+
+    folder = Path(lasnn.recipes.__file__).parent
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def summary(path: Path) -> str:
+    """What a recipe file says of itself: the first line of its header comment."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
+    """(key, type, default, what it means) of each key of a table; `None` is the default of what may be left out."""
+    return [
+        (
+            name,
+            describe_type(info.annotation),
+            "required" if info.is_required() else info.get_default(call_default_factory=True),
+            info.description or "",
+        )
+        for name, info in model.model_fields.items()
+    ]
+
+
+def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, message) for what is wrong beyond the types of the keys."""
+    found = list(_load_plugins(recipe))
+    supplied = ("in_channels", "num_classes")
+    named = [
+        ("data", "name", datasets, recipe.data.name, recipe.data.options, ()),
+        ("student", "architecture", architectures, recipe.student.architecture, recipe.student.options, supplied),
+        ("student.neuron", "name", neurons, recipe.student.neuron.name, recipe.student.neuron.options, ()),
+    ]
+    if recipe.teacher:
+        teacher = recipe.teacher
+        named.append(("teacher", "architecture", architectures, teacher.architecture, teacher.options, supplied))
+    encoder = recipe.student.encoder_table
+    if isinstance(recipe.student.encoder, str):
+        named.append(("student", "encoder", encoders, encoder.name, {}, ()))
+    else:
+        named.append(("student.encoder", "name", encoders, encoder.name, encoder.options, ()))
+    for index, loss in enumerate(recipe.losses):
+        named.append((f"losses.{index}", "name", losses, loss.name, loss.options, ()))
+    for table, key, registry, name, options, given in named:
+        model = {"data": DataTable, "student": StudentTable, "teacher": TeacherTable}.get(table)
+        if name not in registry:
+            found.append((f"{table}.{key}", unknown(registry.kind, name, registry)))
+            # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
+            for option in options:
+                if model and get_close_matches(option, model.model_fields, cutoff=0.8):
+                    found.append((f"{table}.{option}", unknown(f"key of [{table}]", option, model.model_fields)))
+            continue
+        for option, message in registry[name].problems(options, given):
+            if model and option in options and option not in registry[name].options:
+                # The key may be a misspelt key of the table just as well as of the part's options.
+                known = {*model.model_fields, *registry[name].options} - set(given)
+                message = unknown(f"key of [{table}] with {name!r}", option, known)
+            found.append((f"{table}.{option}", message))
+    return found + _check_objective(recipe) + _check_augment(recipe)
+
+
+def _check_augment(recipe: Recipe) -> list[tuple[str, str]]:
+    from lasnn.data.augment import AUGMENTATIONS
+
+    wrong = [name for name in recipe.data.augment or [] if name not in AUGMENTATIONS]
+    return [("data.augment", unknown("augmentation", name, AUGMENTATIONS)) for name in wrong]
+
+
+def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
+    found = []
+    needs = {loss.name: losses[loss.name].inputs for loss in recipe.losses if loss.name in losses}
+    if recipe.losses and not any("logits" in inputs for inputs in needs.values()) and len(needs):
+        with_logits = [name for name in losses if "logits" in losses[name].inputs]
+        found.append(("losses", f"no loss on the student's logits; add one of: {', '.join(with_logits)}"))
+    for index, loss in enumerate(recipe.losses):
+        if recipe.teacher is None and any("teacher" in name for name in needs.get(loss.name, ())):
+            found.append((f"losses.{index}.name", f"{loss.name!r} needs a teacher; add a [teacher] section"))
+    names = [loss.name for loss in recipe.losses]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        found.append(("losses", f"{name!r} stands there {names.count(name)} times; each term is logged by its name"))
+    teacher = recipe.teacher
+    if teacher is not None and teacher.checkpoint is not None:
+        for key in sorted(teacher.model_fields_set & _TEACHER_TRAINING):
+            found.append((f"teacher.{key}", "has no effect with teacher.checkpoint; leave one of the two out"))
+    if recipe.student.init == "teacher" and teacher is None:
+        found.append(("student.init", "there is no [teacher] to start from"))
+    return found
+
+
+_loaded_plugins: dict[str, str] = {}
+
+
+def _is_file(plugin: str) -> bool:
+    return plugin.endswith(".py") or "/" in plugin
+
+
+def _load_plugins(recipe: Recipe):
+    """Import the plugins; yields (key, message) for those that fail."""
+    for index, plugin in enumerate(recipe.plugins):
+        key = f"plugins.{index}"
+        try:
+            if not _is_file(plugin):
+                importlib.import_module(plugin)
+                continue
+            path = recipe._folder / plugin
+            if Path(plugin).name != plugin:
+                yield key, f"{plugin!r} must lie beside the recipe, in {recipe._folder.resolve()}"
+            elif not path.is_file():
+                yield key, f"no file {path}; a plugin is a Python file beside the recipe, or a module's name"
+            else:
+                _import_once(path)
+        except UserError as error:
+            yield key, f"{plugin}: {error}"
+        except Exception as error:
+            # Whatever the user's code raises is the user's to mend; the line says where it was raised.
+            yield key, f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
+
+
+def _place_in(plugin: str, error: BaseException) -> str:
+    place, traceback = "", error.__traceback__
+    while traceback:
+        if Path(traceback.tb_frame.f_code.co_filename).name == Path(plugin).name:
+            place = f" (line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return place
+
+
+def _import_once(path: Path) -> None:
+    """Import a file; the copy of a file that is already loaded (a run folder's) registers nothing twice."""
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    if content in _loaded_plugins:
+        return
+    name = f"lasnn_plugin_{path.stem}_{content[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _loaded_plugins[content] = name
+
+
+def _override(tables: dict[str, Any], setting: str) -> str:
+    """Apply `a.b=c` to the tables; returns the key. `losses.attention.weight` finds a list's entry by its name."""
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ValueError("write it as key=value, for example student.timesteps=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *path, last = key.split(".")
+    here: Any = tables
+    for depth, step in enumerate(path):
+        if isinstance(here, list):
+            here = _entry(here, step, ".".join(path[:depth]))
+        else:
+            here = here.setdefault(step, {})
+        if not isinstance(here, (dict, list)):
+            raise ValueError(f"{'.'.join(path[: depth + 1])} is a value, not a table")
+    if isinstance(here, list):
+        entry = _entry(here, last, ".".join(path))
+        here[here.index(entry)] = value
+    else:
+        here[last] = value
+    return key
+
+
+def _entry(entries: list, step: str, where: str) -> Any:
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("name") == step:
+            return entry
+    if step.isdecimal() and int(step) < len(entries):
+        return entries[int(step)]
+    names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
+    raise ValueError(unknown(f"entry of {where}", step, names))
+
+
+def _faults(error: ValidationError):
+    """(place, message) of each of pydantic's errors, in lasnn's words."""
+    seen = set()
+    for fault in error.errors(include_url=False):
+        place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable"))
+        if place in seen:
+            continue
+        seen.add(place)
+        model, info = _field(place)
+        if fault["type"] == "extra_forbidden":
+            message = unknown(f"key of {_title(place[:-1])}", place[-1], model.model_fields if model else ())
+        elif fault["type"] == "missing":
+            message = f"missing; {_title(place[:-1])} needs it"
+        elif info is not None:
+            kind = describe_type(info.annotation)
+            message = f"{fault['input']!r} is not valid; it takes {kind}{describe_limits(info.metadata)}"
+        else:
+            message = f"{fault['input']!r} is not valid: {fault['msg'].lower()}"
+        yield place, message
+
+
+def _title(place: tuple) -> str:
+    if not place:
+        return "the recipe"
+    return f"[[{place[0]}]]" if place[0] == "losses" else f"[{'.'.join(map(str, place))}]"
+
+
+def _field(place: tuple):
+    """The model that holds the last part of `place` and its field, where there is one."""
+    tables = {
+        "data": DataTable,
+        "teacher": TeacherTable,
+        "student": StudentTable,
+        "distill": DistillTable,
+        "losses": LossTable,
+        "neuron": NeuronTable,
+        "encoder": EncoderTable,
+    }
+    model: type[BaseModel] = Recipe
+    for part in place[:-1]:
+        if isinstance(part, str):
+            model = tables.get(part, model)
+    return model, model.model_fields.get(place[-1]) if isinstance(place[-1], str) else None
+
+
+def _remove(tables: dict[str, Any], place: tuple) -> bool:
+    """Delete the value at `place`; False if there is nothing to delete (a missing key)."""
+    here: Any = tables
+    try:
+        for part in place[:-1]:
+            here = here[part]
+        del here[place[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
+    """Nested dicts as TOML: values first, then tables, then lists of tables."""
+    values, nested = [], []
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            nested.append(f"\n[{prefix}{key}]\n{dump_toml(value, f'{prefix}{key}.')}")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            nested += [f"\n[[{prefix}{key}]]\n{dump_toml(item, f'{prefix}{key}.')}" for item in value]
+        else:
+            values.append(f"{key} = {_toml_value(value)}\n")
+    return "".join(values + nested)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_toml_value(item)}' for key, item in value.items())} }}"
+    # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not.
+    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text := json.dumps(value), text)
