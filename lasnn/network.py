@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lasnn.encoder import check_images
 from lasnn.errors import UserError
 from lasnn.registry import architectures, neurons
 
@@ -198,7 +199,13 @@ class Student(nn.Module):
         self.timesteps = timesteps
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] -> logits [B, K], averaged over the T steps."""
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K], averaged over the T steps.
+
+        Raises:
+            ValueError: the images are not in [0, 1], as when they were normalised already.
+        """
+        if not torch.compiler.is_compiling():
+            check_images(images)
         return self.steps(images)[0].mean(0)
 
     def steps(

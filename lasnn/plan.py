@@ -122,8 +122,10 @@ def make_plan(recipe: Recipe) -> Plan:
         if checkpoint:
             attempt("teacher.checkpoint", lambda: check_weights(checkpoint, teacher.network, len(data.classes)))
     pairs: list[Pair] = []
-    if shapes and teacher_shapes:
-        pairs, wrong = _pair(recipe, shapes, teacher_shapes)
+    if student and teacher:
+        # By name, so that a wrong tap is reported even where the shapes could not be found.
+        stages = [dict.fromkeys(network.stage_names, ()) for network in (student.network, teacher.network)]
+        pairs, wrong = _pair(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
         problems += [recipe.line("distill.pairs", problem) for problem in wrong]
         problems += [recipe.line(key, problem) for key, problem in _check_pairs(recipe, pairs)]
         if recipe.student.init == "teacher":
@@ -277,7 +279,7 @@ def _check_pairs(recipe: Recipe, pairs: list[Pair]):
         if weights is not None and len(weights) != len(pairs):
             yield f"losses.{index}.pair_weights", f"{len(weights)} weights for {len(pairs)} pairs; give one a pair"
         for pair in pairs if loss.name == "feature-mse" else ():
-            if pair.student_shape[0] != pair.teacher_shape[0]:
+            if pair.student_shape and pair.teacher_shape and pair.student_shape[0] != pair.teacher_shape[0]:
                 message = (
                     f"'feature-mse' needs equal channels; {pair.student!r} has {pair.student_shape[0]}, "
                     f"the teacher's {pair.teacher!r} {pair.teacher_shape[0]}"

@@ -1,0 +1,3 @@
+from lasnn.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""Files that are whole or not there: written beside their place, flushed, then moved over it. No pickled code.
+
+Weights are safetensors with their description in the metadata; a run's full state is a `.pt` of tensors and plain
+values, which loads with `weights_only=True`.
+"""
+
+import io
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lasnn.errors import MachineError, UserError
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Replace the file at `path` in one step; a kill leaves the old content or the new one.
+
+    Raises:
+        MachineError: the disk is full, read-only or failing; the old file is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; what a run leaves behind follows the user's umask like any other file.
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it to the disk.
+
+    Raises:
+        MachineError: the disk is full, read-only or failing.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """Write a state dict as safetensors, its description as JSON under the metadata key `lasnn`."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    write(path, save(tensors, metadata={"lasnn": json.dumps(description)}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and their description ({} where the file has none).
+
+    Raises:
+        UserError: it is not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return weights, json.loads((file.metadata() or {}).get("lasnn", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write the full state of a run: tensors and plain values only."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write(path, buffer.getvalue())
+
+
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises:
+        UserError: the file is damaged or holds code.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load takes a flipped bit for a weight; the archive's own checksums do not.
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (checksum of {damaged})")
+        return torch.load(path, map_location=device, weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a whole checkpoint: {str(error).partition(chr(10))[0]}") from error

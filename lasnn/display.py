@@ -1,0 +1,211 @@
+"""What a distillation tells while it runs: a live line on a terminal, plain lines when piped, nothing in Python."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+
+class Progress(Protocol):
+    """What is told of a run; implement it to log elsewhere."""
+
+    def start(self, plan: Any, run: Path) -> None:
+        """The run begins; `plan` is a `lasnn.plan.Plan`."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def teacher(self, result: Mapping[str, Any]) -> None:
+        """The teacher is ready; `result` has its `accuracy`."""
+
+    def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
+        """An epoch begins; `epoch` counts from 0."""
+
+    def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+        """Some steps are done: images/s, and each term's sum over the epoch's images so far."""
+
+    def end_epoch(self, metrics: Mapping[str, Any]) -> None:
+        """An epoch is done; `metrics` is its line of metrics.jsonl."""
+
+    def finish(self, summary: Mapping[str, Any], run: Path) -> None:
+        """The run is done."""
+
+
+class Silent(Progress):
+    """Tells nobody."""
+
+
+class Shown(Progress):
+    """One line an epoch on a stream, and on a terminal a live line for the epoch in progress."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._live: Live | None = None
+        self._last: Mapping[str, Any] = {}
+
+    def start(self, plan: Any, run: Path) -> None:
+        print_plan(self.console, plan)
+        self._say(f"run folder: {run}")
+        self._plan = plan
+
+    def note(self, text: str) -> None:
+        self._say(text)
+
+    def teacher(self, result: Mapping[str, Any]) -> None:
+        self._say(f"teacher: test accuracy {result['accuracy']:.4f}")
+
+    def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
+        if epoch == 0 or not self._last or self._last.get("phase") != phase:
+            self._begun, self._begun_epoch = time.perf_counter(), epoch
+        self._now = (phase, epoch, epochs, steps)
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+        if self._live is None:
+            return
+        phase, epoch, epochs, steps = self._now
+        batch = self._plan.recipe.data.batch_size
+        seen = min((step + 1) * batch, self._plan.data.train_size)
+        terms = "  ".join(f"{name} {float(sums[name]) / seen:.4g}" for name in weights)
+        left = self._left(epoch - self._begun_epoch + (step + 1) / steps, epochs - self._begun_epoch)
+        accuracy = f"  accuracy {self._last['accuracy']:.4f}" if self._last.get("phase") == phase else ""
+        text = (
+            f"{phase} epoch {epoch + 1}/{epochs}  step {step + 1}/{steps}  {terms}{accuracy}  "
+            f"{rate:.0f} images/s  {left}"
+        )
+        self._live.update(Text(text))
+
+    def end_epoch(self, metrics: Mapping[str, Any]) -> None:
+        phase, epoch, epochs, _ = self._now
+        self._last = metrics
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in metrics["losses"].items())
+        left = self._left(epoch + 1 - self._begun_epoch, epochs - self._begun_epoch)
+        self._say(
+            f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.4f} ({terms})  "
+            f"accuracy {metrics['accuracy']:.4f}  {metrics['images_per_second']:.0f} images/s  {left}"
+        )
+        if epoch + 1 == epochs:
+            self.close()
+
+    def finish(self, summary: Mapping[str, Any], run: Path) -> None:
+        self.close()
+        teacher = summary["teacher_accuracy"]
+        beside = "" if teacher is None else f" (teacher {teacher:.4f})"
+        self._say(
+            f"student: test accuracy {summary['accuracy']:.4f}{beside} at T = {summary['timesteps']}, "
+            f"{summary['firing_rate']:.3f} spikes per neuron and step, {summary['seconds']:.0f} s of training"
+        )
+        self._say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
+
+    def close(self) -> None:
+        """End the live line; what was said before stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _left(self, done: float, total: float) -> str:
+        """Time left in this phase, from the pace so far."""
+        if done >= total:
+            return "done"
+        seconds = int((time.perf_counter() - self._begun) / done * (total - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_plan(console: Console, plan: Any) -> None:
+    """The plan of a run as a few lines and a table of the paired stages."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    facts = plan.summary()
+    channels, height, width = facts["image"]
+    say(
+        f"data     {facts['data']}: {facts['images']['train']:,} training and {facts['images']['test']:,} test images, "
+        f"{channels} x {height} x {width}, {facts['classes']} classes"
+    )
+    if facts["teacher"]:
+        how = facts["teacher_checkpoint"] or f"{facts['teacher_steps']:,} steps unless cached"
+        say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")
+    else:
+        say("teacher  none: the student trains alone")
+    say(
+        f"student  {facts['student']}: {facts['student_parameters']:,} parameters, {facts['neuron']} neurons, "
+        f"{facts['encoder']} encoding, T = {facts['timesteps']}, {facts['student_steps']:,} steps"
+    )
+    say("losses   " + " + ".join(f"{weight:g} x {name}" for name, weight in facts["losses"].items()))
+    say(
+        f"device   {facts['device']}, {facts['precision']}; about {facts['memory_bytes'] / 2**20:,.0f} MiB a step "
+        "(weights, gradients, optimiser, saved activations)"
+    )
+    if facts["pairs"]:
+        table = Table("student stage", "C x H x W", "teacher stage", "C x H x W", box=None, pad_edge=False)
+        for pair in facts["pairs"]:
+            shapes = [" x ".join(map(str, pair[side])) for side in ("student_shape", "teacher_shape")]
+            table.add_row(pair["student"], shapes[0], pair["teacher"], shapes[1])
+        console.print(table)
+
+
+def print_evaluation(console: Console, known: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
+    """The result of an evaluation: a line for each T, then the firing rate of each layer."""
+    first = results[0]
+    where = known["device"] if known["device"] == known["device_name"] else f"{known['device']} ({known['device_name']})"
+    lines = [f"{known['run']}: {first['images']:,} test images of {known['data']}, {where}, torch {known['torch']}"]
+    if first.get("teacher_accuracy") is not None:
+        lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for title in ("T", "accuracy", "spikes/neuron/step", "µJ/image", "images/s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            str(result["timesteps"]),
+            f"{result['accuracy']:.4f}",
+            f"{result['firing_rate']:.4f}",
+            f"{result['energy_uj']:.3f}",
+            f"{result['images_per_second']:.0f}",
+        )
+    console.print(table)
+    layers = Table(box=None, pad_edge=False)
+    layers.add_column("spikes/neuron/step by layer", no_wrap=True)
+    for result in results:
+        layers.add_column(f"T = {result['timesteps']}", justify="right", no_wrap=True)
+    for name in first["firing_rate_by_layer"]:
+        layers.add_row(name, *(f"{result['firing_rate_by_layer'][name]:.4f}" for result in results))
+    console.print(layers)
+    note = "µJ: 45 nm operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition); memory access is not in them"
+    console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """The registered parts by kind: name, description, options with types and defaults."""
+    for number, (kind, parts) in enumerate(found.items()):
+        console.print(("\n" if number else "") + kind, style="bold", highlight=False)
+        for name, part in parts.items():
+            line = Text(f"  {name}", style="cyan").append(f"  {part['description']}", style="default")
+            console.print(line, soft_wrap=True, highlight=False)
+            for option, info in part.get("options", {}).items():
+                default = "" if info["default"] is None else f" = {json.dumps(info['default'])}"
+                console.print(f"      {option}{default}  ({info['type']})", markup=False, highlight=False, soft_wrap=True)
+
+
+def to_stdout() -> Console:
+    """Results and progress go here; a pipe gets whole lines."""
+    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+
+
+def to_stderr() -> Console:
+    """Errors, and progress where standard output is kept for one JSON object."""
+    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty())

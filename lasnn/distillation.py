@@ -1,0 +1,417 @@
+"""The story of a distillation, top to bottom: data, teacher, student, objective, result.
+
+    images -> teacher (eval, no gradient) -> its logits and stage features
+           -> encoder -> student          -> logits of each step and stage features
+           -> objective: named terms -> weighted sum -> backward -> optimiser
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasnn import checkpoint
+from lasnn.data import Batches, Images
+from lasnn.display import Progress, Silent
+from lasnn.errors import MachineError, UserError
+from lasnn.measure import accuracy, measure, teacher_accuracy
+from lasnn.network import Student, Teacher
+from lasnn.plan import Plan, make_plan, make_student, make_teacher
+from lasnn.random import generator, keyed
+from lasnn.recipe import Recipe, Training
+from lasnn.registry import losses
+from lasnn.run import RUNS, RunFolder, environment, load_into, open_run
+
+CACHE = "teachers"
+STATE = "last.pt"
+
+
+class Stopped(Exception):
+    """A signal ended the run after a whole step; its state is saved."""
+
+    def __init__(self, signum: int, run: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is in {run / STATE}")
+        self.signum = signum
+        self.run = run
+
+
+def distill(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunFolder:
+    """Run a recipe: train or load the teacher, distil it into the student, leave a run folder.
+
+    Args:
+        recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
+        out: the run folder; None is `runs/<recipe>-<number>`.
+        overrides: `key.path=value` settings, as for `Recipe.load`.
+        resume: go on with the run in `out`, from its last saved state.
+        progress: what is told about the progress; None is nobody.
+
+    Returns:
+        The run folder; its `summary.json` holds the result.
+
+    Raises:
+        UserError: something in the recipe or the data cannot work; raised before the first batch.
+        MachineError: the disk is full, or the loss is no longer a finite number.
+        Stopped: a signal came; the state is saved.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe, list(overrides))
+    progress = progress or Silent()
+    plan = make_plan(recipe)
+    train, test = (images.to(plan.device) for images in plan.data.load())
+    run = open_run(recipe, None if out is None else Path(out), resume)
+    progress.start(plan, run.path)
+    if (run / "summary.json").is_file():
+        progress.note(f"{run.path} is finished; there is nothing to resume")
+        return run
+    state = None
+    if resume:
+        if (run / STATE).is_file():
+            state = checkpoint.load_state(run / STATE, plan.device)
+        else:
+            progress.note(f"nothing to resume in {run.path}; starting from the beginning")
+    run.write_json("env.json", environment(plan.device))
+
+    with stop_on_signals() as stop:
+        session = Session(plan, run, train, test, progress, stop)
+        teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
+        student = session.student(teacher, state if state and state["phase"] == "student" else None)
+        session.finish(student)
+    return run
+
+
+@dataclass
+class Session:
+    """One run: what the phases share."""
+
+    plan: Plan
+    run: RunFolder
+    train: Images
+    test: Images
+    progress: Progress
+    stop: Callable[[], int | None]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def batch_size(self) -> int:
+        return self.recipe.data.batch_size
+
+    def teacher(self, state: dict[str, Any] | None) -> Teacher | None:
+        """The teacher, from a checkpoint, from the cache, or trained now and cached."""
+        table = self.recipe.teacher
+        if table is None:
+            return None
+        with keyed(self.recipe.seed, "teacher"):
+            teacher = make_teacher(self.recipe, self.plan.data)
+        teacher.to(self.plan.device)
+        weights = self.run / "teacher.safetensors"
+        if weights.is_file():
+            load_into(teacher.network, weights)
+        elif self.plan.teacher_checkpoint:
+            load_into(teacher.network, self.plan.teacher_checkpoint)
+            self.progress.note(f"teacher: {table.architecture} from {self.plan.teacher_checkpoint}")
+            measured = teacher_accuracy(teacher.eval(), self.test, batch_size=self.batch_size)
+            self._keep_teacher(teacher, {"accuracy": measured, "seconds": 0.0})
+        else:
+            cache = RunFolder(RUNS / CACHE / f"{table.architecture}-{teacher_key(self.recipe, self.plan.device)}")
+            if (cache / "teacher.safetensors").is_file():
+                load_into(teacher.network, cache / "teacher.safetensors")
+                self.run.write_metrics(cache.metrics())
+                result = cache.read_json("teacher.json")
+                self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
+            else:
+                result = self._train_teacher(teacher, state)
+                self._cache_teacher(cache, teacher, result)
+            self._keep_teacher(teacher, result)
+        self.progress.teacher(self.run.read_json("teacher.json"))
+        return teacher.eval().requires_grad_(False)
+
+    def _train_teacher(self, teacher: Teacher, state: dict[str, Any] | None) -> dict[str, float]:
+        smoothing = self.recipe.teacher.label_smoothing
+
+        def objective(images: Tensor, targets: Tensor, _: int, __: int) -> dict[str, Tensor]:
+            logits = teacher(images).float()
+            return {"cross-entropy": nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)}
+
+        def evaluate() -> float:
+            return teacher_accuracy(teacher, self.test, batch_size=self.batch_size)
+
+        weights = {"cross-entropy": 1.0}
+        return self._fit("teacher", teacher, self.recipe.teacher, objective, weights, evaluate, state)
+
+    def _keep_teacher(self, teacher: Teacher, result: dict[str, float]) -> None:
+        self.run.write_json("teacher.json", result)
+        description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
+        checkpoint.save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), description)
+
+    def _cache_teacher(self, cache: RunFolder, teacher: Teacher, result: dict[str, float]) -> None:
+        try:
+            cache.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"cannot write {cache.path}: {error.strerror}") from error
+        cache.write_metrics(self.run.metrics())
+        cache.write_json("teacher.json", result)
+        description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
+        # The weights come last: their presence says that the cached teacher is whole.
+        checkpoint.save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), description)
+
+    def student(self, teacher: Teacher | None, state: dict[str, Any] | None) -> Student:
+        """The student, distilled from the teacher."""
+        recipe = self.recipe
+        with keyed(recipe.seed, "student"):
+            student = make_student(recipe, self.plan.data)
+        if recipe.student.init == "teacher":
+            student.network.load_state_dict(teacher.network.state_dict() | _learnt_by_neurons(student.network))
+        student.to(self.plan.device)
+        terms = [(loss.name, losses[loss.name], loss.options) for loss in recipe.losses]
+        asked = {name for _, entry, _ in terms for name in entry.inputs}
+        pairs = self.plan.pairs if "student_features" in asked else ()
+
+        def objective(images: Tensor, targets: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
+            given: dict[str, Any] = {"targets": targets}
+            if asked & {"teacher_logits", "teacher_features"}:
+                with torch.no_grad():
+                    given["teacher_logits"], features = teacher.taps(images, [pair.teacher for pair in pairs])
+                given["teacher_features"] = [features[pair.teacher] for pair in pairs]
+            draws = generator(recipe.seed, "encode", epoch, step, device=images.device)
+            given["logits"], features = student.steps(images, [pair.student for pair in pairs], draws)
+            given["student_features"] = [features[pair.student] for pair in pairs]
+            return {
+                name: entry.function(*(given[tensor] for tensor in entry.inputs), **options)
+                for name, entry, options in terms
+            }
+
+        def evaluate() -> float:
+            return accuracy(student, self.test, batch_size=self.batch_size, seed=recipe.seed)
+
+        weights = {loss.name: loss.weight for loss in recipe.losses}
+        self.fitted = self._fit("student", student, recipe.distill, objective, weights, evaluate, state)
+        return student.eval()
+
+    def finish(self, student: Student) -> None:
+        """Write the student and the summary."""
+        recipe = self.recipe
+        options = {"batch_size": self.batch_size, "seed": recipe.seed}
+        [result] = measure(student, self.test, [recipe.student.timesteps], **options)
+        description = self._description(recipe.student.architecture, recipe.student.options)
+        description["recipe"] = (self.run / "recipe.toml").read_text(encoding="utf-8")
+        checkpoint.save_weights(self.run / "student.safetensors", student.network.state_dict(), description)
+        teacher = self.run.read_json("teacher.json")
+        summary = {
+            "accuracy": result["accuracy"],
+            "teacher_accuracy": teacher.get("accuracy"),
+            "timesteps": recipe.student.timesteps,
+            "firing_rate": result["firing_rate"],
+            "energy_uj": result["energy_uj"],
+            "seconds": self.fitted["seconds"],
+            "teacher_seconds": teacher.get("seconds"),
+            "images_per_second": self.fitted["images_per_second"],
+            "epochs": recipe.distill.epochs,
+            "images": len(self.test),
+            "seed": recipe.seed,
+        }
+        self.run.write_json("summary.json", summary)
+        self.progress.finish(summary, self.run.path)
+
+    def _description(self, architecture: str, options: dict[str, Any]) -> dict[str, Any]:
+        data = self.plan.data
+        return {
+            "architecture": architecture,
+            "options": options,
+            "in_channels": data.channels,
+            "num_classes": len(data.classes),
+            "data": self.recipe.data.name,
+        }
+
+    def _fit(
+        self,
+        phase: str,
+        module: nn.Module,
+        table: Training,
+        objective: Callable[[Tensor, Tensor, int, int], dict[str, Tensor]],
+        weights: dict[str, float],
+        evaluate: Callable[[], float],
+        state: dict[str, Any] | None,
+    ) -> dict[str, float]:
+        """Train `module`, from `state` if there is one; returns its last accuracy, the seconds and the throughput."""
+        optimizer = make_optimizer(module, table)
+        scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.recipe.precision == "fp16")
+        first_epoch, first_step, spent, sums = 0, 0, 0.0, None
+        if state:
+            module.load_state_dict(state["module"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            first_epoch, first_step = state["epoch"], state["step"]
+            spent, sums = state["seconds"], state["sums"]
+            self.progress.note(f"resuming the {phase} at epoch {first_epoch + 1}, step {first_step + 1}")
+        # What a stopped run logged beyond its last save is done again, and logged again.
+        done = [epoch for epoch in self.run.metrics() if epoch["phase"] != phase or epoch["epoch"] <= first_epoch]
+        self.run.write_metrics(done)
+        steps = self.plan.steps_per_epoch
+        begin = time.perf_counter() - spent
+
+        def save(epoch: int, step: int) -> None:
+            kept = {
+                "phase": phase,
+                "epoch": epoch,
+                "step": step,
+                "seconds": time.perf_counter() - begin,
+                "module": module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "sums": sums,
+            }
+            checkpoint.save_state(self.run / STATE, kept)
+
+        latest: dict[str, Any] = next((line for line in reversed(done) if line["phase"] == phase), {})
+        for epoch in range(first_epoch, table.epochs):
+            module.train()
+            batches = Batches(
+                self.train,
+                self.batch_size,
+                seed=self.recipe.seed,
+                epoch=epoch,
+                augment=self.recipe.data.augment,
+                start=first_step,
+            )
+            self.progress.epoch(phase, epoch, table.epochs, steps)
+            if not first_step:
+                sums = dict.fromkeys(["loss", *weights], 0.0)
+            trained, epoch_begin = 0, time.perf_counter()
+            for step, (images, targets) in enumerate(batches, start=first_step):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(table, epoch * steps + step, steps)
+                with self._autocast():
+                    terms = objective(images, targets, epoch, step)
+                loss = sum(weights[name] * term for name, term in terms.items())
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                if table.clip_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(module.parameters(), table.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                # Sums stay on the device: reading one would wait for it.
+                for name, term in {"loss": loss, **terms}.items():
+                    sums[name] = sums[name] + term.detach().double() * len(targets)
+                trained += len(targets)
+                if step % 20 == 0 or step + 1 == steps:
+                    self._check_finite(sums, phase, epoch, step)
+                    self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
+                if signum := self.stop():
+                    save(epoch, step + 1)
+                    raise Stopped(signum, self.run.path)
+            seconds = time.perf_counter() - epoch_begin
+            module.eval()
+            latest = {
+                "phase": phase,
+                "epoch": epoch + 1,
+                "loss": float(sums["loss"]) / len(self.train),
+                "losses": {name: float(sums[name]) / len(self.train) for name in weights},
+                "accuracy": evaluate(),
+                "lr": learning_rate(table, (epoch + 1) * steps - 1, steps),
+                "seconds": seconds,
+                "images_per_second": trained / seconds if trained else 0.0,
+            }
+            first_step = 0
+            self.run.add_metrics(latest)
+            save(epoch + 1, 0)
+            self.progress.end_epoch(latest)
+        return {
+            "accuracy": latest["accuracy"],
+            "seconds": time.perf_counter() - begin,
+            "images_per_second": latest["images_per_second"],
+        }
+
+    def _autocast(self):
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
+        return torch.autocast(self.plan.device.type, dtype=kind, enabled=kind != torch.float32)
+
+    def _check_finite(self, sums: dict[str, Tensor], phase: str, epoch: int, step: int) -> None:
+        broken = [name for name, value in sums.items() if name != "loss" and not math.isfinite(float(value))]
+        if broken or not math.isfinite(float(sums["loss"])):
+            raise MachineError(
+                f"the {phase}'s loss is not a finite number in epoch {epoch + 1}, by step {step + 1}: "
+                f"{', '.join(broken) or 'the weighted sum'}; "
+                f"lower the learning rate or set clip_norm. The last good state is in {self.run / STATE}"
+            )
+
+
+def make_optimizer(module: nn.Module, table: Training) -> torch.optim.Optimizer:
+    """SGD or AdamW; one-dimensional parameters (batch norm, biases, tau) do not decay."""
+    learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in learnt if p.ndim > 1], "weight_decay": table.weight_decay},
+        {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if table.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=table.lr, momentum=table.momentum)
+    return torch.optim.AdamW(groups, lr=table.lr, betas=(table.momentum, 0.999))
+
+
+def learning_rate(table: Training, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (Loshchilov & Hutter, ICLR 2017)."""
+    total, warm = table.epochs * steps_per_epoch, table.warmup_epochs * steps_per_epoch
+    if step < warm:
+        return table.lr * (step + 1) / warm
+    share = (step - warm) / max(1.0, total - warm)
+    return table.min_lr + (table.lr - table.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def teacher_key(recipe: Recipe, device: torch.device) -> str:
+    """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
+    data = recipe.data.model_dump(exclude={"root"})
+    teacher = recipe.teacher.model_dump(exclude={"checkpoint"})
+    plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_files]
+    defines = [1, recipe.seed, recipe.precision, device.type, data, teacher, plugins, recipe.plugins]
+    return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _learnt_by_neurons(network: nn.Module) -> dict[str, Tensor]:
+    """What a student has to learn beyond its teacher's weights: the neurons' own parameters."""
+    return {name: value for name, value in network.state_dict().items() if ".neuron." in name}
+
+
+@contextmanager
+def stop_on_signals():
+    """Within the block SIGINT and SIGTERM only ask for a stop after the current step; a second one kills at once.
+
+    Yields a function that returns the signal's number, None while there was none.
+    """
+    received: list[int] = []
+
+    def handle(signum: int, _: object) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread alone; whoever runs this in another handles them there.
+        yield lambda: None
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,259 @@
+"""The run folder: what a distillation leaves behind, and all that `evaluate` needs.
+
+    recipe.toml          the recipe with every default written down
+    env.json             versions, device, world size
+    metrics.jsonl        one object an epoch, the teacher's first
+    teacher.safetensors  student.safetensors
+    last.pt              full state, from which `--resume` goes on
+    summary.json         the result; its presence says that the run is done
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lasnn import __version__, checkpoint
+from lasnn.data import Dataset
+from lasnn.errors import MachineError, UserError
+from lasnn.network import Student, Teacher
+from lasnn.plan import make_data, make_student, make_teacher, pick_device
+from lasnn.recipe import Recipe
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file in one step."""
+        checkpoint.write(self / name, json.dumps(value, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run, {} where there is none yet."""
+        path = self / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The epochs so far; a last line that a kill cut short is left out."""
+        path = self / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines):
+                    raise UserError(f"{path}: line {number} is damaged: {error}") from error
+        return found
+
+    def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
+        """Replace the epochs, as a resumed run does with those it does again."""
+        checkpoint.write(self / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+
+    def add_metrics(self, epoch: dict[str, Any]) -> None:
+        """Append one epoch."""
+        checkpoint.append_line(self / "metrics.jsonl", json.dumps(epoch))
+
+
+def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
+    """Make a run's folder with its recipe and environment, or take up the one that is there.
+
+    Raises:
+        UserError: the folder is not empty and `resume` is not given, or it holds another recipe.
+        MachineError: the folder cannot be made.
+    """
+    run = RunFolder(_next_folder(recipe.name) if out is None else out)
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--out {run.path} is a file; name a folder")
+    text = _resolved(recipe)
+    used = run.path.is_dir() and any(run.path.iterdir())
+    if used and not resume:
+        raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
+    if used and (run / "recipe.toml").is_file():
+        before = (run / "recipe.toml").read_text(encoding="utf-8")
+        if before != text:
+            raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
+        for stray in run.path.glob(".*.??????*"):
+            stray.unlink()
+        return run
+    if used:
+        raise UserError(f"{run.path} is not empty and not a run folder; choose another --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        for plugin in recipe.plugin_files:
+            shutil.copyfile(plugin, run / plugin.name)
+    except OSError as error:
+        raise MachineError(f"cannot write {run.path}: {error.strerror}") from error
+    checkpoint.write(run / "recipe.toml", text)
+    return run
+
+
+def _resolved(recipe: Recipe) -> str:
+    """The recipe's text for a run folder; its paths hold from every working directory."""
+    data = recipe.data.model_copy(update={"root": str(Path(recipe.data.root).absolute())})
+    teacher = recipe.teacher
+    if teacher and teacher.checkpoint is not None:
+        teacher = teacher.model_copy(update={"checkpoint": str(Path(teacher.checkpoint).absolute())})
+    return recipe.model_copy(update={"data": data, "teacher": teacher}).to_toml()
+
+
+def _next_folder(name: str) -> Path:
+    number = 1
+    while (RUNS / f"{name}-{number}").exists():
+        number += 1
+    return RUNS / f"{name}-{number}"
+
+
+def _first_difference(before: str, now: str) -> str:
+    table = ""
+    for old, new in zip(before.splitlines() + [""], now.splitlines() + [""], strict=False):
+        if old != new:
+            return f"in {table or 'its head'} it has {old or 'nothing'!r}, now {new or 'nothing'!r}"
+        table = old if old.startswith("[") else table
+    return "one of them goes on where the other ends"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run's numbers depend on besides its recipe."""
+    import torchvision
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "lasnn": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "triton": triton_version,
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "world_size": 1,
+        "command": sys.argv,
+    }
+
+
+def find_run(run: str | Path | None) -> RunFolder:
+    """The run folder that the user means; None is the newest one under `runs/`.
+
+    Raises:
+        UserError: it is not a run folder, or there is none.
+    """
+    if run is not None:
+        path = Path(run)
+        if not path.exists():
+            raise UserError(f"no folder {path}; give a run folder{_known_runs()}")
+        if not (path / "recipe.toml").is_file():
+            raise UserError(f"{path} is not a run folder (it has no recipe.toml){_known_runs()}")
+        return RunFolder(path)
+    runs = all_runs()
+    if not runs:
+        raise UserError(f"no runs in {RUNS.absolute()}; `lasnn distill quickstart` makes one")
+    return RunFolder(runs[-1])
+
+
+def all_runs() -> list[Path]:
+    """The run folders under `runs/`, the newest last."""
+    return sorted((path.parent for path in RUNS.glob("*/recipe.toml")), key=_made)
+
+
+def _made(folder: Path) -> tuple[int, str]:
+    return (folder / "recipe.toml").stat().st_mtime_ns, folder.name
+
+
+def _known_runs() -> str:
+    runs = [str(path) for path in all_runs()[-5:]]
+    return f"; the newest: {', '.join(runs)}" if runs else ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, ready to use."""
+
+    folder: RunFolder
+    recipe: Recipe
+    data: Dataset
+    device: torch.device
+    student: Student = field(repr=False)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says."""
+        return self.folder.read_json("summary.json")
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The teacher in eval mode, None where the run has none."""
+        path = self.folder / "teacher.safetensors"
+        if self.recipe.teacher is None or not path.is_file():
+            return None
+        teacher = make_teacher(self.recipe, self.data)
+        load_into(teacher.network, path)
+        return teacher.to(self.device).eval()
+
+
+def load_run(run: str | Path | None = None, device: str = "cpu") -> Run:
+    """Read a run folder.
+
+    Args:
+        run: the folder; None is the newest one under `runs/`.
+        device: where the networks go; "auto" takes CUDA if present.
+
+    Returns:
+        The run; `.student` is an `nn.Module` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
+
+    Raises:
+        UserError: it is not a run folder, or has no trained student.
+    """
+    folder = find_run(run)
+    recipe = Recipe.load(folder / "recipe.toml")
+    data = make_data(recipe)
+    weights = folder / "student.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            f"{folder.path} has no student yet; finish it with "
+            f"`lasnn distill {folder / 'recipe.toml'} --out {folder.path} --resume`"
+        )
+    where = pick_device(device)
+    student = make_student(recipe, data)
+    load_into(student.network, weights)
+    return Run(folder, recipe, data, where, student.to(where).eval())
+
+
+def load_into(network: nn.Module, path: Path) -> None:
+    """Load a weights file into a network.
+
+    Raises:
+        UserError: the file is damaged or does not fit.
+    """
+    weights, _ = checkpoint.load_weights(path)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} does not fit the recipe's network: {first}") from error
