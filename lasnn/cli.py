@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from lasnn import __version__
 from lasnn.errors import MachineError, UserError
 
 app = typer.Typer(
     name="lasnn",
+    # Boxes and colours are for people; a pipe gets plain lines.
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,6 +22,21 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -109,11 +109,6 @@ class Staged(nn.Module):
             raise ValueError("the units of one network must come from one `act` factory")
         self.clock = next(iter(clocks.values()), Clock())
 
-    @property
-    def spiking(self) -> bool:
-        """Whether the network has spiking neurons."""
-        return any(isinstance(module, NormSpike) for module in self.modules())
-
     def forward(
         self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,100 @@
+"""What the tests share: the command line as a process, and a recipe that trains in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Narrow and short: what is tested with it is the machinery, not the accuracy.
+TINY = """
+[data]
+name = "tiny-clothes"
+batch_size = 50
+
+[teacher]
+architecture = "vgg5"
+width = 4
+epochs = 2
+
+[student]
+architecture = "vgg5"
+width = 4
+timesteps = 2
+
+[distill]
+epochs = 2
+lr = 0.05
+"""
+
+# The first images of the shipped subset under a name of their own, as a user would register a data set.
+TINY_DATA = '''
+from lasnn import datasets
+from lasnn.data import Images
+from lasnn.data.fashion_mnist import FashionMNISTMini
+
+
+@datasets.register("tiny-clothes")
+class TinyClothes(FashionMNISTMini):
+    """400 training and 120 test images of the shipped subset."""
+
+    train_size = 400
+    test_size = 120
+
+    def load(self):
+        train, test = super().load()
+        some = slice(None, None, 12), slice(None, None, 16)
+        return (
+            Images(train.pixels[some[0]][:400], train.labels[some[0]][:400]),
+            Images(test.pixels[some[1]][:120], test.labels[some[1]][:120]),
+        )
+'''
+
+
+@pytest.fixture()
+def tiny(tmp_path, monkeypatch):
+    """A folder with a tiny recipe and its plugin, made the working directory; returns the recipe's path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_clothes.py").write_text(TINY_DATA)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text('plugins = ["tiny_clothes.py"]\n' + TINY)
+    return recipe
+
+
+class Command:
+    """Runs `lasnn` as a process in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, *arguments, **options) -> subprocess.Popen:
+        environment = {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "lasnn", *map(str, arguments)],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def __call__(self, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}\n{out}\n{err}"
+        assert "Traceback" not in err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def json(self, *arguments) -> dict:
+        """The one JSON object that a command prints on standard output."""
+        return json.loads(self(*arguments, "--json").stdout)
+
+
+@pytest.fixture()
+def lasnn(tmp_path):
+    return Command(tmp_path)

@@ -1,0 +1,233 @@
+"""Every registered architecture, as teacher and as student; the day one is registered it is tested here."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lasnn import Staged, architectures
+from lasnn.errors import UserError
+from lasnn.network import NormActivate, NormSpike, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.registry import encoders
+
+# Learnable parameters for three input channels. ResNet-19: 12.63 M (TET's code); ResNet-18 and 34 with the CIFAR stem
+# and ResNet-20 with projection shortcuts: the usual PyTorch counts; VGG-11 to 16: those of the CIFAR form
+# (9,231,114; 9,416,010; 14,728,266 for ten classes) less the biases that batch norm makes superfluous.
+PARAMETERS = {
+    ("resnet18", 10): 11_173_962,
+    ("resnet19", 10): 12_630_858,
+    ("resnet20", 10): 272_474,
+    ("resnet34", 10): 21_282_122,
+    ("vgg11", 10): 9_231_114 - 2_752,
+    ("vgg13", 10): 9_416_010 - 2_944,
+    ("vgg16", 10): 14_728_266 - 4_224,
+    ("resnet18", 100): 11_220_132,
+}
+NARROW = {name: {"width": 4} for name in ("resnet18", "resnet19", "resnet20", "resnet34")} | {
+    name: {"width": 4} for name in ("vgg5", "vgg9", "vgg11", "vgg13", "vgg16")
+}
+
+
+def make(name, act, in_channels=3, num_classes=7):
+    torch.manual_seed(0)
+    options = NARROW.get(name, {})
+    return build(name, act, in_channels=in_channels, num_classes=num_classes, **options)
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "classes"), PARAMETERS)
+def test_parameter_counts(name, classes):
+    with torch.device("meta"):
+        for act in (ann_units(), snn_units()):
+            assert count(build(name, act, in_channels=3, num_classes=classes)) == PARAMETERS[name, classes]
+
+
+def test_resnet19_with_elkd_stem():
+    with torch.device("meta"):
+        network = build("resnet19", ann_units(), in_channels=3, num_classes=10, stem_width=128)
+    assert round(count(network) / 1e6, 2) == 12.70
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16"])
+def test_vgg_has_the_convolutions_of_torchvision(name):
+    with torch.device("meta"):
+        ours = build(name, ann_units(), in_channels=3, num_classes=10)
+        theirs = getattr(torchvision.models, f"{name}_bn")()
+    convolutions = [[m.weight.shape for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (ours, theirs)]
+    assert convolutions[0] == convolutions[1]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_resnet_stages_are_those_of_torchvision(name):
+    with torch.device("meta"):
+        ours = build(name, ann_units(), in_channels=3, num_classes=10)
+        theirs = getattr(torchvision.models, name)()
+    for number in range(1, 5):
+        assert count(getattr(ours, f"stage{number}")) == count(getattr(theirs, f"layer{number}"))
+
+
+@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33), (2, 64)])
+def test_any_size_from_28_up(name, channels, size):
+    with torch.device("meta"):
+        for act in (ann_units(), snn_units()):
+            network = make(name, act, in_channels=channels)
+            shapes = probe(network, (channels, size, size), timesteps=3)
+            logits, _ = network(torch.empty(1, 2, channels, size, size), timesteps=3)
+            assert logits.shape[1:] == (2, 7)
+            assert list(shapes) == [f"stage{number}" for number in range(1, len(shapes) + 1)]
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_teacher_and_student_share_their_keys(name):
+    teacher, student = make(name, ann_units()), make(name, snn_units())
+    assert teacher.state_dict().keys() == student.state_dict().keys()
+    student.load_state_dict(teacher.state_dict())
+    learnt = make(name, snn_units("plif"))
+    extra = learnt.state_dict().keys() - teacher.state_dict().keys()
+    units = [module for module in learnt.modules() if isinstance(module, NormSpike)]
+    assert len(extra) == len(units)
+    assert all(key.endswith(".neuron.w") for key in extra)
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_width_scales_every_stage(name):
+    with torch.device("meta"):
+        shapes = [
+            probe(build(name, ann_units(), in_channels=3, num_classes=10, width=width), (3, 32, 32))
+            for width in (4, 8)
+        ]
+    for stage in shapes[0]:
+        assert shapes[1][stage][0] == 2 * shapes[0][stage][0]
+        assert shapes[1][stage][1:] == shapes[0][stage][1:]
+
+
+@pytest.mark.parametrize("name", architectures.names())
+def test_forward_and_backward_reach_every_parameter(name):
+    student = make(name, snn_units(alpha=1.0))
+    # Currents high enough that every layer spikes, so that no gradient is zero for want of activity.
+    for module in student.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 0.5)
+    logits, features = student(torch.randn(1, 4, 3, 32, 32), timesteps=2, taps=["stage2"])
+    assert logits.shape == (2, 4, 7)
+    assert features.keys() == {"stage2"}
+    assert features["stage2"].shape[:2] == (2, 4)
+    assert set(features["stage2"].unique().tolist()) <= {0.0, 1.0}, "a tap of a student is spikes"
+    logits.square().sum().backward()
+    silent = [key for key, parameter in student.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert not silent
+
+
+@pytest.mark.parametrize("name", ["vgg5", "resnet19"])
+@pytest.mark.parametrize("training", [False, True])
+def test_constant_input_equals_the_repeated_one(name, training):
+    """The stem runs once under direct encoding; the batch statistics are those of the unrepeated tensor."""
+    images = torch.randn(1, 4, 3, 28, 28)
+    student = make(name, snn_units()).train(training)
+    once, _ = student(images, timesteps=3)
+    statistics = {key: value.clone() for key, value in student.state_dict().items() if "running" in key}
+    student = make(name, snn_units()).train(training)
+    repeated, _ = student(images.expand(3, -1, -1, -1, -1), timesteps=3)
+    # Statistics over a repeated tensor are summed in another order: a rounding difference can flip a spike.
+    assert (once - repeated).abs().mean() < 0.02
+    for key, value in student.state_dict().items():
+        if key in statistics and "stem" in key and "running_mean" in key:
+            torch.testing.assert_close(value, statistics[key])
+    if training:
+        norm = next(module for module in student.modules() if isinstance(module, nn.BatchNorm2d))
+        alone = nn.BatchNorm2d(norm.num_features)
+        convolution = next(module for module in student.modules() if isinstance(module, nn.Conv2d))
+        alone(convolution(images[0]))
+        first = next(value for key, value in statistics.items() if "running_var" in key)
+        torch.testing.assert_close(first, alone.running_var)
+
+
+def test_a_run_of_t_steps_holds_every_shorter_one():
+    student = make("vgg5", snn_units()).eval()
+    images = torch.randn(1, 4, 3, 28, 28)
+    long, _ = student(images, timesteps=5)
+    for steps in range(1, 5):
+        short, _ = student(images, timesteps=steps)
+        torch.testing.assert_close(short, long[:steps])
+
+
+def test_there_is_nothing_to_reset():
+    student = make("vgg5", snn_units()).eval()
+    images = torch.randn(3, 2, 3, 28, 28)
+    first, _ = student(images, timesteps=3)
+    student(torch.randn(3, 5, 3, 28, 28), timesteps=3)
+    again, _ = student(images, timesteps=3)
+    assert torch.equal(first, again)
+
+
+def test_wrong_number_of_steps():
+    student = make("vgg5", snn_units())
+    with pytest.raises(ValueError, match="has 2 time steps; expected 3, or 1"):
+        student(torch.randn(2, 1, 3, 28, 28), timesteps=3)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16"])
+def test_an_image_that_is_too_small_names_the_stage(name):
+    with torch.device("meta"), pytest.raises(UserError, match=r"cannot run on 8 x 8 images \(stage5: "):
+        probe(make(name, ann_units()), (3, 8, 8))
+
+
+def test_residual_of_a_constant_and_a_spiking_tensor():
+    act = snn_units()
+
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 1)
+            self.unit = act(4)
+            self.second = nn.Conv2d(4, 4, 1)
+            self.join = act(4)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.join(self.second(self.unit(y)), residual=y)
+
+    network = Staged({"stage1": Skip()}, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    logits, features = network(torch.randn(1, 2, 3, 5, 5), timesteps=3, taps=["stage1"])
+    assert logits.shape == (3, 2, 2)
+    assert features["stage1"].shape == (3, 2, 4, 5, 5)
+
+
+def test_units_of_two_factories_are_refused():
+    stages = {"stage1": snn_units()(3), "stage2": snn_units()(3)}
+    with pytest.raises(ValueError, match="one `act` factory"):
+        Staged(stages, nn.Identity())
+
+
+def test_an_ann_has_one_step():
+    teacher = make("vgg5", ann_units())
+    assert any(isinstance(module, NormActivate) for module in teacher.modules())
+    module = Teacher(teacher, (0.5,) * 3, (0.2,) * 3)
+    logits, features = module.taps(torch.rand(2, 3, 28, 28), ["stage3"])
+    assert logits.shape == (2, 7)
+    assert features["stage3"].shape[0] == 2
+    assert not any("mean" in key for key in module.state_dict() if "running" not in key)
+
+
+def test_student_module():
+    encoder = encoders.build("direct", (0.5,) * 3, (0.2,) * 3)
+    student = Student(make("vgg5", snn_units()), encoder, 4).eval()
+    images = torch.rand(2, 3, 28, 28)
+    logits = student(images)
+    assert logits.shape == (2, 7)
+    torch.testing.assert_close(logits, student.steps(images)[0].mean(0))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        student(images * 255)
+
+
+def test_what_is_not_staged_is_refused(monkeypatch):
+    architectures.register("plain")(lambda act, *, in_channels, num_classes: nn.Flatten())
+    try:
+        with pytest.raises(UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged"):
+            build("plain", ann_units(), in_channels=1, num_classes=2)
+    finally:
+        architectures.unregister("plain")

@@ -1,0 +1,91 @@
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from lasnn import architectures, losses
+from lasnn.errors import UserError
+from lasnn.registry import REGISTRIES, Registry
+
+
+@pytest.fixture()
+def registry():
+    return Registry("thing", "lasnn.errors")
+
+
+def test_register_build_and_list(registry):
+    @registry.register("b")
+    def b(x, *, scale: float = 2.0):
+        """Scales x.
+
+        More.
+        """
+        return x * scale
+
+    @registry.register("a")
+    def a(x):
+        """Returns x."""
+        return x
+
+    assert registry.names() == list(registry) == ["a", "b"]
+    assert len(registry) == 2
+    assert "a" in registry
+    assert registry.build("b", 3, scale=4.0) == 12
+    assert registry["b"].description == "Scales x."
+    assert registry["b"].inputs == ("x",)
+    assert registry["b"].options["scale"].default == 2.0
+
+
+def test_unknown_name_names_the_nearest_and_all(registry):
+    registry.register("resnet19")(lambda: None)
+    registry.register("vgg9")(lambda: None)
+    with pytest.raises(UserError, match=r"unknown thing 'resnet91'; did you mean 'resnet19'\? known: resnet19, vgg9"):
+        registry["resnet91"]
+
+
+def test_duplicates_are_refused_and_say_where_the_first_is(registry):
+    registry.register("a")(lambda: None)
+    with pytest.raises(ValueError, match=r"thing 'a' is already registered \(.*test_registry.py:\d+\)"):
+        registry.register("a")(lambda: None)
+
+
+def test_a_plugin_cannot_take_a_built_in_name():
+    with pytest.raises(ValueError, match=r"'vgg9' is already registered \(.*vgg.py"):
+        architectures.register("vgg9")(lambda act, *, in_channels, num_classes: None)
+
+
+def test_catch_all_parameters_are_refused(registry):
+    with pytest.raises(ValueError, match="name every option"):
+        registry.register("a")(lambda **options: None)
+
+
+def test_a_loss_asks_only_for_what_there_is():
+    with pytest.raises(ValueError, match="asks for student; .*logits, targets"):
+        losses.register("mine")(lambda student: None)
+    assert "mine" not in losses
+
+
+def test_problems_name_key_type_and_limits(registry):
+    @registry.register("a")
+    def a(*, size: Annotated[int, Field(ge=1)] = 1, kind: Literal["x", "y"] = "x", must: float, many: list[int] = ()):
+        """A."""
+
+    problems = dict(registry["a"].problems({"size": 0, "knid": "x", "kind": "z", "many": ["p"]}))
+    assert problems["size"] == "0 is not valid; it takes a whole number (>= 1)"
+    assert "did you mean 'kind'?" in problems["knid"]
+    assert problems["kind"] == """'z' is not valid; it takes one of "x", "y\""""
+    assert problems["must"].startswith("missing; 'a' needs it")
+    assert "a list (a whole number each)" in problems["many"]
+    assert registry["a"].problems({"must": 1}) == [], "an integer is a number"
+    assert dict(registry["a"].problems({"must": 1, "size": True}))["size"], "true is not a whole number"
+
+
+@pytest.mark.parametrize("kind", REGISTRIES)
+def test_every_part_has_a_line_of_description_and_typed_options(kind):
+    registry = REGISTRIES[kind]
+    assert len(registry) >= 2
+    for name in registry:
+        entry = registry[name]
+        assert 10 < len(entry.description) < 130, name
+        for option, info in entry.options.items():
+            assert info.type_name != "anything", f"{name}.{option} has no annotation"
