@@ -124,7 +124,8 @@ class LIF(Neuron):
         return self.tau
 
     def extra_repr(self) -> str:
-        return f"tau={float(self.time_constant):.4g}, {super().extra_repr()}"
+        tau = self.time_constant
+        return f"tau={tau.item() if isinstance(tau, Tensor) else tau:.4g}, {super().extra_repr()}"
 
 
 @neurons.register("plif")

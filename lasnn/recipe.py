@@ -344,7 +344,7 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
                     found.append((f"{table}.{option}", unknown(f"key of [{table}]", option, model.model_fields)))
             continue
         for option, message in registry[name].problems(options, given):
-            if model and option in options and option not in registry[name].options:
+            if model and option in options and option not in set(registry[name].options) - set(given):
                 # The key may be a misspelt key of the table just as well as of the part's options.
                 known = {*model.model_fields, *registry[name].options} - set(given)
                 message = unknown(f"key of [{table}] with {name!r}", option, known)
@@ -476,6 +476,8 @@ def _faults(error: ValidationError):
     """(place, message) of each of pydantic's errors, in lasnn's words."""
     seen = set()
     for fault in error.errors(include_url=False):
+        if fault["loc"][-1] == "str" and isinstance(fault["input"], dict):
+            continue  # "or text" is no advice for what is written as a table
         place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable"))
         if place in seen:
             continue

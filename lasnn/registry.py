@@ -191,7 +191,7 @@ def describe_type(annotation: Any) -> str:
         return describe_type(inner[0]) + describe_limits(annotation.__metadata__)
     if inner:  # a union
         return " or ".join(describe_type(part) for part in inner if part is not type(None))
-    return getattr(annotation, "__name__", str(annotation))
+    return "a table" if hasattr(annotation, "model_fields") else getattr(annotation, "__name__", str(annotation))
 
 
 def describe_limits(metadata: Iterable[Any]) -> str:

@@ -1,0 +1,108 @@
+"""Operation counts against brute force, and the accuracy over T."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lasnn import Staged
+from lasnn.data import Images
+from lasnn.measure import Counter, accuracy, measure, teacher_energy_uj
+from lasnn.network import Student, Teacher, ann_units, build, snn_units
+from lasnn.registry import encoders
+
+
+def images(count=6, channels=2, size=12):
+    torch.manual_seed(1)
+    pixels = torch.randint(256, (count, channels, size, size), dtype=torch.uint8)
+    return Images(pixels, torch.randint(3, (count,)))
+
+
+def small(encoder="direct", timesteps=3):
+    """Stride, padding, groups, an average pool and a linear head."""
+    torch.manual_seed(0)
+    act = snn_units(threshold=0.5)
+    stages = {
+        "stage1": nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), act(4)),
+        "stage2": nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False), act(6)),
+        "stage3": nn.Sequential(nn.Conv2d(6, 5, 2, bias=False), act(5)),
+    }
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+    return Student(Staged(stages, head), encoders.build(encoder, (0.5, 0.5), (0.25, 0.25)), timesteps).eval()
+
+
+def connections(layer, spikes):
+    """Additions that spikes [N, C, H, W] cause in a convolution: its weights replaced by ones, summed."""
+    ones = torch.ones_like(layer.weight)
+    options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+    return float(F.conv2d(spikes, ones, **options).sum())
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+def test_operations_against_brute_force(encoder):
+    student, data = small(encoder), images()
+    batch = data.pixels.float() / 255
+    with torch.no_grad():
+        draws = torch.Generator().manual_seed(5)
+        with Counter(student, 3) as counter:
+            student.steps(batch, generator=draws)
+        draws = torch.Generator().manual_seed(5)
+        _, taps = student.steps(batch, ["stage1", "stage2", "stage3"], draws)
+        draws = torch.Generator().manual_seed(5)
+        spikes_in = student.encoder(batch, 3, draws)
+    net = student.network
+    first, second, third = net.stage1[0], net.stage2[1], net.stage3[0]
+    for steps in (1, 3):
+        one, two, three = (taps[name][:steps].flatten(0, 1) for name in ("stage1", "stage2", "stage3"))
+        # Each spike that enters the pool counts as one in the layer behind it: the pool as a sum.
+        additions = connections(second, F.avg_pool2d(one, 2) * 4) + connections(third, two) + float(three.sum()) * 3
+        multiply = 0.0
+        if encoder == "direct":
+            multiply = 6 * 12 * 12 * first.weight.numel()
+        else:
+            additions += connections(first, spikes_in[:steps].flatten(0, 1))
+        result = counter.after(steps)
+        assert result["operations"]["additions"] * 6 == pytest.approx(additions)
+        assert result["operations"]["multiply_additions"] * 6 == pytest.approx(multiply)
+        assert result["energy_uj"] == pytest.approx(1e-6 * (0.9 * additions + 4.6 * multiply) / 6)
+        rates = [float(spikes.mean()) for spikes in (one, two, three)]
+        assert list(result["firing_rate_by_layer"].values()) == pytest.approx(rates)
+        total = sum(float(spikes.sum()) for spikes in (one, two, three))
+        assert result["firing_rate"] == pytest.approx(total / sum(spikes.numel() for spikes in (one, two, three)))
+    assert total > 0
+
+
+def test_a_real_valued_layer_at_every_step_costs_t_times():
+    act = snn_units()
+    stages = {"stage1": nn.Sequential(act(2), nn.Sigmoid(), nn.Conv2d(2, 4, 1, bias=False), act(4))}
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    student = Student(Staged(stages, head), encoders.build("direct", (0.5, 0.5), (0.25, 0.25)), 3).eval()
+    with torch.no_grad(), Counter(student, 3) as counter:
+        student.steps(images().pixels.float() / 255)
+    assert counter.after(3)["operations"]["multiply_additions"] == 3 * 12 * 12 * 8
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
+def test_one_pass_gives_the_accuracy_at_every_t(encoder):
+    student, data = small(encoder), images(40)
+    options = {"batch_size": 16, "seed": 3}
+    together = measure(student, data, [4, 1, 2], **options)
+    assert [result["timesteps"] for result in together] == [4, 1, 2]
+    for result in together:
+        student.timesteps = result["timesteps"]
+        assert measure(student, data, [result["timesteps"]], **options) == [result]
+        assert accuracy(student, data, **options) == result["accuracy"]
+
+
+def test_hooks_leave_no_trace():
+    student = small()
+    with Counter(student, 3):
+        pass
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in student.modules())
+
+
+def test_teacher_energy_is_the_hand_count():
+    network = build("vgg5", ann_units(), in_channels=1, num_classes=10, width=2)
+    macs = 28 * 28 * 9 * 1 * 2 + 14 * 14 * 9 * 2 * 4 + 7 * 7 * 9 * (4 * 8 + 8 * 8) + 8 * 10
+    energy = teacher_energy_uj(Teacher(network, (0.5,), (0.5,)).eval(), (1, 28, 28))
+    assert energy == pytest.approx(4.6e-6 * macs)

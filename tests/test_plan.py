@@ -1,0 +1,144 @@
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import save_file
+
+from lasnn.errors import UserError
+from lasnn.plan import make_plan
+from lasnn.recipe import Recipe
+
+
+@pytest.fixture()
+def plain(tmp_path):
+    path = tmp_path / "plain.toml"
+    path.write_text(TINY.replace("tiny-clothes", "fashion-mnist-mini"))
+    return path
+
+
+def plan(path, *overrides):
+    return make_plan(Recipe.load(path, overrides))
+
+
+def problems(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        plan(path, *overrides)
+    return list(caught.value.problems)
+
+
+def test_plan_of_a_recipe(plain):
+    found = plan(plain, "student.architecture=vgg9", "teacher.width=8").summary()
+    assert found["teacher_parameters"] > found["student_parameters"] / 4
+    assert found["steps_per_epoch"] == 100
+    assert found["teacher_steps"] == found["student_steps"] == 200
+    assert found["pairs"][1] == {
+        "student": "stage2",
+        "teacher": "stage2",
+        "student_shape": [8, 14, 14],
+        "teacher_shape": [16, 14, 14],
+    }
+    assert found["losses"] == {"cross-entropy": 1.0, "attention": 1000.0}
+
+
+def test_memory_grows_with_batch_and_time(plain):
+    def memory(*overrides):
+        return plan(plain, *overrides).memory_bytes
+
+    assert 1.8 < memory("data.batch_size=400") / memory("data.batch_size=200") < 2.2
+    assert 1.5 < memory("student.timesteps=8") / memory("student.timesteps=4") < 2.2
+    assert memory("precision=bf16") < memory()
+
+
+def test_memory_is_of_the_size_of_what_autograd_keeps(plain):
+    """The estimate on the meta device is what a real forward pass saves."""
+    from lasnn.plan import make_data, make_student
+
+    recipe = Recipe.load(plain)
+    student = make_student(recipe, make_data(recipe)).train()
+    kept = {}
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student.steps(torch.rand(50, 1, 28, 28))
+    estimate = plan(plain).memory_bytes
+    assert 0.8 < estimate / sum(kept.values()) < 1.4
+
+
+def test_taps_that_do_not_exist(plain):
+    [first, second] = problems(plain, 'distill.pairs=["stage9","stage1:stag2"]')[:2]
+    assert "distill.pairs: 'stage9': unknown stage of the student 'stage9'; did you mean 'stage" in first
+    assert "known: stage1, stage2, stage3" in first
+    assert "unknown stage of the teacher" in second
+
+
+def test_pairs_by_name(plain):
+    [pair] = plan(plain, 'distill.pairs=["stage1:stage2"]').pairs
+    assert (pair.student, pair.teacher) == ("stage1", "stage2")
+
+
+def test_mistakes_of_building_come_together(plain):
+    found = problems(
+        plain,
+        'distill.pairs=["stage7"]',
+        "student.neuron.v_reset=2",
+        "teacher.checkpoint=gone.safetensors",
+        "device=cuda:99",
+        "teacher.epochs=1",
+    )
+    assert len(found) == 1, "what contradicts itself in the recipe's text comes first"
+    text = plain.read_text().replace("epochs = 2\n", "", 1)
+    plain.write_text(text)
+    found = problems(
+        plain,
+        'distill.pairs=["stage7"]',
+        "student.neuron.v_reset=2",
+        "teacher.checkpoint=gone.safetensors",
+        "device=cuda:99",
+    )
+    for key in ("device", "student", "teacher.checkpoint", "distill.pairs"):
+        assert any(f": {key}: " in line for line in found), (key, found)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", "tpu"])
+def test_unknown_device(plain, device):
+    assert any("is not a device" in line for line in problems(plain, f"device={device}"))
+
+
+def test_fp16_needs_a_gpu(plain):
+    assert any("needs a GPU" in line for line in problems(plain, "precision=fp16", "device=cpu"))
+
+
+def test_pair_weights_and_channels(plain):
+    losses = 'losses=[{name="cross-entropy"},{name="attention",pair_weights=[1.0]},{name="feature-mse"}]'
+    found = problems(plain, losses, "teacher.width=8")
+    assert any("losses.1.pair_weights: 1 weights for 3 pairs" in line for line in found)
+    assert any("'feature-mse' needs equal channels; 'stage1' has 4, the teacher's 'stage1' 8" in line for line in found)
+
+
+def test_init_from_a_teacher_of_another_shape(plain):
+    found = problems(plain, "student.init=teacher", "teacher.width=8")
+    assert any("student.init" in line and "same architecture" in line for line in found)
+    plan(plain, "student.init=teacher", "student.neuron.name=plif")
+
+
+def test_checkpoints_that_do_not_fit(plain, tmp_path):
+    plain.write_text(plain.read_text().replace("epochs = 2\n", "", 1))
+    path = tmp_path / "t.safetensors"
+
+    def checked():
+        [line] = problems(plain, f"teacher.checkpoint={path}")
+        return line
+
+    assert "no file" in checked()
+    path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert "is not a whole safetensors file" in checked()
+    save_file({"a": torch.zeros(1)}, path)
+    assert "is it another architecture?" in checked()
+    save_file({"a": torch.zeros(1)}, path, metadata={"lasnn": '{"num_classes": 100}'})
+    assert "was trained for 100 classes; the data set has 10" in checked()
+    other = tmp_path / "t.pt"
+    other.write_bytes(b"x")
+    assert "is not a .safetensors file" in problems(plain, f"teacher.checkpoint={other}")[0]

@@ -1,0 +1,244 @@
+import tomllib
+
+import pytest
+from conftest import TINY
+
+from lasnn.errors import UserError
+from lasnn.recipe import Recipe, Training, dump_toml, fields, shipped
+
+
+def problems(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        Recipe.load(path, overrides)
+    return list(caught.value.problems)
+
+
+@pytest.fixture()
+def plain(tmp_path):
+    path = tmp_path / "plain.toml"
+    path.write_text(TINY.replace("tiny-clothes", "fashion-mnist-mini"))
+    return path
+
+
+def test_defaults_are_written_down(plain):
+    recipe = Recipe.load(plain)
+    assert [(loss.name, loss.weight) for loss in recipe.losses] == [("cross-entropy", 1.0), ("attention", 1000.0)]
+    assert recipe.data.augment == ["flip"]
+    assert recipe.student.options == {"width": 4}
+    assert recipe.student.neuron.name == "lif"
+    assert recipe.name == "plain"
+
+
+def test_without_a_teacher_the_objective_is_cross_entropy(plain):
+    text = plain.read_text()
+    plain.write_text(text[: text.index("[teacher]")] + text[text.index("[student]") :])
+    recipe = Recipe.load(plain)
+    assert recipe.teacher is None
+    assert [loss.name for loss in recipe.losses] == ["cross-entropy"]
+
+
+def test_resolved_recipe_reads_back(plain, tmp_path):
+    settings = ["student.neuron.tau=3", 'student.encoder={name="poisson"}', "losses.attention.pair_weights=[1,2,0.5]"]
+    plain.write_text(plain.read_text() + '[[losses]]\nname = "cross-entropy"\n[[losses]]\nname = "attention"\n')
+    recipe = Recipe.load(plain, settings)
+    copy = tmp_path / "copy.toml"
+    copy.write_text(recipe.to_toml())
+    again = Recipe.load(copy)
+    assert again.to_toml() == recipe.to_toml()
+    assert again.losses[1].options == {"pair_weights": [1, 2, 0.5]}
+
+
+def test_toml_writer_round_trips():
+    tables = {
+        "text": 'quote " back \\ line \n é €',
+        "number": 1e-05,
+        "inf": float("inf"),
+        "flag": True,
+        "list": [1, "two", [3.0]],
+        "table": {"deep": {"x": 1}, "empty": []},
+        "tables": [{"name": "a", "inner": {"y": 2}}, {"name": "b"}],
+    }
+    assert tomllib.loads(dump_toml(tables)) == tables
+
+
+def test_overrides(plain):
+    settings = [
+        "seed=7",
+        "student.timesteps=2",
+        "student.neuron.name=plif",
+        "losses.0.weight=0.5",
+        "losses.attention.power=1",
+        "data.augment=[]",
+    ]
+    plain.write_text(plain.read_text() + '[[losses]]\nname = "cross-entropy"\n[[losses]]\nname = "attention"\n')
+    recipe = Recipe.load(plain, settings)
+    assert recipe.seed == 7
+    assert recipe.student.neuron.name == "plif"
+    assert recipe.losses[0].weight == 0.5
+    assert recipe.losses[1].options == {"power": 1}
+    assert recipe.data.augment == []
+
+
+def test_every_mistake_is_reported_at_once(plain):
+    plain.write_text(
+        """
+sed = 1
+plugins = ["gone.py"]
+[data]
+name = "fashion-mnist-mni"
+batchsize = 3
+[teacher]
+architecture = "vgg99"
+epochs = "6"
+[student]
+architecture = "vgg9"
+widht = 3
+timesteps = 0
+encoder = "dirct"
+[student.neuron]
+name = "lif"
+tau = 0.5
+surrogate = "atn"
+[distil]
+[distill]
+lr = -1.0
+[[losses]]
+name = "attention"
+power = 0
+"""
+    )
+    found = problems(plain, "student.timestep=4", "losses.nothing.weight=1", "nonsense")
+    text = "\n".join(found)
+    for key, hint in {
+        "sed": "did you mean 'seed'?",
+        "plugins.0": "no file",
+        "data.name": "did you mean 'fashion-mnist-mini'?",
+        "data.batchsize": "did you mean 'batch_size'?",
+        "teacher.architecture": "did you mean 'vgg9'?",
+        "teacher.epochs": "it takes a whole number (>= 1)",
+        "student.widht": "did you mean 'width'?",
+        "student.timesteps": "0 is not valid; it takes a whole number (>= 1)",
+        "student.encoder": "did you mean 'direct'?",
+        "student.neuron.tau": "it takes a number (> 1)",
+        "student.neuron.surrogate": 'one of "atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid"',
+        "distil": "did you mean 'distill'?",
+        "distill.lr": "it takes a number (> 0)",
+        "losses": "no loss on the student's logits; add one of: cross-entropy",
+    }.items():
+        lines = [line for line in found if line.startswith(f"{plain}: {key}: ")]
+        assert lines, f"nothing about {key} in\n{text}"
+        assert any(hint in line for line in lines), lines
+    assert any(line.startswith("--set: student.timestep: ") and "'timesteps'" in line for line in found)
+    assert any(line.startswith("--set losses.nothing.weight=1: unknown entry") for line in found)
+    assert any(line.startswith("--set nonsense: write it as key=value") for line in found)
+    assert all("\n" not in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "message"),
+    [
+        ("student.neuron.tau=1e400", "student.neuron.tau", "it takes a number"),
+        ("student.timesteps=2.5", "student.timesteps", "it takes a whole number (>= 1)"),
+        ("student.timesteps=true", "student.timesteps", "it takes a whole number (>= 1)"),
+        ("data.batch_size=0", "data.batch_size", "it takes a whole number (>= 1)"),
+        ("student.encoder={}", "student.encoder.name", "needs it"),
+        ('student.encoder={name="poisson",gain=2}', "student.encoder.gain", "unknown option of 'poisson' 'gain'"),
+        ("data.augment=[\"crop\",\"flp\"]", "data.augment", "did you mean 'flip'?"),
+        ("seed=-1", "seed", "(>= 0)"),
+        ("precision=fp8", "precision", 'it takes one of "fp32", "bf16", "fp16"'),
+        ("losses=[{name=\"attention\"}]", "losses", "no loss on the student's logits"),
+        ("losses=[{name=\"cross-entropy\"},{name=\"cross-entropy\"}]", "losses", "stands there 2 times"),
+        ("student.in_channels=3", "student.in_channels", "unknown key"),
+    ],
+)
+def test_one_mistake(plain, setting, key, message):
+    found = problems(plain, setting)
+    assert len(found) == 1, found
+    assert found[0].startswith(f"--set: {key}: ")
+    assert message in found[0]
+
+
+def test_losses_that_need_a_teacher(plain):
+    text = plain.read_text()
+    plain.write_text(text[: text.index("[teacher]")] + text[text.index("[student]") :])
+    found = problems(plain, 'losses=[{name="cross-entropy"},{name="attention"},{name="logit-kd"}]', "student.init=teacher")
+    assert "--set: losses.1.name: 'attention' needs a teacher; add a [teacher] section" in found
+    assert "--set: losses.2.name: 'logit-kd' needs a teacher; add a [teacher] section" in found
+    assert "--set: student.init: there is no [teacher] to start from" in found
+
+
+def test_a_checkpoint_and_training_settings_exclude_each_other(plain):
+    assert problems(plain, "teacher.checkpoint=x.safetensors") == [
+        f"{plain}: teacher.epochs: has no effect with teacher.checkpoint; leave one of the two out"
+    ]
+
+
+def test_missing_sections_and_broken_files(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("seed = 1\n")
+    assert problems(path) == [f"{path}: student: missing; the recipe needs it"]
+    path.write_text("seed = \n")
+    [line] = problems(path)
+    assert line.startswith(f"{path}: not valid TOML: ")
+    assert "line 1" in line
+    path.write_bytes(b"\xff\xfe")
+    assert "not valid TOML" in problems(path)[0]
+
+
+def test_unknown_recipe_names_the_shipped_ones():
+    [line] = problems("quickstrat")
+    assert line.startswith("no such file, and unknown recipe 'quickstrat'; did you mean 'quickstart'? known: ")
+
+
+def test_recipes_are_immutable(plain):
+    recipe = Recipe.load(plain)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
+
+
+def test_every_key_is_documented():
+    for table in (Recipe, *(info.annotation for name, info in Recipe.model_fields.items() if name == "distill")):
+        for key, kind, _, meaning in fields(table):
+            assert meaning.endswith("."), key
+            assert kind
+    assert {key for key, *_ in fields(Training)} <= {key for key, *_ in fields(Recipe.model_fields["distill"].annotation)}
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import lasnn\n\n1 / 0\n", "cannot be imported: ZeroDivisionError: division by zero (line 3)"),
+        ("def f(:\n", "cannot be imported: SyntaxError"),
+        (
+            "from lasnn import neurons\n\n@neurons.register('lif')\ndef lif():\n    pass\n",
+            "neuron 'lif' is already registered",
+        ),
+    ],
+)
+def test_plugins_that_fail(plain, code, message):
+    (plain.parent / "mine.py").write_text(code)
+    [line] = problems(plain, 'plugins=["mine.py"]')
+    assert line.startswith("--set: plugins.0: mine.py cannot be imported: ")
+    assert message in line
+
+
+def test_a_plugin_stays_beside_the_recipe(plain):
+    (plain.parent.parent / "outside.py").write_text("")
+    [line] = problems(plain, 'plugins=["../outside.py"]')
+    assert "must lie beside the recipe" in line
+
+
+def test_plugins_may_be_modules(plain, monkeypatch):
+    package = plain.parent / "some_package_of_mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("LOADED = True\n")
+    monkeypatch.syspath_prepend(plain.parent)
+    assert Recipe.load(plain, ['plugins=["some_package_of_mine.nets"]']).plugin_files == []
+    [line] = problems(plain, 'plugins=["some_package_of_mine.gone"]')
+    assert "ModuleNotFoundError" in line
+
+
+def test_shipped_recipes_have_a_header():
+    for path in shipped().values():
+        assert path.read_text().startswith("# ")
