@@ -1,0 +1,331 @@
+"""The main job on a tiny recipe: what it leaves, that it repeats, that it can be stopped, and what teaches what."""
+
+import hashlib
+import json
+import math
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lasnn import distill, evaluate, load_run
+from lasnn.checkpoint import load_state
+from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals
+from lasnn.display import Silent
+from lasnn.errors import MachineError, UserError
+from lasnn.recipe import Recipe, Training
+
+FILES = {
+    "recipe.toml",
+    "env.json",
+    "metrics.jsonl",
+    "student.safetensors",
+    "teacher.safetensors",
+    "teacher.json",
+    "last.pt",
+    "summary.json",
+    "tiny_clothes.py",
+}
+TIMES = ("seconds", "teacher_seconds", "images_per_second")
+
+
+def without_times(metrics):
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics]
+
+
+def digest(path):
+    """Of the tensors; a file's metadata may name its own folder."""
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in load_file(path).items()}
+
+
+def test_a_run_folder_is_complete(tiny):
+    run = distill(tiny)
+    assert str(run.path) == "runs/tiny-1"
+    assert {path.name for path in run.path.iterdir()} == FILES
+    summary = run.read_json("summary.json")
+    for key in ("accuracy", "teacher_accuracy", "timesteps", "firing_rate", "seconds", "images_per_second"):
+        assert summary[key] is not None
+    lines = run.metrics()
+    assert [(line["phase"], line["epoch"]) for line in lines] == [
+        ("teacher", 1),
+        ("teacher", 2),
+        ("student", 1),
+        ("student", 2),
+    ]
+    for line in lines:
+        assert set(line["losses"]) == ({"cross-entropy"} | ({"attention"} if line["phase"] == "student" else set()))
+    assert summary["accuracy"] == lines[-1]["accuracy"], "the last epoch's, and measured alike"
+    assert summary["teacher_accuracy"] == lines[1]["accuracy"]
+    assert 0 < summary["firing_rate"] < 1
+    assert run.read_json("env.json")["world_size"] == 1
+    state = torch.load(run / "last.pt", weights_only=True)
+    assert state["phase"] == "student"
+    assert state["epoch"] == 2
+
+    loaded = load_run(run.path)
+    assert not loaded.student.training
+    images = torch.rand(3, 1, 28, 28)
+    assert loaded.student(images).shape == (3, 10)
+    assert loaded.teacher(images).shape == (3, 10)
+    [result] = evaluate(run.path)
+    assert result["accuracy"] == summary["accuracy"]
+    assert result["timesteps"] == 2
+
+
+def test_the_sum_is_the_weighted_terms(tiny):
+    run = distill(tiny, overrides=['losses=[{name="cross-entropy",weight=0.5},{name="attention",weight=10.0}]'])
+    line = run.metrics()[-1]
+    assert line["loss"] == pytest.approx(0.5 * line["losses"]["cross-entropy"] + 10 * line["losses"]["attention"])
+
+
+def test_the_same_seed_repeats_to_the_last_digit_also_with_a_cached_teacher(tiny):
+    class Notes(Silent):
+        def __init__(self):
+            self.lines = []
+
+        def note(self, text):
+            self.lines.append(text)
+
+    first_notes, second_notes = Notes(), Notes()
+    first = distill(tiny, progress=first_notes)
+    second = distill(tiny, progress=second_notes)
+    assert not any("cache" in line for line in first_notes.lines)
+    assert any("from the cache" in line and "not trained again" in line for line in second_notes.lines)
+    assert without_times(first.metrics()) == without_times(second.metrics())
+    for name in ("student.safetensors", "teacher.safetensors"):
+        assert digest(first / name) == digest(second / name)
+    one, two = (run.read_json("summary.json") for run in (first, second))
+    assert without_times([one]) == without_times([two])
+    other = distill(tiny, overrides=["seed=1"])
+    assert digest(other / "student.safetensors") != digest(first / "student.safetensors")
+    assert digest(other / "teacher.safetensors") != digest(first / "teacher.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("setting", "trains_again"),
+    [
+        ("student.timesteps=1", False),
+        ("distill.epochs=1", False),
+        ("data.root=elsewhere", False),
+        ("teacher.epochs=1", True),
+        ("teacher.width=5", True),
+        ("data.batch_size=40", True),
+        ("data.augment=[]", True),
+    ],
+)
+def test_what_defines_a_cached_teacher(tiny, setting, trains_again):
+    from lasnn.distillation import teacher_key
+
+    cpu = torch.device("cpu")
+    keys = {teacher_key(Recipe.load(tiny, overrides), cpu) for overrides in ([], [setting])}
+    assert len(keys) == 1 + trains_again
+
+
+def test_the_attention_loss_teaches(tiny):
+    """With attention in the objective, the student's maps end closer to the teacher's than without."""
+    settings = ["distill.epochs=4", "data.augment=[]"]
+    ends = []
+    for weight in (0.0, 1000.0):
+        losses = f'losses=[{{name="cross-entropy"}},{{name="attention",weight={weight}}}]'
+        ends.append(distill(tiny, overrides=[*settings, losses]).metrics()[-1]["losses"]["attention"])
+    assert ends[1] < 0.7 * ends[0]
+
+
+def test_every_loss_trains(tiny):
+    names = ["cross-entropy", "tet", "attention", "logit-kd", "feature-mse"]
+    terms = ",".join(f'{{name="{name}"}}' for name in names)
+    run = distill(tiny, overrides=[f"losses=[{terms}]", "distill.epochs=1", "teacher.epochs=1"])
+    assert list(run.metrics()[-1]["losses"]) == names
+    assert all(math.isfinite(value) for value in run.metrics()[-1]["losses"].values())
+
+
+@pytest.mark.parametrize("encoder", ["direct", "rate", "poisson"])
+@pytest.mark.parametrize("neuron", ["if", "plif"])
+def test_encoders_and_neurons_train_repeatably(tiny, encoder, neuron):
+    settings = [f"student.encoder={encoder}", f"student.neuron.name={neuron}", "distill.epochs=1", "teacher.epochs=1"]
+    runs = [distill(tiny, overrides=settings) for _ in range(2)]
+    assert digest(runs[0] / "student.safetensors") == digest(runs[1] / "student.safetensors")
+    [one], [two] = (evaluate(run.path) for run in runs)
+    assert one["accuracy"] == two["accuracy"]
+    if neuron == "plif":
+        start = {value for key, value in load_file(runs[0] / "student.safetensors").items() if ".neuron.w" in key}
+        assert any(abs(float(value)) > 0 for value in start), "tau is learnt"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_settings_are_read(tiny, optimizer):
+    base = [f"distill.optimizer={optimizer}", "distill.lr=0.01", "distill.epochs=1", "teacher.epochs=1"]
+    plain = digest(distill(tiny, overrides=base) / "student.safetensors")
+    for setting in (
+        "distill.momentum=0.5",
+        "distill.weight_decay=0.1",
+        "distill.clip_norm=0.01",
+        "distill.warmup_epochs=0.5",
+        "distill.min_lr=0.005",
+        'losses=[{name="cross-entropy",label_smoothing=0.2},{name="attention",weight=1000.0}]',
+        "student.init=teacher",
+        "precision=bf16",
+    ):
+        assert digest(distill(tiny, overrides=[*base, setting]) / "student.safetensors") != plain, setting
+
+
+def test_label_smoothing_of_the_teacher(tiny):
+    short = ["teacher.epochs=1", "distill.epochs=1"]
+    plain = distill(tiny, overrides=short).metrics()[0]["loss"]
+    assert distill(tiny, overrides=[*short, "teacher.label_smoothing=0.3"]).metrics()[0]["loss"] != plain
+
+
+def test_a_student_that_starts_from_its_teacher(tiny):
+    settings = ["student.init=teacher", "student.neuron.name=plif", "distill.epochs=1", "distill.lr=1e-12"]
+    run = distill(tiny, overrides=[*settings, "distill.momentum=0", "distill.weight_decay=0"])
+    student, teacher = load_file(run / "student.safetensors"), load_file(run / "teacher.safetensors")
+    for name, value in teacher.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(student[name], value, atol=1e-6, rtol=0)
+
+
+def test_the_teacher_may_come_from_another_run_or_a_file(tiny):
+    first = distill(tiny)
+    text = tiny.read_text().replace("epochs = 2\n", "", 1)
+    tiny.write_text(text)
+    for where in (first.path, first / "teacher.safetensors"):
+        run = distill(tiny, overrides=[f"teacher.checkpoint={where}"])
+        assert digest(run / "teacher.safetensors") == digest(first / "teacher.safetensors")
+        assert digest(run / "student.safetensors") == digest(first / "student.safetensors")
+        assert [line["phase"] for line in run.metrics()] == ["student", "student"]
+        again = Recipe.load(run / "recipe.toml")
+        assert again.teacher.checkpoint.startswith("/")
+
+
+def test_without_a_teacher(tiny):
+    text = tiny.read_text()
+    tiny.write_text(text[: text.index("[teacher]")] + text[text.index("[student]") :])
+    run = distill(tiny)
+    summary = run.read_json("summary.json")
+    assert summary["teacher_accuracy"] is None
+    assert not (run / "teacher.safetensors").exists()
+    assert load_run(run.path).teacher is None
+    assert "teacher_accuracy" not in evaluate(run.path)[0]
+
+
+class StopAt(Silent):
+    """Raises a signal after a number of reports, as a user or a scheduler would."""
+
+    def __init__(self, phase, at_epoch, signum):
+        self.wanted, self.signum = (phase, at_epoch), signum
+
+    def epoch(self, phase, epoch, epochs, steps):
+        if (phase, epoch) == self.wanted:
+            signal.raise_signal(self.signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", ["teacher", "student"])
+def test_a_stopped_run_resumes_to_the_same_weights(tiny, phase, signum):
+    whole = distill(tiny, "whole")
+    # The stopped run must train its own teacher.
+    settings = ["seed=0"]
+    import shutil
+
+    shutil.rmtree("runs")
+    with pytest.raises(Stopped) as caught:
+        distill(tiny, "stopped", overrides=settings, progress=StopAt(phase, 1, signum))
+    assert caught.value.signum == signum
+    state = load_state(caught.value.run / "last.pt")
+    assert (state["phase"], state["epoch"], state["step"]) == (phase, 1, 1)
+    assert not (caught.value.run / "student.safetensors").exists()
+    with pytest.raises(UserError, match="has no student yet; finish it with `lasnn distill stopped/recipe.toml"):
+        load_run("stopped")
+    with pytest.raises(UserError, match="is not empty"):
+        distill(tiny, "stopped")
+    resumed = distill(tiny, "stopped", resume=True)
+    assert digest(resumed / "student.safetensors") == digest(whole / "student.safetensors")
+    assert digest(resumed / "teacher.safetensors") == digest(whole / "teacher.safetensors")
+    assert without_times(resumed.metrics()) == without_times(whole.metrics())
+
+
+def test_resume_of_nothing_of_a_finished_run_and_of_another_recipe(tiny):
+    class Notes(Silent):
+        lines = []
+
+        def note(self, text):
+            self.lines.append(text)
+
+    notes = Notes()
+    run = distill(tiny, "out", resume=True, progress=notes)
+    assert notes.lines[0] == "nothing to resume in out; starting from the beginning"
+    before = (run / "student.safetensors").stat().st_mtime_ns
+    distill(tiny, "out", resume=True, progress=notes)
+    assert "is finished; there is nothing to resume" in notes.lines[-1]
+    assert (run / "student.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"another recipe; in \[distill\] it has 'lr = 0.05', now 'lr = 0.1'"):
+        distill(tiny, "out", resume=True, overrides=["distill.lr=0.1"])
+
+
+def test_a_folder_that_is_not_a_run(tiny, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="full is not empty"):
+            distill(tiny, "full", resume=resume)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        distill(tiny, "tiny.toml")
+    with pytest.raises(UserError, match="full is not a run folder"):
+        load_run("full")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny):
+    with pytest.raises(MachineError, match=r"the student's loss is not a finite number in epoch 1, by step \d+"):
+        distill(tiny, overrides=["distill.lr=1e30", "distill.optimizer=adamw"])
+    assert not list(tiny.parent.glob("runs/tiny-1/student.safetensors"))
+
+
+def test_the_schedule():
+    table = Training(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2)
+    rates = [learning_rate(table, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[30] == pytest.approx(0.55)
+    assert 0.1 < rates[49] < 0.11
+    assert learning_rate(Training(epochs=1, lr=0.5), 0, 1) == 0.5
+
+
+def test_norms_and_biases_do_not_decay():
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    decaying, plain = make_optimizer(module, Training()).param_groups
+    assert [p.ndim for p in decaying["params"]] == [4]
+    assert decaying["weight_decay"] == 5e-4
+    assert len(plain["params"]) == 3
+    assert plain["weight_decay"] == 0
+
+
+def test_signals_are_left_alone_outside_a_run_and_in_threads():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert stop() is None
+    assert signal.getsignal(signal.SIGTERM) == before
+    seen = []
+
+    def elsewhere():
+        with stop_on_signals() as stop:
+            seen.append(stop())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+def test_a_torn_last_line_of_the_metrics_is_left_out(tiny):
+    run = distill(tiny)
+    lines = run.metrics()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "stu')
+    assert run.metrics() == lines
+    (run / "metrics.jsonl").write_text('{"phase\n' + json.dumps(lines[0]) + "\n")
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        run.metrics()
