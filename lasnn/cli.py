@@ -141,7 +141,10 @@ def list_parts(
         for name in registry:
             entry = registry[name]
             options = {
-                option: {"type": info.type_name, "default": None if info.default is REQUIRED else info.default}
+                option: {
+                    "type": info.type_name,
+                    "default": None if info.default is REQUIRED else info.default,
+                }
                 for option, info in entry.options.items()
                 if option not in ("in_channels", "num_classes")
             }

@@ -160,7 +160,9 @@ def print_plan(console: Console, plan: Any) -> None:
 def print_evaluation(console: Console, known: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
     """The result of an evaluation: a line for each T, then the firing rate of each layer."""
     first = results[0]
-    where = known["device"] if known["device"] == known["device_name"] else f"{known['device']} ({known['device_name']})"
+    where = (
+        known["device"] if known["device"] == known["device_name"] else f"{known['device']} ({known['device_name']})"
+    )
     lines = [f"{known['run']}: {first['images']:,} test images of {known['data']}, {where}, torch {known['torch']}"]
     if first.get("teacher_accuracy") is not None:
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
@@ -198,7 +200,12 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
             console.print(line, soft_wrap=True, highlight=False)
             for option, info in part.get("options", {}).items():
                 default = "" if info["default"] is None else f" = {json.dumps(info['default'])}"
-                console.print(f"      {option}{default}  ({info['type']})", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"      {option}{default}  ({info['type']})",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
 
 
 def to_stdout() -> Console:

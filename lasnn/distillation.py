@@ -1,8 +1,8 @@
 """The story of a distillation, top to bottom: data, teacher, student, objective, result.
 
-    images -> teacher (eval, no gradient) -> its logits and stage features
-           -> encoder -> student          -> logits of each step and stage features
-           -> objective: named terms -> weighted sum -> backward -> optimiser
+images -> teacher (eval, no gradient) -> its logits and stage features
+       -> encoder -> student          -> logits of each step and stage features
+       -> objective: named terms -> weighted sum -> backward -> optimiser
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lasnn import checkpoint
 from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import MachineError
 from lasnn.measure import accuracy, measure, teacher_accuracy
 from lasnn.network import Student, Teacher
 from lasnn.plan import Plan, make_plan, make_student, make_teacher

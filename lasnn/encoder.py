@@ -127,6 +127,5 @@ def check_images(images: Tensor) -> None:
     low, high = (value.item() for value in images.aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"images must be in [0, 1], not from {low:.4g} to {high:.4g}; "
-            "the network itself applies mean and deviation"
+            f"images must be in [0, 1], not from {low:.4g} to {high:.4g}; the network itself applies mean and deviation"
         )

@@ -11,9 +11,7 @@ from lasnn.run import Run, environment, load_run
 __all__ = ["Run", "evaluate", "load_run"]
 
 
-def evaluate(
-    run: str | Path | Run | None = None, timesteps: int | Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+def evaluate(run: str | Path | Run | None = None, timesteps: int | Sequence[int] | None = None) -> list[dict[str, Any]]:
     """Measure a run's student on its test images.
 
     Args:

@@ -63,7 +63,11 @@ def tet(
 
 @losses.register("logit-kd")
 def logit_kd(
-    logits: Tensor, teacher_logits: Tensor, *, temperature: Temperature = 4.0, readout: Literal["mean", "step"] = "mean"
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Temperature = 4.0,
+    readout: Literal["mean", "step"] = "mean",
 ) -> Tensor:
     """Knowledge distillation from the teacher's softened logits, of the mean over time or at each step.
 

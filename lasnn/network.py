@@ -109,9 +109,7 @@ class Staged(nn.Module):
             raise ValueError("the units of one network must come from one `act` factory")
         self.clock = next(iter(clocks.values()), Clock())
 
-    def forward(
-        self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the network from rest.
 
         Args:

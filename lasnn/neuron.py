@@ -37,7 +37,7 @@ class Neuron(nn.Module):
     ):
         super().__init__()
         if reset == "soft" and v_reset != 0.0:
-            raise UserError(f"v_reset = {v_reset} has no meaning under a soft reset; leave it out or reset = \"hard\"")
+            raise UserError(f'v_reset = {v_reset} has no meaning under a soft reset; leave it out or reset = "hard"')
         self.options = {
             "threshold": threshold,
             "v_reset": v_reset if reset == "hard" else None,
@@ -51,9 +51,7 @@ class Neuron(nn.Module):
         """tau, in time steps."""
         return math.inf
 
-    def forward(
-        self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None) -> tuple[Tensor, Tensor]:
         """Run all T steps from `v0`, or from rest.
 
         Args:

@@ -248,9 +248,7 @@ def _compare(what: str, found: dict[str, Shape], wanted: dict[str, Shape], extra
             raise UserError(f"{what} has {name!r} of shape {list(shape)}; the network has {list(wanted[name])}")
 
 
-def _pair(
-    recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]
-) -> tuple[list[Pair], list[str]]:
+def _pair(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:
     """The recipe's pairs with their shapes, and a line for each that names a stage which does not exist."""
     names = recipe.distill.pairs
     if names is None:
@@ -277,7 +275,10 @@ def _check_pairs(recipe: Recipe, pairs: list[Pair]):
             yield f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs"
         weights = loss.options.get("pair_weights")
         if weights is not None and len(weights) != len(pairs):
-            yield f"losses.{index}.pair_weights", f"{len(weights)} weights for {len(pairs)} pairs; give one a pair"
+            yield (
+                f"losses.{index}.pair_weights",
+                f"{len(weights)} weights for {len(pairs)} pairs; give one a pair",
+            )
         for pair in pairs if loss.name == "feature-mse" else ():
             if pair.student_shape and pair.teacher_shape and pair.student_shape[0] != pair.teacher_shape[0]:
                 message = (

@@ -236,7 +236,8 @@ class Recipe(Section):
             except ValidationError as error:
                 faults = list(_faults(error))
                 found += [line(".".join(map(str, place)), message) for place, message in faults]
-                if not all([_remove(tables, place) for place, _ in faults]):
+                removed = [_remove(tables, place) for place, _ in faults]
+                if not all(removed):
                     break
         if recipe is not None:
             recipe._source, recipe._folder = source, Path(source).parent
@@ -307,7 +308,7 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
     return [
         (
             name,
-            describe_type(info.annotation),
+            describe_type(info.annotation) + describe_limits(info.metadata),
             "required" if info.is_required() else info.get_default(call_default_factory=True),
             info.description or "",
         )
@@ -321,7 +322,14 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
     supplied = ("in_channels", "num_classes")
     named = [
         ("data", "name", datasets, recipe.data.name, recipe.data.options, ()),
-        ("student", "architecture", architectures, recipe.student.architecture, recipe.student.options, supplied),
+        (
+            "student",
+            "architecture",
+            architectures,
+            recipe.student.architecture,
+            recipe.student.options,
+            supplied,
+        ),
         ("student.neuron", "name", neurons, recipe.student.neuron.name, recipe.student.neuron.options, ()),
     ]
     if recipe.teacher:
@@ -406,7 +414,10 @@ def _load_plugins(recipe: Recipe):
             yield key, f"{plugin}: {error}"
         except Exception as error:
             # Whatever the user's code raises is the user's to mend; the line says where it was raised.
-            yield key, f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
+            yield (
+                key,
+                f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}",
+            )
 
 
 def _place_in(plugin: str, error: BaseException) -> str:

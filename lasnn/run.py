@@ -1,11 +1,11 @@
 """The run folder: what a distillation leaves behind, and all that `evaluate` needs.
 
-    recipe.toml          the recipe with every default written down
-    env.json             versions, device, world size
-    metrics.jsonl        one object an epoch, the teacher's first
-    teacher.safetensors  student.safetensors
-    last.pt              full state, from which `--resume` goes on
-    summary.json         the result; its presence says that the run is done
+recipe.toml          the recipe with every default written down
+env.json             versions, device, world size
+metrics.jsonl        one object an epoch, the teacher's first
+teacher.safetensors  student.safetensors
+last.pt              full state, from which `--resume` goes on
+summary.json         the result; its presence says that the run is done
 """
 
 import json
@@ -125,7 +125,7 @@ def _next_folder(name: str) -> Path:
 
 def _first_difference(before: str, now: str) -> str:
     table = ""
-    for old, new in zip(before.splitlines() + [""], now.splitlines() + [""], strict=False):
+    for old, new in zip([*before.splitlines(), ""], [*now.splitlines(), ""], strict=False):
         if old != new:
             return f"in {table or 'its head'} it has {old or 'nothing'!r}, now {new or 'nothing'!r}"
         table = old if old.startswith("[") else table

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Networks this small run fastest on one thread, and a shared machine does not stretch the tests tenfold.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parents[1]
 
 # Narrow and short: what is tested with it is the machinery, not the accuracy.
@@ -60,7 +63,7 @@ class TinyClothes(Dataset):
 '''
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A folder with a tiny recipe and its plugin, made the working directory; returns the recipe's path."""
     monkeypatch.chdir(tmp_path)
@@ -100,6 +103,6 @@ class Command:
         return json.loads(self(*arguments, "--json").stdout)
 
 
-@pytest.fixture()
+@pytest.fixture
 def lasnn(tmp_path):
     return Command(tmp_path)

@@ -49,9 +49,7 @@ def test_crop_is_one_of_the_padded_crops_and_all_occur(padding):
     height, width = images.shape[2:]
     padded = F.pad(images[0], (padding,) * 4)
     span = 2 * padding + 1
-    crops = torch.stack(
-        [padded[:, i : i + height, j : j + width] for i in range(span) for j in range(span)]
-    ).flatten(1)
+    crops = torch.stack([padded[:, i : i + height, j : j + width] for i in range(span) for j in range(span)]).flatten(1)
     distance = torch.cdist(crop(images, generator(0), padding).flatten(1), crops, p=1)
     nearest, which = distance.min(dim=1)
     assert nearest.max() == 0

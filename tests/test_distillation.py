@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from lasnn import distill, evaluate, load_run
 from lasnn.checkpoint import load_state
-from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals
 from lasnn.display import Silent
+from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals
 from lasnn.errors import MachineError, UserError
 from lasnn.recipe import Recipe, Training
 
@@ -144,7 +144,12 @@ def test_every_loss_trains(tiny):
 @pytest.mark.parametrize("encoder", ["direct", "rate", "poisson"])
 @pytest.mark.parametrize("neuron", ["if", "plif"])
 def test_encoders_and_neurons_train_repeatably(tiny, encoder, neuron):
-    settings = [f"student.encoder={encoder}", f"student.neuron.name={neuron}", "distill.epochs=1", "teacher.epochs=1"]
+    settings = [
+        f"student.encoder={encoder}",
+        f"student.neuron.name={neuron}",
+        "distill.epochs=1",
+        "teacher.epochs=1",
+    ]
     runs = [distill(tiny, overrides=settings) for _ in range(2)]
     assert digest(runs[0] / "student.safetensors") == digest(runs[1] / "student.safetensors")
     [one], [two] = (evaluate(run.path) for run in runs)
@@ -248,7 +253,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, phase, signum):
 
 def test_resume_of_nothing_of_a_finished_run_and_of_another_recipe(tiny):
     class Notes(Silent):
-        lines = []
+        def __init__(self):
+            self.lines = []
 
         def note(self, text):
             self.lines.append(text)

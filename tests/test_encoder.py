@@ -44,8 +44,7 @@ def test_causal_where_it_says_so(name):
     images = random_images(4, 3, 8, 8)
     long = encoder(images, 6, generator(0))
     prefixes = [
-        torch.equal(encoder(images, t, generator(0)), long if encoder.constant else long[:t])
-        for t in range(1, 6)
+        torch.equal(encoder(images, t, generator(0)), long if encoder.constant else long[:t]) for t in range(1, 6)
     ]
     assert all(prefixes) == encoder.causal
 

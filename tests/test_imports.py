@@ -41,7 +41,7 @@ def imported(path):
 
 
 def test_imports_point_down():
-    files = [path for path in (ROOT / "lasnn").rglob("*.py")]
+    files = list((ROOT / "lasnn").rglob("*.py"))
     assert len(files) > 15
     wrong = []
     for path in files:

@@ -12,7 +12,7 @@ from lasnn.loss import attention, cross_entropy, feature_mse, logit_kd, tet
 T, B, K = 3, 4, 5
 
 
-@pytest.fixture()
+@pytest.fixture
 def given():
     torch.manual_seed(0)
     sizes = [(6, 8, 8), (8, 4, 4)]

@@ -97,8 +97,7 @@ def test_teacher_and_student_share_their_keys(name):
 def test_width_scales_every_stage(name):
     with torch.device("meta"):
         shapes = [
-            probe(build(name, ann_units(), in_channels=3, num_classes=10, width=width), (3, 32, 32))
-            for width in (4, 8)
+            probe(build(name, ann_units(), in_channels=3, num_classes=10, width=width), (3, 32, 32)) for width in (4, 8)
         ]
     for stage in shapes[0]:
         assert shapes[1][stage][0] == 2 * shapes[0][stage][0]

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from conftest import TINY
 from safetensors.torch import save_file
 
+from conftest import TINY
 from lasnn.errors import UserError
 from lasnn.plan import make_plan
 from lasnn.recipe import Recipe
 
 
-@pytest.fixture()
+@pytest.fixture
 def plain(tmp_path):
     path = tmp_path / "plain.toml"
     path.write_text(TINY.replace("tiny-clothes", "fashion-mnist-mini"))

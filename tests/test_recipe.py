@@ -1,8 +1,8 @@
 import tomllib
 
 import pytest
-from conftest import TINY
 
+from conftest import TINY
 from lasnn.errors import UserError
 from lasnn.recipe import Recipe, Training, dump_toml, fields, shipped
 
@@ -13,7 +13,7 @@ def problems(path, *overrides):
     return list(caught.value.problems)
 
 
-@pytest.fixture()
+@pytest.fixture
 def plain(tmp_path):
     path = tmp_path / "plain.toml"
     path.write_text(TINY.replace("tiny-clothes", "fashion-mnist-mini"))
@@ -22,7 +22,10 @@ def plain(tmp_path):
 
 def test_defaults_are_written_down(plain):
     recipe = Recipe.load(plain)
-    assert [(loss.name, loss.weight) for loss in recipe.losses] == [("cross-entropy", 1.0), ("attention", 1000.0)]
+    assert [(loss.name, loss.weight) for loss in recipe.losses] == [
+        ("cross-entropy", 1.0),
+        ("attention", 1000.0),
+    ]
     assert recipe.data.augment == ["flip"]
     assert recipe.student.options == {"width": 4}
     assert recipe.student.neuron.name == "lif"
@@ -38,7 +41,11 @@ def test_without_a_teacher_the_objective_is_cross_entropy(plain):
 
 
 def test_resolved_recipe_reads_back(plain, tmp_path):
-    settings = ["student.neuron.tau=3", 'student.encoder={name="poisson"}', "losses.attention.pair_weights=[1,2,0.5]"]
+    settings = [
+        "student.neuron.tau=3",
+        'student.encoder={name="poisson"}',
+        "losses.attention.pair_weights=[1,2,0.5]",
+    ]
     plain.write_text(plain.read_text() + '[[losses]]\nname = "cross-entropy"\n[[losses]]\nname = "attention"\n')
     recipe = Recipe.load(plain, settings)
     copy = tmp_path / "copy.toml"
@@ -142,12 +149,16 @@ power = 0
         ("student.timesteps=true", "student.timesteps", "it takes a whole number (>= 1)"),
         ("data.batch_size=0", "data.batch_size", "it takes a whole number (>= 1)"),
         ("student.encoder={}", "student.encoder.name", "needs it"),
-        ('student.encoder={name="poisson",gain=2}', "student.encoder.gain", "unknown option of 'poisson' 'gain'"),
-        ("data.augment=[\"crop\",\"flp\"]", "data.augment", "did you mean 'flip'?"),
+        (
+            'student.encoder={name="poisson",gain=2}',
+            "student.encoder.gain",
+            "unknown option of 'poisson' 'gain'",
+        ),
+        ('data.augment=["crop","flp"]', "data.augment", "did you mean 'flip'?"),
         ("seed=-1", "seed", "(>= 0)"),
         ("precision=fp8", "precision", 'it takes one of "fp32", "bf16", "fp16"'),
-        ("losses=[{name=\"attention\"}]", "losses", "no loss on the student's logits"),
-        ("losses=[{name=\"cross-entropy\"},{name=\"cross-entropy\"}]", "losses", "stands there 2 times"),
+        ('losses=[{name="attention"}]', "losses", "no loss on the student's logits"),
+        ('losses=[{name="cross-entropy"},{name="cross-entropy"}]', "losses", "stands there 2 times"),
         ("student.in_channels=3", "student.in_channels", "unknown key"),
     ],
 )
@@ -161,7 +172,9 @@ def test_one_mistake(plain, setting, key, message):
 def test_losses_that_need_a_teacher(plain):
     text = plain.read_text()
     plain.write_text(text[: text.index("[teacher]")] + text[text.index("[student]") :])
-    found = problems(plain, 'losses=[{name="cross-entropy"},{name="attention"},{name="logit-kd"}]', "student.init=teacher")
+    found = problems(
+        plain, 'losses=[{name="cross-entropy"},{name="attention"},{name="logit-kd"}]', "student.init=teacher"
+    )
     assert "--set: losses.1.name: 'attention' needs a teacher; add a [teacher] section" in found
     assert "--set: losses.2.name: 'logit-kd' needs a teacher; add a [teacher] section" in found
     assert "--set: student.init: there is no [teacher] to start from" in found
@@ -197,11 +210,16 @@ def test_recipes_are_immutable(plain):
 
 
 def test_every_key_is_documented():
-    for table in (Recipe, *(info.annotation for name, info in Recipe.model_fields.items() if name == "distill")):
+    for table in (
+        Recipe,
+        *(info.annotation for name, info in Recipe.model_fields.items() if name == "distill"),
+    ):
         for key, kind, _, meaning in fields(table):
             assert meaning.endswith("."), key
             assert kind
-    assert {key for key, *_ in fields(Training)} <= {key for key, *_ in fields(Recipe.model_fields["distill"].annotation)}
+    assert {key for key, *_ in fields(Training)} <= {
+        key for key, *_ in fields(Recipe.model_fields["distill"].annotation)
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from lasnn.errors import UserError
 from lasnn.registry import REGISTRIES, Registry
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry():
     return Registry("thing", "lasnn.errors")
 
@@ -67,7 +67,13 @@ def test_a_loss_asks_only_for_what_there_is():
 
 def test_problems_name_key_type_and_limits(registry):
     @registry.register("a")
-    def a(*, size: Annotated[int, Field(ge=1)] = 1, kind: Literal["x", "y"] = "x", must: float, many: list[int] = ()):
+    def a(
+        *,
+        size: Annotated[int, Field(ge=1)] = 1,
+        kind: Literal["x", "y"] = "x",
+        must: float,
+        many: list[int] = (),
+    ):
         """A."""
 
     problems = dict(registry["a"].problems({"size": 0, "knid": "x", "kind": "z", "many": ["p"]}))

@@ -42,40 +42,30 @@ def _vgg(depth: str, act: Act, in_channels: int, num_classes: int, width: int, p
 
 
 @architectures.register("vgg5")
-def vgg5(
-    act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg"
-) -> Staged:
+def vgg5(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-5: 4 convolutions in 3 stages of width, 2 and 4 times width channels."""
     return _vgg("vgg5", act, in_channels, num_classes, width, pool)
 
 
 @architectures.register("vgg9")
-def vgg9(
-    act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg"
-) -> Staged:
+def vgg9(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-9: 8 convolutions in 3 stages of width, 2 and 4 times width channels."""
     return _vgg("vgg9", act, in_channels, num_classes, width, pool)
 
 
 @architectures.register("vgg11")
-def vgg11(
-    act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg"
-) -> Staged:
+def vgg11(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-11: 8 convolutions in 5 stages, up to 8 times width channels."""
     return _vgg("vgg11", act, in_channels, num_classes, width, pool)
 
 
 @architectures.register("vgg13")
-def vgg13(
-    act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg"
-) -> Staged:
+def vgg13(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-13: 10 convolutions in 5 stages, up to 8 times width channels."""
     return _vgg("vgg13", act, in_channels, num_classes, width, pool)
 
 
 @architectures.register("vgg16")
-def vgg16(
-    act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg"
-) -> Staged:
+def vgg16(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-16: 13 convolutions in 5 stages, up to 8 times width channels."""
     return _vgg("vgg16", act, in_channels, num_classes, width, pool)

@@ -1,0 +1,48 @@
+# Each target sets up all it needs in .venv; a second call reuses it.
+
+PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p; done))
+VENV := .venv
+READY := $(VENV)/.ready
+# Further options of the quickstart, for example: make quickstart ARGS="--set seed=1 --out runs/mine"
+ARGS ?=
+
+.PHONY: help quickstart test test-all lint format install clean
+
+help:
+	@echo "make quickstart   set up, then train, distil and evaluate on the embedded data"
+	@echo "make test         set up, then lint and run the tests"
+	@echo "make test-all     the same with the full grids, the peers and the long runs"
+	@echo "make format       sort imports and format the code"
+	@echo "make clean        remove the environment"
+
+quickstart: $(READY)
+	$(VENV)/bin/lasnn distill quickstart $(ARGS)
+	$(VENV)/bin/lasnn evaluate --timesteps 1,2,4,8
+
+test: $(READY) lint
+	$(VENV)/bin/python -m pytest
+
+test-all: $(READY) lint
+	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]'
+	$(VENV)/bin/python -m pytest -m ''
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+install: $(READY)
+
+# The stamp is written last, so that an interrupted installation is taken up again.
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "lasnn needs Python >= 3.11; none was found. Install one, or: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,72 @@
+"""Every command and every snippet of the README is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+SHORT = ["--set", "teacher.epochs=1", "--set", "distill.epochs=1"]
+
+
+def code(language):
+    return [text for name, text in BLOCKS if name == language]
+
+
+def commands():
+    """The lines of the shell blocks without their comments, as argument lists."""
+    return [words for text in code("sh") for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def test_commands(lasnn):
+    """In their order, in one folder, with one epoch in place of several."""
+    run = 0
+    for words in commands():
+        if words[0] == "make":
+            continue
+        assert words[0] == "lasnn"
+        out = lasnn(*words[1:], *(SHORT if words[1] == "distill" else [])).stdout
+        assert out.strip(), words
+        run += 1
+    assert run >= 6
+
+
+def test_make_targets_exist():
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.full
+def test_make_quickstart(tmp_path):
+    options = " ".join([*SHORT, "--out", str(tmp_path / "run")])
+    result = subprocess.run(["make", "quickstart", f"ARGS={options}"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "student: test accuracy" in result.stdout
+
+
+def test_the_recipe_is_one(tmp_path, lasnn):
+    [text] = code("toml")
+    (tmp_path / "readme.toml").write_text(text)
+    assert "teacher  vgg9" in lasnn("distill", "readme.toml", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("text", [text for text in code("python") if "@architectures" not in text])
+def test_snippets(text, tmp_path):
+    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
+        folder = (ROOT / name).parent
+        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+            if "://" not in link:
+                assert (folder / link).exists(), f"{name} links to {link}"
+
+
+def test_no_placeholder_is_left():
+    assert "QUICK" not in README
