@@ -78,6 +78,8 @@ def distill(
     train, test = (images.to(plan.device) for images in plan.data.load())
     run = open_run(recipe, None if out is None else Path(out), resume)
     progress.start(plan, run.path)
+    for plugin in recipe.plugin_files:
+        progress.note(f"plugin: {plugin}")
     if (run / "summary.json").is_file():
         progress.note(f"{run.path} is finished; there is nothing to resume")
         return run
@@ -319,6 +321,7 @@ class Session:
                     self._check_finite(sums, phase, epoch, step)
                     self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
                 if signum := self.stop():
+                    self._check_finite(sums, phase, epoch, step)
                     save(epoch, step + 1)
                     raise Stopped(signum, self.run.path)
             seconds = time.perf_counter() - epoch_begin

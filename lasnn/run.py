@@ -8,6 +8,7 @@ last.pt              full state, from which `--resume` goes on
 summary.json         the result; its presence says that the run is done
 """
 
+import itertools
 import json
 import os
 import platform
@@ -81,7 +82,7 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
         UserError: the folder is not empty and `resume` is not given, or it holds another recipe.
         MachineError: the folder cannot be made.
     """
-    run = RunFolder(_next_folder(recipe.name) if out is None else out)
+    run = RunFolder(_new_folder(recipe.name) if out is None else out)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--out {run.path} is a file; name a folder")
     text = _resolved(recipe)
@@ -116,11 +117,17 @@ def _resolved(recipe: Recipe) -> str:
     return recipe.model_copy(update={"data": data, "teacher": teacher}).to_toml()
 
 
-def _next_folder(name: str) -> Path:
-    number = 1
-    while (RUNS / f"{name}-{number}").exists():
-        number += 1
-    return RUNS / f"{name}-{number}"
+def _new_folder(name: str) -> Path:
+    """Make `runs/<name>-<number>` with the first free number; two runs that start at once get two."""
+    for number in itertools.count(1):
+        folder = RUNS / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise MachineError(f"cannot write {folder}: {error.strerror}") from error
 
 
 def _first_difference(before: str, now: str) -> str:

@@ -1,0 +1,8 @@
+"""Spiking kernels: the whole time loop of a neuron, and attention maps, each in one pass over memory.
+
+This package knows nothing of the rest of lasnn. README.md derives the formulas and counts the bytes.
+"""
+
+from lasnn.kernels.functional import SURROGATES, attention_map, lif
+
+__all__ = ["SURROGATES", "attention_map", "lif"]

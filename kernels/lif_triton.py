@@ -1,0 +1,397 @@
+"""LIF in Triton: all time steps in one kernel, the state in registers, h recomputed in the backward pass.
+
+A program handles BLOCK elements of a step. Time runs in stretches of at most MAX_STEPS: the backward pass
+holds one stretch's h in registers and starts the next from the state that the forward pass kept at its
+border.
+
+(The file is not called lif.py because importing a submodule `lif` would replace the function of that name.)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lasnn.kernels.layout import (
+    empty_step,
+    empty_steps,
+    in_order,
+    is_dense,
+    state_dtype,
+    step_strides,
+    stretches,
+)
+
+# Elements a program handles, and warps: 16 bytes of each tensor's step for every thread.
+LAUNCH = {torch.float32: (512, 4), torch.bfloat16: (1024, 4), torch.float16: (1024, 4)}
+
+# Whether a product is fused into a sum must not move h across the threshold: it is off, not left to a
+# default.
+OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
+
+
+@triton.jit
+def fire(h, threshold, v_reset, HARD: tl.constexpr):
+    """(s, v after the reset)."""
+    s = tl.where(h >= threshold, 1.0, 0.0)
+    s = tl.where(h == h, s, h)
+    return s, (1.0 - s) * h + s * v_reset if HARD else h - threshold * s
+
+
+@triton.jit
+def lif_step(v, x, decay, threshold, v_reset, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
+    """One step: (h, s, v after the reset). Both kernels run this, so that they agree bit for bit."""
+    leak = (v - v_reset) * decay if HARD else v * decay
+    h = v - leak + (x * decay if DECAY_INPUT else x)
+    s, v = fire(h, threshold, v_reset, HARD)
+    return h, s, v
+
+
+@triton.jit
+def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
+    if SURROGATE == "atan":
+        scaled = 1.5707963267948966 * alpha * u
+        return 0.5 * alpha / (1.0 + scaled * scaled)
+    elif SURROGATE == "sigmoid":
+        sigmoid = 1.0 / (1.0 + tl.exp(-alpha * u))
+        return alpha * sigmoid * (1.0 - sigmoid)
+    elif SURROGATE == "triangle":
+        return alpha * tl.where(u == u, tl.maximum(1.0 - alpha * tl.abs(u), 0.0), u)
+    elif SURROGATE == "rectangle":
+        return tl.where(tl.abs(u) < 0.5 / alpha, alpha, 0.0)
+    else:
+        tl.static_assert(SURROGATE == "fast-sigmoid")
+        slope = 1.0 + alpha * tl.abs(u)
+        return 1.0 / (slope * slope)
+
+
+@triton.jit
+def within(index, size, condition):
+    """Mask of the elements of a step; none where the scalar condition fails."""
+    return index < tl.where(condition, size, 0)
+
+
+@triton.jit
+def input_offsets(index, sizes, strides):
+    """Where element `index` of a step, counted in the outputs' memory order, lies in a step of x."""
+    offsets = index * 0
+    for d in tl.static_range(len(sizes)):
+        offsets += index % sizes[d] * strides[d]
+        index = index // sizes[d]
+    return offsets
+
+
+@triton.jit
+def lif_forward_kernel(
+    x_ptr,
+    v0_ptr,
+    decay_ptr,
+    spikes_ptr,
+    v_last_ptr,
+    borders_ptr,
+    x_stride_t: tl.int64,
+    step_size: tl.int64,
+    sizes,
+    strides,
+    decay,
+    threshold,
+    v_reset,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_V0: tl.constexpr,
+    LEARNT: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    DENSE: tl.constexpr,
+    HARD: tl.constexpr,
+    DECAY_INPUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < step_size
+    x_ptrs = x_ptr + (index if DENSE else input_offsets(index, sizes, strides))
+    if LEARNT:
+        decay = tl.load(decay_ptr)
+    if HAS_V0:
+        v = tl.load(v0_ptr + index, mask=mask, other=0.0)
+    else:
+        v = tl.zeros((BLOCK,), tl.float32) + (v_reset if HARD else 0.0)
+    if CONSTANT:
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+
+    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
+    for n in range(STRETCHES):
+        stretch = tl.cast(n, tl.int64) if STRETCHES > 1 else 0
+        first = stretch * STEPS
+        for i in tl.static_range(STEPS):
+            live = mask if T % STEPS == 0 else within(index, step_size, first + i < T)
+            if not CONSTANT:
+                x = tl.load(x_ptrs + (first + i) * x_stride_t, mask=live, other=0.0).to(tl.float32)
+            _h, s, after = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
+            v = tl.where(live, after, v)
+            tl.store(spikes_ptr + (first + i) * step_size + index, s.to(spikes_ptr.dtype.element_ty), mask=live)
+        if STRETCHES > 1:
+            border = within(index, step_size, stretch < STRETCHES - 1)
+            tl.store(borders_ptr + stretch * step_size + index, v, mask=border)
+    tl.store(v_last_ptr + index, v, mask=mask)
+
+
+@triton.jit
+def lif_backward_kernel(
+    grad_spikes_ptr,
+    grad_v_last_ptr,
+    x_ptr,
+    v0_ptr,
+    decay_ptr,
+    borders_ptr,
+    grad_x_ptr,
+    grad_v0_ptr,
+    grad_decay_ptr,
+    grad_stride_t: tl.int64,
+    x_stride_t: tl.int64,
+    step_size: tl.int64,
+    sizes,
+    strides,
+    decay,
+    threshold,
+    v_reset,
+    alpha,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_GRAD_SPIKES: tl.constexpr,
+    HAS_GRAD_V_LAST: tl.constexpr,
+    HAS_V0: tl.constexpr,
+    LEARNT: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    DENSE: tl.constexpr,
+    HARD: tl.constexpr,
+    DECAY_INPUT: tl.constexpr,
+    DETACH_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < step_size
+    x_ptrs = x_ptr + (index if DENSE else input_offsets(index, sizes, strides))
+    v_rest = v_reset if HARD else 0.0
+    if LEARNT:
+        decay = tl.load(decay_ptr)
+        grad_decay = tl.zeros((BLOCK,), tl.float32)
+    if HAS_GRAD_V_LAST:
+        grad_v = tl.load(grad_v_last_ptr + index, mask=mask, other=0.0)
+    else:
+        grad_v = tl.zeros((BLOCK,), tl.float32)
+    if CONSTANT:
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        grad_sum = tl.zeros((BLOCK,), tl.float32)
+
+    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
+    for n in range(STRETCHES):
+        stretch = tl.cast(STRETCHES - 1 - n, tl.int64) if STRETCHES > 1 else 0
+        first = stretch * STEPS
+        if HAS_V0:
+            earliest = mask if STRETCHES == 1 else within(index, step_size, stretch == 0)
+            v = tl.load(v0_ptr + index, mask=earliest, other=0.0)
+        else:
+            v = tl.zeros((BLOCK,), tl.float32) + v_rest
+        if STRETCHES > 1:
+            later = within(index, step_size, stretch > 0)
+            kept = tl.load(borders_ptr + (stretch - 1) * step_size + index, mask=later, other=0.0)
+            v = tl.where(stretch > 0, kept, v)
+
+        hs = ()
+        start = v
+        for i in tl.static_range(STEPS):
+            live = mask if T % STEPS == 0 else within(index, step_size, first + i < T)
+            if not CONSTANT:
+                x = tl.load(x_ptrs + (first + i) * x_stride_t, mask=live, other=0.0).to(tl.float32)
+            h, s, v = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
+            hs = hs + (h,)  # noqa: RUF005 (Triton takes no starred expression)
+
+        for j in tl.static_range(STEPS):
+            t = first + STEPS - 1 - j
+            live = mask if T % STEPS == 0 else within(index, step_size, t < T)
+            h = hs[-1]
+            hs = hs[:-1]
+            s, _ = fire(h, threshold, v_reset, HARD)
+            if HAS_GRAD_SPIKES:
+                grad_s = tl.load(grad_spikes_ptr + t * grad_stride_t + index, mask=live, other=0.0).to(tl.float32)
+            else:
+                grad_s = tl.zeros((BLOCK,), tl.float32)
+            if not DETACH_RESET:
+                grad_s += grad_v * (v_reset - h) if HARD else -threshold * grad_v
+            grad_h = grad_s * surrogate_derivative(h - threshold, alpha, SURROGATE)
+            grad_h += grad_v * (1.0 - s) if HARD else grad_v
+            if T % STEPS != 0:
+                grad_h = tl.where(live, grad_h, 0.0)
+                grad_v = tl.where(live, grad_h * (1.0 - decay), grad_v)
+            else:
+                grad_v = grad_h * (1.0 - decay)
+            if CONSTANT:
+                grad_sum += grad_h
+            else:
+                grad_x = grad_h * decay if DECAY_INPUT else grad_h
+                tl.store(grad_x_ptr + t * step_size + index, grad_x.to(grad_x_ptr.dtype.element_ty), mask=live)
+            if LEARNT:
+                # The potential before this step, from the step before: cheaper than registers to hold it.
+                if j == STEPS - 1:
+                    before = start
+                else:
+                    _, before = fire(hs[-1], threshold, v_reset, HARD)
+                slope = v_rest - before
+                if DECAY_INPUT:
+                    if not CONSTANT:
+                        x = tl.load(x_ptrs + t * x_stride_t, mask=live, other=0.0).to(tl.float32)
+                    slope += x
+                grad_decay += tl.where(live, grad_h * slope, 0.0)
+
+    if CONSTANT:
+        grad_x = grad_sum * decay if DECAY_INPUT else grad_sum
+        tl.store(grad_x_ptr + index, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    if HAS_V0:
+        tl.store(grad_v0_ptr + index, grad_v, mask=mask)
+    if LEARNT:
+        # The second stage of the sum, over programs, follows the launch: no atomics, so that results repeat.
+        tl.store(grad_decay_ptr + tl.program_id(0), tl.sum(grad_decay, 0))
+
+
+def input_dimensions(x: Tensor, order: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of x's step, innermost dimension of the outputs first, joined where they run on."""
+    dims = sorted(zip(order, x.shape[1:], x.stride()[1:], strict=True))
+    sizes, strides = [], []
+    for _, size, stride in dims:
+        if size == 1:
+            continue
+        if sizes and stride == sizes[-1] * strides[-1]:
+            sizes[-1] *= size
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return tuple(sizes), tuple(strides)
+
+
+def addressing(x: Tensor) -> dict:
+    """The kernel arguments that say where x lies."""
+    order = step_strides(x)
+    dense = is_dense(x.shape[1:], x.stride()[1:])
+    sizes, strides = ((), ()) if dense else input_dimensions(x, order)
+    return {
+        "x_stride_t": x.stride(0),
+        "step_size": x.shape[1:].numel(),
+        "sizes": sizes,
+        "strides": strides,
+        "CONSTANT": len(x) == 1,
+        "DENSE": dense,
+    }
+
+
+def dynamics(
+    timesteps: int,
+    v0: Tensor | None,
+    learnt_decay: Tensor | None,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+) -> dict:
+    """The kernel arguments that say what a step does."""
+    return {
+        "decay": decay,
+        "threshold": threshold,
+        "v_reset": 0.0 if v_reset is None else v_reset,
+        "T": timesteps,
+        "STEPS": stretches(timesteps)[1],
+        "HAS_V0": v0 is not None,
+        "LEARNT": learnt_decay is not None,
+        "HARD": v_reset is not None,
+        "DECAY_INPUT": decay_input,
+    }
+
+
+def lif_forward(
+    x: Tensor,
+    v0: Tensor | None,
+    learnt_decay: Tensor | None,
+    timesteps: int,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.lif_forward."""
+    state, order = state_dtype(x.dtype), step_strides(x)
+    spikes, v_last = empty_steps(x, timesteps, x.dtype), empty_step(x, state)
+    borders = empty_steps(x, stretches(timesteps)[0] - 1, state)
+    if v_last.numel():
+        block, num_warps = LAUNCH[x.dtype]
+        # Any tensor stands in for one that is absent: the kernel does not touch it.
+        lif_forward_kernel[(triton.cdiv(v_last.numel(), block),)](
+            x,
+            v_last if v0 is None else in_order(v0, order, leading=0),
+            v_last if learnt_decay is None else learnt_decay,
+            spikes,
+            v_last,
+            borders,
+            **addressing(x),
+            **dynamics(timesteps, v0, learnt_decay, decay, threshold, decay_input, v_reset),
+            BLOCK=block,
+            num_warps=num_warps,
+            **OPTIONS,
+        )
+    return spikes, v_last, borders
+
+
+def lif_backward(
+    grad_spikes: Tensor | None,
+    grad_v_last: Tensor | None,
+    x: Tensor,
+    v0: Tensor | None,
+    learnt_decay: Tensor | None,
+    borders: Tensor,
+    timesteps: int,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.lif_backward."""
+    state, order = state_dtype(x.dtype), step_strides(x)
+    block, num_warps = LAUNCH[x.dtype]
+    where = addressing(x)
+    # A learnt decay's sum and a strided input's addresses need registers that would spill.
+    block >>= (learnt_decay is not None) + (not where["DENSE"])
+    programs = triton.cdiv(x.shape[1:].numel(), block)
+    grad_x = empty_steps(x, len(x), x.dtype)
+    grad_v0 = x.new_empty(0, dtype=state) if v0 is None else empty_step(x, state)
+    partial = x.new_empty(0 if learnt_decay is None else programs, dtype=state)
+    if programs:
+        if grad_spikes is not None:
+            grad_spikes = in_order(grad_spikes, order)
+        lif_backward_kernel[(programs,)](
+            grad_x if grad_spikes is None else grad_spikes,
+            grad_x if grad_v_last is None else in_order(grad_v_last, order, leading=0),
+            x,
+            grad_x if v0 is None else in_order(v0, order, leading=0),
+            grad_x if learnt_decay is None else learnt_decay,
+            borders,
+            grad_x,
+            grad_v0,
+            partial,
+            grad_stride_t=0 if grad_spikes is None else grad_spikes.stride(0),
+            **where,
+            **dynamics(timesteps, v0, learnt_decay, decay, threshold, decay_input, v_reset),
+            alpha=alpha,
+            HAS_GRAD_SPIKES=grad_spikes is not None,
+            HAS_GRAD_V_LAST=grad_v_last is not None,
+            DETACH_RESET=detach_reset,
+            SURROGATE=surrogate,
+            BLOCK=block,
+            num_warps=num_warps,
+            **OPTIONS,
+        )
+    return grad_x, grad_v0, partial if learnt_decay is None else partial.sum()
