@@ -127,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan:
         stages = [dict.fromkeys(network.stage_names, ()) for network in (student.network, teacher.network)]
         pairs, wrong = _pair(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
         problems += [recipe.line("distill.pairs", problem) for problem in wrong]
-        problems += [recipe.line(key, problem) for key, problem in _check_pairs(recipe, pairs)]
+        problems += [recipe.line(key, problem) for key, problem in _check_pairs(recipe, pairs, wrong)]
         if recipe.student.init == "teacher":
             attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     elif recipe.distill.pairs and recipe.teacher is None:
@@ -266,12 +266,12 @@ def _pair(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) 
     return pairs, wrong
 
 
-def _check_pairs(recipe: Recipe, pairs: list[Pair]):
-    """(key, message) for each loss that cannot work on the pairs."""
+def _check_pairs(recipe: Recipe, pairs: list[Pair], wrong: list[str]):
+    """(key, message) for each loss that cannot work on the pairs; `wrong` pairs are reported already."""
     for index, loss in enumerate(recipe.losses):
         if "student_features" not in losses[loss.name].inputs:
             continue
-        if not pairs:
+        if not pairs and not wrong:
             yield f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs"
         weights = loss.options.get("pair_weights")
         if weights is not None and len(weights) != len(pairs):

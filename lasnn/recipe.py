@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import tomllib
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -166,6 +167,7 @@ class Recipe(Section):
 
     _source: str = PrivateAttr("recipe")
     _folder: Path = PrivateAttr(Path())
+    _overridden: frozenset[str] = PrivateAttr(frozenset())
 
     @property
     def name(self) -> str:
@@ -223,8 +225,7 @@ class Recipe(Section):
         """
 
         def line(key: str, message: str) -> str:
-            blamed = any(key == name or key.startswith(f"{name}.") for name in overridden)
-            return f"{'--set' if blamed else source}: {key}: {message}"
+            return _line(source, overridden, key, message)
 
         found = list(problems)
         recipe = None
@@ -240,7 +241,7 @@ class Recipe(Section):
                 if not all(removed):
                     break
         if recipe is not None:
-            recipe._source, recipe._folder = source, Path(source).parent
+            recipe._source, recipe._folder, recipe._overridden = source, Path(source).parent, frozenset(overridden)
             found += [line(key, message) for key, message in _check_parts(recipe)]
         if found or recipe is None:
             raise UserError(*dict.fromkeys(found))
@@ -256,12 +257,12 @@ class Recipe(Section):
             images = datasets.build(data.name, Path(data.root), **data.options)
             data = data.model_copy(update={"augment": list(images.augment)})
         filled = self.model_copy(update={"losses": terms, "data": data})
-        filled._source, filled._folder = self._source, self._folder
+        filled._source, filled._folder, filled._overridden = self._source, self._folder, self._overridden
         return filled
 
     def line(self, key: str, message: str) -> str:
         """An error line about a key of this recipe."""
-        return f"{self._source}: {key}: {message}"
+        return _line(self._source, self._overridden, key, message)
 
     def to_toml(self) -> str:
         """The recipe as TOML; reading it gives an equal recipe."""
@@ -314,6 +315,12 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
         )
         for name, info in model.model_fields.items()
     ]
+
+
+def _line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
+    """One line about a key; what `--set` brought is blamed on it, not on the file."""
+    blamed = any(key == name or key.startswith(f"{name}.") for name in overridden)
+    return f"{'--set' if blamed else source}: {key}: {message}"
 
 
 def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:

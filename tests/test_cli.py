@@ -115,7 +115,7 @@ def test_evaluate_without_a_run_takes_the_newest(done):
 
 def test_dry_run_needs_no_data_and_writes_nothing(lasnn, tmp_path):
     out = lasnn("distill", "quickstart", "--dry-run").stdout
-    for expected in ("teacher  vgg9", "parameters", "steps", "MiB", "stage3"):
+    for expected in ("teacher  vgg5", "parameters", "steps", "MiB", "stage3"):
         assert expected in out
     plan = lasnn.json("distill", "quickstart", "--dry-run", "--set", "data.name=fashion-mnist")
     assert plan["images"] == {"train": 60000, "test": 10000}
@@ -152,7 +152,7 @@ def test_list(lasnn):
         ),
         (["distill", "quickstart", "--set", "student.timesteps=four"], "'four' is not valid"),
         (
-            ["distill", "quickstart", "--set", 'distill.pairs=["stage1:stage4"]'],
+            ["distill", "quickstart", "--set", 'distill.pairs=["stage4:stage1"]'],
             "known: stage1, stage2, stage3",
         ),
         (["distill", "quickstart", "--set", "student.architecture=resnet91"], "did you mean 'resnet19'?"),

@@ -261,7 +261,7 @@ def test_resume_of_nothing_of_a_finished_run_and_of_another_recipe(tiny):
 
     notes = Notes()
     run = distill(tiny, "out", resume=True, progress=notes)
-    assert notes.lines[0] == "nothing to resume in out; starting from the beginning"
+    assert "nothing to resume in out; starting from the beginning" in notes.lines
     before = (run / "student.safetensors").stat().st_mtime_ns
     distill(tiny, "out", resume=True, progress=notes)
     assert "is finished; there is nothing to resume" in notes.lines[-1]

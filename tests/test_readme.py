@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -45,14 +46,15 @@ def test_make_targets_exist():
 @pytest.mark.full
 def test_make_quickstart(tmp_path):
     options = " ".join([*SHORT, "--out", str(tmp_path / "run")])
-    result = subprocess.run(["make", "quickstart", f"ARGS={options}"], cwd=ROOT, check=True, capture_output=True, text=True)
+    command = ["make", "quickstart", f"ARGS={options}"]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "student: test accuracy" in result.stdout
 
 
 def test_the_recipe_is_one(tmp_path, lasnn):
     [text] = code("toml")
     (tmp_path / "readme.toml").write_text(text)
-    assert "teacher  vgg9" in lasnn("distill", "readme.toml", "--dry-run").stdout
+    assert "teacher  vgg5" in lasnn("distill", "readme.toml", "--dry-run").stdout
 
 
 @pytest.mark.parametrize("text", [text for text in code("python") if "@architectures" not in text])

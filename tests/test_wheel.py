@@ -8,6 +8,7 @@ import sysconfig
 import zipfile
 
 import pytest
+
 from conftest import ROOT
 
 
