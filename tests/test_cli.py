@@ -12,13 +12,13 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from common import ROOT
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A folder with a tiny run in it, made by the command line."""
-    from conftest import TINY, TINY_DATA, Command
+    from common import TINY, TINY_DATA, Command
 
     folder = tmp_path_factory.mktemp("cli")
     (folder / "tiny_clothes.py").write_text(TINY_DATA)
@@ -255,7 +255,7 @@ def test_signals_save_and_say_how_to_go_on(done, signum, code):
 
 def test_a_users_architecture_learns_from_a_shipped_teacher(lasnn, tmp_path):
     """The README's example of a plugin, distilled from a shipped architecture, then evaluated from its run folder."""
-    from conftest import TINY, TINY_DATA
+    from common import TINY, TINY_DATA
 
     code = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 14

@@ -1,6 +1,6 @@
 """docs/recipes.md lists every key of a recipe with its type, default and meaning."""
 
-from conftest import ROOT
+from common import ROOT
 from lasnn.recipe import (
     DataTable,
     DistillTable,

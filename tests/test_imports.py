@@ -4,7 +4,7 @@ import ast
 import subprocess
 import sys
 
-from conftest import ROOT
+from common import ROOT
 
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [

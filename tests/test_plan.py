@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import TINY
+from common import TINY
 from lasnn.errors import UserError
 from lasnn.plan import make_plan
 from lasnn.recipe import Recipe

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from common import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)

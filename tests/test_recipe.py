@@ -2,7 +2,7 @@ import tomllib
 
 import pytest
 
-from conftest import TINY
+from common import TINY
 from lasnn.errors import UserError
 from lasnn.recipe import Recipe, Training, dump_toml, fields, shipped
 

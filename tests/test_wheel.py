@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from conftest import ROOT
+from common import ROOT
 
 
 def run(*arguments, **options):

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from kernel_cases import ATTENTION_OPTIONS, channels_last, check_attention, full, name, pairwise
 
+from kernel_cases import ATTENTION_OPTIONS, channels_last, check_attention, full, name, pairwise
 from lasnn.kernels import attention_map, reference
 
 pytestmark = pytest.mark.usefixtures("reached")

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from kernel_cases import (
     LIF_FULL,
     LIF_OPTIONS,
@@ -13,7 +14,6 @@ from kernel_cases import (
     name,
     pairwise,
 )
-
 from lasnn.kernels import SURROGATES, lif, reference
 from lasnn.kernels.layout import in_order, step_strides
 

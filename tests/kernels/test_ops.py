@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import IMAGE_LAYOUTS, make
 
 import lasnn.kernels
+from kernel_cases import IMAGE_LAYOUTS, make
 from lasnn.kernels import SURROGATES, attention_map, lif, ops
 
 KERNELS = Path(lasnn.kernels.__file__).parent

@@ -1,0 +1,88 @@
+"""What the tests share: the command line as a process, and a recipe that trains in seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# Narrow and short: what is tested with it is the machinery, not the accuracy.
+TINY = """
+[data]
+name = "tiny-clothes"
+batch_size = 50
+
+[teacher]
+architecture = "vgg5"
+width = 4
+epochs = 2
+
+[student]
+architecture = "vgg5"
+width = 4
+timesteps = 2
+
+[distill]
+epochs = 2
+lr = 0.05
+"""
+
+# The first images of the shipped subset under a name of their own, as a user would register a data set.
+TINY_DATA = '''
+from lasnn import datasets
+from lasnn.data import Dataset, Images
+from lasnn.data.fashion_mnist import FashionMnistMini
+
+
+@datasets.register("tiny-clothes")
+class TinyClothes(Dataset):
+    """400 training and 120 test images of the shipped subset."""
+
+    channels, height, width = 1, 28, 28
+    classes = FashionMnistMini.classes
+    mean, std = FashionMnistMini.mean, FashionMnistMini.std
+    train_size, test_size = 400, 120
+    augment = ("flip",)
+
+    def __init__(self, root):
+        self.root = root
+
+    def load(self):
+        train, test = FashionMnistMini(self.root).load()
+        return (
+            Images(train.pixels[::12][:400], train.labels[::12][:400]),
+            Images(test.pixels[::16][:120], test.labels[::16][:120]),
+        )
+'''
+
+
+class Command:
+    """Runs `lasnn` as a process in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, *arguments, **options) -> subprocess.Popen:
+        environment = {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "lasnn", *map(str, arguments)],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def __call__(self, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, **options)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == code, f"exit code {process.returncode}, expected {code}\n{out}\n{err}"
+        assert "Traceback" not in err
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def json(self, *arguments) -> dict:
+        """The one JSON object that a command prints on standard output."""
+        return json.loads(self(*arguments, "--json").stdout)
