@@ -49,13 +49,14 @@ def distill(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/<recipe>-<number>]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished one."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; no data.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
-    if resume and out is None:
-        raise UserError("--resume needs --out, the folder of the run to go on with")
     from lasnn.display import Shown, print_plan, to_stderr, to_stdout
     from lasnn.recipe import Recipe
 

@@ -76,16 +76,20 @@ class RunFolder:
 
 
 def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
-    """Make a run's folder with its recipe and environment, or take up the one that is there.
+    """Make a run's folder with its recipe, or take up the one that is there.
+
+    Without `out`, `resume` takes the newest run of the same recipe under `runs/` that is not done.
 
     Raises:
         UserError: the folder is not empty and `resume` is not given, or it holds another recipe.
         MachineError: the folder cannot be made.
     """
-    run = RunFolder(_new_folder(recipe.name) if out is None else out)
+    text = _resolved(recipe)
+    if out is None:
+        out = (_unfinished(recipe.name, text) if resume else None) or _new_folder(recipe.name)
+    run = RunFolder(out)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--out {run.path} is a file; name a folder")
-    text = _resolved(recipe)
     used = run.path.is_dir() and any(run.path.iterdir())
     if used and not resume:
         raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
@@ -115,6 +119,15 @@ def _resolved(recipe: Recipe) -> str:
     if teacher and teacher.checkpoint is not None:
         teacher = teacher.model_copy(update={"checkpoint": str(Path(teacher.checkpoint).absolute())})
     return recipe.model_copy(update={"data": data, "teacher": teacher}).to_toml()
+
+
+def _unfinished(name: str, text: str) -> Path | None:
+    """The newest run of this very recipe under `runs/` that is not done."""
+    for folder in reversed(all_runs()):
+        same = folder.name.rpartition("-")[0] == name and (folder / "recipe.toml").read_text(encoding="utf-8") == text
+        if same and not (folder / "summary.json").is_file():
+            return folder
+    return None
 
 
 def _new_folder(name: str) -> Path:

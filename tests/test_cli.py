@@ -157,7 +157,6 @@ def test_list(lasnn):
         ),
         (["distill", "quickstart", "--set", "student.architecture=resnet91"], "did you mean 'resnet19'?"),
         (["distill", "quikstart"], "did you mean 'quickstart'?"),
-        (["distill", "quickstart", "--resume"], "--resume needs --out"),
         (["evaluate", "nowhere"], "no folder nowhere"),
         (["evaluate", "."], "is not a run folder (it has no recipe.toml)"),
         (["evaluate"], "`lasnn distill quickstart` makes one"),

@@ -1,18 +1,19 @@
 """Which implementation the tests of this folder reach: the CPU path, or Triton under its interpreter.
 
-Under TRITON_INTERPRET=1 (test_triton_interpreted.py starts such a process) the Triton launchers take the
-place of the CPU implementations; otherwise the dispatcher would quietly test the CPU path against itself.
+Under TRITON_INTERPRET=1 (test_triton.py starts such a process) the Triton launchers take the place of the CPU
+implementations; otherwise the dispatcher would quietly test the CPU path against itself. With TEST_DEVICE=cuda
+(likewise) all tensors are made on the GPU.
 """
 
-import os
 from collections import Counter
 
 import pytest
 import torch
 
+from kernel_cases import DEVICE, TRITON
 from lasnn.kernels import cpu, ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+torch.set_default_device(DEVICE)
 OPS = {
     "lif_forward": ops.lif,
     "lif_backward": ops.lif_backward,
@@ -43,23 +44,23 @@ def watched(name, function):
     return run
 
 
-if INTERPRETED:
+if TRITON:
     from lasnn.kernels import attention_triton, lif_triton
 
     for name, op in OPS.items():
         module = lif_triton if name.startswith("lif") else attention_triton
-        op.register_kernel("cpu")(watched(name, getattr(module, name)))
+        op.register_kernel(DEVICE)(watched(name, getattr(module, name)))
 
 
 @pytest.fixture(scope="session")
 def implementation() -> str:
-    return "triton" if INTERPRETED else "cpu"
+    return "triton" if TRITON else "cpu"
 
 
 @pytest.fixture
 def reached(monkeypatch):
     """Poisons the implementation under test, and fails where the test did not run it."""
-    if not INTERPRETED:
+    if not TRITON:
         for name in OPS:
             monkeypatch.setattr(cpu, name, watched(name, getattr(cpu, name)))
     calls.clear()

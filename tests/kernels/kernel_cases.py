@@ -1,11 +1,16 @@
 """What the kernel tests share: option grids, inputs in every layout, comparison with the reference."""
 
 import math
+import os
 from itertools import combinations, product
 
 import torch
 
 from lasnn.kernels import SURROGATES, reference
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+# Whether the tests reach the Triton kernels, on a GPU or under the interpreter; else the CPU path.
+TRITON = DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 # How far a gradient may be from the reference's, as a share of the largest one. Half-precision gradients are
 # rounded once, from fp32, and Triton's interpreter rounds bf16 differently: one unit in the last place.
@@ -200,7 +205,7 @@ def check_attention(function, case: dict) -> None:
     for op in (function, reference.attention_map):
         leaf = x.detach().requires_grad_()
         maps = op(leaf, case["power"], case["temporal"])
-        grad = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps.dtype)
+        grad = torch.randn(maps.shape, generator=torch.Generator(DEVICE).manual_seed(1)).to(maps.dtype)
         results.append((maps.detach(), *torch.autograd.grad(maps, leaf, grad)))
     (maps, gradient), (wanted_maps, wanted_gradient) = results
     assert_close(maps, wanted_maps, 1e-5, "maps")
