@@ -4,7 +4,8 @@ PYTHON ?= $(firstword $(shell for p in python3 python3.13 python3.12 python3.11;
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p; done))
 VENV := .venv
 READY := $(VENV)/.ready
-# Further options of the quickstart, for example: make quickstart ARGS="--set seed=1 --out runs/mine"
+# The quickstart's run folder and further options, for example: make quickstart OUT=runs/mine ARGS="--set seed=1"
+OUT ?=
 ARGS ?=
 
 .PHONY: help quickstart test test-all lint format install clean
@@ -17,8 +18,8 @@ help:
 	@echo "make clean        remove the environment"
 
 quickstart: $(READY)
-	$(VENV)/bin/lasnn distill quickstart $(ARGS)
-	$(VENV)/bin/lasnn evaluate --timesteps 1,2,4,8
+	$(VENV)/bin/lasnn distill quickstart $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(VENV)/bin/lasnn evaluate $(OUT) --timesteps 1,2,4,8
 
 test: $(READY) lint
 	$(VENV)/bin/python -m pytest

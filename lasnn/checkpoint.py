@@ -4,6 +4,7 @@ Weights are safetensors with their description in the metadata; a run's full sta
 values, which loads with `weights_only=True`.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -72,23 +73,36 @@ def append_line(path: Path, line: str) -> None:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a state dict as safetensors, its description as JSON under the metadata key `lasnn`."""
+    """Write a state dict as safetensors; the metadata has its description as JSON (`lasnn`) and a digest (`sha256`)."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write(path, save(tensors, metadata={"lasnn": json.dumps(description)}))
+    write(path, save(tensors, metadata={"lasnn": json.dumps(description), "sha256": digest(tensors)}))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and their description ({} where the file has none).
 
     Raises:
-        UserError: it is not a whole safetensors file.
+        UserError: it is not a whole safetensors file, or its weights changed since they were saved.
     """
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return weights, json.loads((file.metadata() or {}).get("lasnn", "{}"))
+            metadata = file.metadata() or {}
+            description = json.loads(metadata.get("lasnn", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    if "sha256" in metadata and metadata["sha256"] != digest(weights):
+        raise UserError(f"{path} is damaged: its weights are not those that were saved")
+    return weights, description
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -110,6 +124,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
             damaged = archive.testzip()
         if damaged is not None:
             raise UserError(f"{path} is damaged (checksum of {damaged})")
-        return torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():
+            raise UserError(f"{path} is not the state of a run")
+        return state
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is not a whole checkpoint: {str(error).partition(chr(10))[0]}") from error

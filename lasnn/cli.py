@@ -1,7 +1,9 @@
 """The command line: parse, call, print. PyTorch is imported by the commands, not by `--help`."""
 
 import json
+import signal
 import sys
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -57,35 +59,33 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
-    from lasnn.display import Shown, print_plan, to_stderr, to_stdout
-    from lasnn.recipe import Recipe
+    with json_alone(as_json) as answer:
+        from lasnn.display import Shown, print_plan, to_stderr, to_stdout
 
-    checked = Recipe.load(recipe, overrides or [])
-    console = to_stderr() if as_json else to_stdout()
-    if dry_run:
-        from lasnn.plan import make_plan
+        console = to_stderr() if as_json else to_stdout()
+        if dry_run:
+            from lasnn.plan import read_plan
 
-        plan = make_plan(checked)
-        if as_json:
-            print(json.dumps(plan.summary()))
-        else:
-            print_plan(console, plan)
-        return
-    from lasnn.distillation import Stopped
-    from lasnn.distillation import distill as run_recipe
+            plan = read_plan(recipe, overrides or [])
+            if as_json:
+                answer.update(plan.summary())
+            else:
+                print_plan(console, plan)
+            return
+        from lasnn.distillation import Stopped
+        from lasnn.distillation import distill as run_recipe
+        from lasnn.run import resume_command
 
-    progress = Shown(console)
-    try:
-        run = run_recipe(checked, out, resume=resume, progress=progress)
-    except Stopped as stopped:
-        progress.close()
-        command = f"lasnn distill {stopped.run / 'recipe.toml'} --out {stopped.run} --resume"
-        say_error(f"{stopped}\ngo on with: {command}")
-        raise typer.Exit(128 + stopped.signum) from None
-    finally:
-        progress.close()
-    if as_json:
-        print(json.dumps({"run": str(run.path), **run.read_json("summary.json")}))
+        progress = Shown(console)
+        try:
+            run = run_recipe(recipe, out, overrides=overrides or [], resume=resume, progress=progress)
+        except Stopped as stopped:
+            progress.close()
+            say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")
+            raise typer.Exit(128 + stopped.signum) from None
+        finally:
+            progress.close()
+        answer.update({"run": str(run.path), **run.read_json("summary.json")})
 
 
 @app.command()
@@ -100,20 +100,18 @@ def evaluate(
 ) -> None:
     """Accuracy, firing rate, energy and speed of a trained student at any T."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
-    from lasnn.display import to_stdout
-    from lasnn.evaluation import conditions, load_run
-    from lasnn.evaluation import evaluate as measure_run
+    with json_alone(as_json) as answer:
+        from lasnn.evaluation import conditions, load_run
+        from lasnn.evaluation import evaluate as measure_run
 
-    loaded = load_run(run, device="auto")
-    results = measure_run(loaded, steps)
-    known = conditions(loaded)
-    if as_json:
-        several = timesteps is not None and "," in timesteps
-        print(json.dumps({**known, "results": results} if several else {**known, **results[0]}))
-        return
-    from lasnn.display import print_evaluation
+        loaded = load_run(run, device="auto")
+        results = measure_run(loaded, steps)
+        known = conditions(loaded)
+        answer.update({**known, "results": results} if steps and len(steps) > 1 else {**known, **results[0]})
+    if not as_json:
+        from lasnn.display import print_evaluation, to_stdout
 
-    print_evaluation(to_stdout(), known, results)
+        print_evaluation(to_stdout(), known, results)
 
 
 @app.command("list")
@@ -142,10 +140,9 @@ def list_parts(
         for name in registry:
             entry = registry[name]
             options = {
-                option: {
-                    "type": info.type_name,
-                    "default": None if info.default is REQUIRED else info.default,
-                }
+                option: {"type": info.type_name, "required": True}
+                if info.default is REQUIRED
+                else {"type": info.type_name, "default": info.default}
                 for option, info in entry.options.items()
                 if option not in ("in_channels", "num_classes")
             }
@@ -156,6 +153,22 @@ def list_parts(
     from lasnn.display import print_parts, to_stdout
 
     print_parts(to_stdout(), found)
+
+
+@contextmanager
+def json_alone(as_json: bool):
+    """With `--json`, print the yielded dict at the end of the block; all else goes to standard error."""
+    answer: dict = {}
+    if not as_json:
+        yield answer
+        return
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):
+        try:
+            yield answer
+        finally:
+            if answer:
+                print(json.dumps(answer), file=out)
 
 
 def parse_timesteps(text: str) -> list[int]:
@@ -175,8 +188,16 @@ def say_error(text: str) -> None:
     print(f"lasnn: {text}", file=sys.stderr)
 
 
+def out_of_memory(error: BaseException) -> str:
+    """The line for a machine whose memory is too small."""
+    reason = str(error).partition("\n")[0]
+    return f'out of memory ({reason}); lower data.batch_size or student.timesteps, or set precision = "bf16"'
+
+
 def main() -> None:
     """Run a command; exit code 0 done, 2 wrong input, 130/143 stopped by a signal, 1 the machine's fault."""
+    # Until a run takes signals over, to end after a whole step.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except UserError as error:
@@ -185,6 +206,15 @@ def main() -> None:
         sys.exit(2)
     except MachineError as error:
         say_error(str(error))
+        sys.exit(1)
+    except MemoryError as error:
+        say_error(out_of_memory(error))
+        sys.exit(1)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is a RuntimeError; its name is compared so that torch need not be imported here.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        say_error(out_of_memory(error))
         sys.exit(1)
     except OSError as error:
         # A disk's failure outside the places that expect one; a missing or wrong file was caught before.

@@ -199,7 +199,7 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
             line = Text(f"  {name}", style="cyan").append(f"  {part['description']}", style="default")
             console.print(line, soft_wrap=True, highlight=False)
             for option, info in part.get("options", {}).items():
-                default = "" if info["default"] is None else f" = {json.dumps(info['default'])}"
+                default = "" if info.get("default") is None else f" = {json.dumps(info['default'])}"
                 console.print(
                     f"      {option}{default}  ({info['type']})",
                     markup=False,

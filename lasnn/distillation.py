@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasnn import checkpoint
+from lasnn import __version__, checkpoint
 from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
-from lasnn.errors import MachineError
+from lasnn.errors import MachineError, UserError
 from lasnn.measure import accuracy, measure, teacher_accuracy
 from lasnn.network import Student, Teacher
-from lasnn.plan import Plan, make_plan, make_student, make_teacher
-from lasnn.random import generator, keyed
+from lasnn.plan import Plan, load_data, make_student, make_teacher, read_plan
+from lasnn.random import generator, key_to_seed, keyed
 from lasnn.recipe import Recipe, Training
 from lasnn.registry import losses
 from lasnn.run import RUNS, RunFolder, environment, load_into, open_run
@@ -71,16 +71,15 @@ def distill(
         MachineError: the disk is full, or the loss is no longer a finite number.
         Stopped: a signal came; the state is saved.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe, list(overrides))
     progress = progress or Silent()
-    plan = make_plan(recipe)
-    train, test = (images.to(plan.device) for images in plan.data.load())
+    plan = read_plan(recipe, list(overrides))
+    recipe = plan.recipe
+    train, test = (images.to(plan.device) for images in load_data(recipe, plan.data))
     run = open_run(recipe, None if out is None else Path(out), resume)
     progress.start(plan, run.path)
     for plugin in recipe.plugin_files:
         progress.note(f"plugin: {plugin}")
-    if (run / "summary.json").is_file():
+    if run.read_json("summary.json"):
         progress.note(f"{run.path} is finished; there is nothing to resume")
         return run
     state = None
@@ -89,9 +88,10 @@ def distill(
             state = checkpoint.load_state(run / STATE, plan.device)
         else:
             progress.note(f"nothing to resume in {run.path}; starting from the beginning")
-    run.write_json("env.json", environment(plan.device))
+    run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
-    with stop_on_signals() as stop:
+    # The caller's random state is as it was when the run is over.
+    with stop_on_signals() as stop, torch.random.fork_rng():
         session = Session(plan, run, train, test, progress, stop)
         teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
         student = session.student(teacher, state if state and state["phase"] == "student" else None)
@@ -127,7 +127,7 @@ class Session:
             teacher = make_teacher(self.recipe, self.plan.data)
         teacher.to(self.plan.device)
         weights = self.run / "teacher.safetensors"
-        if weights.is_file():
+        if weights.is_file() and "accuracy" in self.run.read_json("teacher.json"):
             load_into(teacher.network, weights)
         elif self.plan.teacher_checkpoint:
             load_into(teacher.network, self.plan.teacher_checkpoint)
@@ -135,16 +135,16 @@ class Session:
             measured = teacher_accuracy(teacher.eval(), self.test, batch_size=self.batch_size)
             self._keep_teacher(teacher, {"accuracy": measured, "seconds": 0.0})
         else:
-            cache = RunFolder(RUNS / CACHE / f"{table.architecture}-{teacher_key(self.recipe, self.plan.device)}")
-            if (cache / "teacher.safetensors").is_file():
-                load_into(teacher.network, cache / "teacher.safetensors")
-                self.run.write_metrics(cache.metrics())
-                result = cache.read_json("teacher.json")
-                self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
-            else:
+            key = teacher_key(self.recipe, self.plan.device, self.train)
+            cache = RunFolder(RUNS / CACHE / f"{table.architecture}-{key}")
+            result = self._cached_teacher(cache, teacher)
+            if result is None:
                 result = self._train_teacher(teacher, state)
+                self._keep_teacher(teacher, result)
                 self._cache_teacher(cache, teacher, result)
-            self._keep_teacher(teacher, result)
+            else:
+                self._keep_teacher(teacher, result)
+                self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
         self.progress.teacher(self.run.read_json("teacher.json"))
         return teacher.eval().requires_grad_(False)
 
@@ -166,16 +166,32 @@ class Session:
         description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
         checkpoint.save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), description)
 
+    def _cached_teacher(self, cache: RunFolder, teacher: Teacher) -> dict[str, float] | None:
+        """Load the teacher from the cache; None where it is not there, or damaged."""
+        if not (cache / "teacher.safetensors").is_file():
+            return None
+        try:
+            metrics, result = cache.metrics(), cache.read_json("teacher.json")
+            if "accuracy" not in result:
+                raise UserError(f"{cache / 'teacher.json'} is missing or damaged")
+            load_into(teacher.network, cache / "teacher.safetensors")
+        except UserError as error:
+            self.progress.note(f"the cached teacher cannot be used and is trained again: {error}")
+            return None
+        self.run.write_metrics(metrics)
+        return result
+
     def _cache_teacher(self, cache: RunFolder, teacher: Teacher, result: dict[str, float]) -> None:
+        description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
         try:
             cache.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MachineError(f"cannot write {cache.path}: {error.strerror}") from error
-        cache.write_metrics(self.run.metrics())
-        cache.write_json("teacher.json", result)
-        description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
-        # The weights come last: their presence says that the cached teacher is whole.
-        checkpoint.save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), description)
+            cache.write_metrics(self.run.metrics())
+            cache.write_json("teacher.json", result)
+            # The weights come last: their presence says that the cached teacher is whole.
+            checkpoint.save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), description)
+        except (OSError, MachineError) as error:
+            # The run has its teacher; only the next one will have to train it again.
+            self.progress.note(f"the teacher is not cached: {error}")
 
     def student(self, teacher: Teacher | None, state: dict[str, Any] | None) -> Student:
         """The student, distilled from the teacher."""
@@ -259,12 +275,15 @@ class Session:
         optimizer = make_optimizer(module, table)
         scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.recipe.precision == "fp16")
         first_epoch, first_step, spent, sums = 0, 0, 0.0, None
+        latest: dict[str, Any] = {}
+        trained, epoch_spent = 0, 0.0
         if state:
             module.load_state_dict(state["module"])
             optimizer.load_state_dict(state["optimizer"])
             scaler.load_state_dict(state["scaler"])
             first_epoch, first_step = state["epoch"], state["step"]
-            spent, sums = state["seconds"], state["sums"]
+            spent, sums, latest = state["seconds"], state["sums"], state["latest"]
+            trained, epoch_spent = state["trained"], state["epoch_seconds"]
             self.progress.note(f"resuming the {phase} at epoch {first_epoch + 1}, step {first_step + 1}")
         # What a stopped run logged beyond its last save is done again, and logged again.
         done = [epoch for epoch in self.run.metrics() if epoch["phase"] != phase or epoch["epoch"] <= first_epoch]
@@ -282,10 +301,12 @@ class Session:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "sums": sums,
+                "trained": trained,
+                "epoch_seconds": epoch_spent,
+                "latest": latest,
             }
             checkpoint.save_state(self.run / STATE, kept)
 
-        latest: dict[str, Any] = next((line for line in reversed(done) if line["phase"] == phase), {})
         for epoch in range(first_epoch, table.epochs):
             module.train()
             batches = Batches(
@@ -299,10 +320,13 @@ class Session:
             self.progress.epoch(phase, epoch, table.epochs, steps)
             if not first_step:
                 sums = dict.fromkeys(["loss", *weights], 0.0)
-            trained, epoch_begin = 0, time.perf_counter()
+                trained, epoch_spent = 0, 0.0
+            epoch_begin = time.perf_counter() - epoch_spent
             for step, (images, targets) in enumerate(batches, start=first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(table, epoch * steps + step, steps)
+                # For layers that draw of their own accord, as dropout does.
+                torch.manual_seed(key_to_seed(self.recipe.seed, phase, epoch, step))
                 with self._autocast():
                     terms = objective(images, targets, epoch, step)
                 loss = sum(weights[name] * term for name, term in terms.items())
@@ -320,11 +344,12 @@ class Session:
                 if step % 20 == 0 or step + 1 == steps:
                     self._check_finite(sums, phase, epoch, step)
                     self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
+                epoch_spent = time.perf_counter() - epoch_begin
                 if signum := self.stop():
-                    self._check_finite(sums, phase, epoch, step)
+                    self._check_finite(sums, phase, epoch, step, module)
                     save(epoch, step + 1)
                     raise Stopped(signum, self.run.path)
-            seconds = time.perf_counter() - epoch_begin
+            self._check_finite(sums, phase, epoch, steps - 1, module)
             module.eval()
             latest = {
                 "phase": phase,
@@ -333,13 +358,15 @@ class Session:
                 "losses": {name: float(sums[name]) / len(self.train) for name in weights},
                 "accuracy": evaluate(),
                 "lr": learning_rate(table, (epoch + 1) * steps - 1, steps),
-                "seconds": seconds,
-                "images_per_second": trained / seconds if trained else 0.0,
+                "seconds": epoch_spent,
+                "images_per_second": trained / epoch_spent,
             }
             first_step = 0
             self.run.add_metrics(latest)
             save(epoch + 1, 0)
             self.progress.end_epoch(latest)
+            if signum := self.stop():
+                raise Stopped(signum, self.run.path)
         return {
             "accuracy": latest["accuracy"],
             "seconds": time.perf_counter() - begin,
@@ -350,13 +377,21 @@ class Session:
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
         return torch.autocast(self.plan.device.type, dtype=kind, enabled=kind != torch.float32)
 
-    def _check_finite(self, sums: dict[str, Tensor], phase: str, epoch: int, step: int) -> None:
+    def _check_finite(
+        self, sums: dict[str, Tensor], phase: str, epoch: int, step: int, module: nn.Module | None = None
+    ) -> None:
+        """Stop a run whose loss, or after the last update whose weights (`module`), are not finite numbers."""
         broken = [name for name, value in sums.items() if name != "loss" and not math.isfinite(float(value))]
-        if broken or not math.isfinite(float(sums["loss"])):
+        if not broken and not math.isfinite(float(sums["loss"])):
+            broken = ["the weighted sum"]
+        if not broken and module is not None:
+            states = module.state_dict().items()
+            broken = [name for name, value in states if value.is_floating_point() and not value.isfinite().all()][:1]
+        if broken:
+            kept = f" The last good state is in {self.run / STATE}." if (self.run / STATE).is_file() else ""
             raise MachineError(
-                f"the {phase}'s loss is not a finite number in epoch {epoch + 1}, by step {step + 1}: "
-                f"{', '.join(broken) or 'the weighted sum'}; "
-                f"lower the learning rate or set clip_norm. The last good state is in {self.run / STATE}"
+                f"the {phase}'s loss is not a finite number in epoch {epoch + 1}, by step {step + 1} "
+                f"({', '.join(broken)}); lower the learning rate or set clip_norm.{kept}"
             )
 
 
@@ -376,17 +411,19 @@ def learning_rate(table: Training, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (Loshchilov & Hutter, ICLR 2017)."""
     total, warm = table.epochs * steps_per_epoch, table.warmup_epochs * steps_per_epoch
     if step < warm:
-        return table.lr * (step + 1) / warm
+        return table.lr * min(1.0, (step + 1) / warm)
     share = (step - warm) / max(1.0, total - warm)
     return table.min_lr + (table.lr - table.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def teacher_key(recipe: Recipe, device: torch.device) -> str:
+def teacher_key(recipe: Recipe, device: torch.device, train: Images) -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
     data = recipe.data.model_dump(exclude={"root"})
     teacher = recipe.teacher.model_dump(exclude={"checkpoint"})
-    plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_files]
-    defines = [1, recipe.seed, recipe.precision, device.type, data, teacher, plugins, recipe.plugins]
+    # Not where the images lie, but what they are.
+    images = checkpoint.digest({"pixels": train.pixels.cpu(), "labels": train.labels.cpu()})
+    plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
+    defines = [__version__, recipe.seed, recipe.precision, device.type, data, images, teacher, plugins]
     return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from lasnn.errors import UserError
 from lasnn.measure import images_per_second, measure, teacher_energy_uj
+from lasnn.plan import load_data
 from lasnn.run import Run, environment, load_run
 
 __all__ = ["Run", "evaluate", "load_run"]
@@ -30,12 +31,12 @@ def evaluate(run: str | Path | Run | None = None, timesteps: int | Sequence[int]
         run = load_run(run, device="auto")
     if timesteps is None:
         timesteps = [run.recipe.student.timesteps]
-    elif isinstance(timesteps, int):
+    elif not isinstance(timesteps, (list, tuple)):
         timesteps = [timesteps]
-    wrong = [t for t in timesteps if not isinstance(t, int) or t < 1]
+    wrong = [t for t in timesteps if not isinstance(t, int) or isinstance(t, bool) or t < 1]
     if wrong or not timesteps:
-        raise UserError(f"timesteps must be whole numbers of at least 1, not {', '.join(map(str, wrong)) or 'none'}")
-    _, test = run.data.load()
+        raise UserError(f"timesteps must be whole numbers of at least 1, not {', '.join(map(repr, wrong)) or 'none'}")
+    _, test = load_data(run.recipe, run.data)
     test = test.to(run.device)
     batch_size = run.recipe.data.batch_size
     results = measure(run.student, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)

@@ -3,7 +3,9 @@
 Shapes: T time steps, B batch, K classes.
 """
 
+import math
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lasnn.data import Batches, Images
+from lasnn.errors import MachineError
 from lasnn.network import NormSpike, Student, Teacher
 from lasnn.random import generator
 
@@ -42,9 +45,9 @@ class Counter:
         self.neurons: dict[str, int] = {}
         self.additions = torch.zeros(timesteps, dtype=torch.float64)
         self.multiply_additions = torch.zeros(timesteps, dtype=torch.float64)
-        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass; holding
-        # the tensors keeps their identities from being used again.
-        self._spikes_in: dict[int, tuple[float, Tensor]] = {}
+        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass. The reference
+        # is weak, so that features are freed as ever; it also tells a tensor from a later one with the same identity.
+        self._marked: dict[int, tuple[float, weakref.ref]] = {}
         self._fanout: dict[tuple, Tensor] = {}
         self._hooks: list = []
 
@@ -68,37 +71,49 @@ class Counter:
             hook.remove()
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._spikes_in.clear()
+        self._marked.clear()
         self.images += self.student.network.clock.batch
         if getattr(self.student.encoder, "spiking", False):
-            self._spikes_in[id(inputs[0])] = (1.0, inputs[0])
+            self._mark(inputs[0], 1.0)
+
+    def _mark(self, x: Tensor, spikes_per_one: float) -> None:
+        self._marked[id(x)] = (spikes_per_one, weakref.ref(x))
+
+    def _spikes_per_one(self, x: Tensor) -> float | None:
+        """How many spikes a value of 1 in `x` stands for; None where `x` is not made of spikes."""
+        scale, reference = self._marked.get(id(x), (None, None))
+        return scale if reference is not None and reference() is x else None
 
     def _count_spikes(self, name: str):
         def hook(_: nn.Module, __: object, spikes: Tensor) -> None:
             count = self._by_step(spikes)
             self.spikes[name] = self.spikes.get(name, 0) + count
             self.neurons[name] = spikes[0].numel()
-            self._spikes_in[id(spikes)] = (1.0, spikes)
+            self._mark(spikes, 1.0)
 
         return hook
 
     def _pass_on(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if id(inputs[0]) not in self._spikes_in:
+        scale = self._spikes_per_one(inputs[0])
+        if scale is None:
             return
-        scale, _ = self._spikes_in[id(inputs[0])]
         if isinstance(module, nn.AvgPool2d):
             size = module.kernel_size
             scale *= size * size if isinstance(size, int) else size[0] * size[1]
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
-        self._spikes_in[id(output)] = (scale, output)
+        self._mark(output, scale)
 
     def _count_operations(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0]
-        if id(x) in self._spikes_in:
-            scale, _ = self._spikes_in[id(x)]
+        spikes = self._spikes_per_one(x)
+        if spikes is not None:
             fanout = self._fanout_of(layer, x, output)
-            self.additions += scale * self._by_step(x.double() * fanout)
+            # Summed over images and channels first, so that nothing of the feature's size is made.
+            by_pixel = self.student.network.clock.unfold(x).sum((1, 2), dtype=torch.float64)
+            if by_pixel.ndim == 1:
+                by_pixel = by_pixel[:, None]
+            self.additions += spikes * (by_pixel * fanout).flatten(1).sum(1).cpu()
             return
         weight = layer.weight[0].numel()
         batch = self.student.network.clock.batch
@@ -108,7 +123,7 @@ class Counter:
             self.multiply_additions += output.numel() * weight / self.timesteps
 
     def _fanout_of(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """Connections that each input of a layer has: [1, H, W] for a convolution, [] for a linear layer."""
+        """Connections that each input of a layer has: [H, W] for a convolution, [] for a linear layer."""
         if isinstance(layer, nn.Linear):
             return torch.tensor(float(layer.out_features), dtype=torch.float64, device=x.device)
         key = (id(layer), x.shape[-2:])
@@ -118,10 +133,12 @@ class Counter:
             kernel = torch.ones(1, 1, *layer.kernel_size, dtype=torch.float64, device=x.device)
             options = {"stride": layer.stride, "dilation": layer.dilation}
             reads = F.conv_transpose2d(ones, kernel, **options)
-            (top, left), (height, width) = layer.padding, x.shape[-2:]
+            # PyTorch's own padding of each side, last dimension first; layer.padding may be a word.
+            left, _, top, _ = layer._reversed_padding_repeated_twice
+            height, width = x.shape[-2:]
             # A stride may leave the last rows unread; they count zero.
             reads = F.pad(reads, (0, max(0, left + width - reads.shape[-1]), 0, max(0, top + height - reads.shape[-2])))
-            reads = reads[0, :, top : top + height, left : left + width]
+            reads = reads[0, 0, top : top + height, left : left + width]
             self._fanout[key] = reads * (layer.out_channels // layer.groups)
         return self._fanout[key]
 
@@ -166,6 +183,9 @@ def measure(
     Returns:
         One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `firing_rate` (spikes
         per neuron and step), `firing_rate_by_layer`, `energy_uj` (per image), `operations` (per image).
+
+    Raises:
+        MachineError: the spikes are not finite numbers.
     """
     causal = student.encoder.causal
     results: dict[int, dict[str, Any]] = {}
@@ -179,6 +199,9 @@ def measure(
                 logits, _ = student.steps(batch, generator=draws)
                 after = logits.float().cumsum(0)
                 correct += reduce((after.argmax(-1) == labels).long(), "t b -> t", "sum").cpu()
+        total = counter.after(longest)["firing_rate"]
+        if not math.isfinite(total):
+            raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
         for t in steps:
             results[t] = {
                 "timesteps": t,

@@ -38,6 +38,8 @@ class Neuron(nn.Module):
         super().__init__()
         if reset == "soft" and v_reset != 0.0:
             raise UserError(f'v_reset = {v_reset} has no meaning under a soft reset; leave it out or reset = "hard"')
+        if reset == "hard" and v_reset >= threshold:
+            raise UserError(f"v_reset = {v_reset} must be below the threshold, {threshold}: it would fire for ever")
         self.options = {
             "threshold": threshold,
             "v_reset": v_reset if reset == "hard" else None,

@@ -6,7 +6,7 @@ reported before the first batch, together with whatever else is wrong.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lasnn.data import Dataset
+from lasnn.data import Dataset, Images
+from lasnn.encoder import Encoder
 from lasnn.errors import UserError, unknown
-from lasnn.network import Staged, Student, Teacher, ann_units, build, probe, snn_units
-from lasnn.recipe import Recipe
-from lasnn.registry import datasets, encoders, losses
+from lasnn.network import Act, Staged, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.random import generator
+from lasnn.recipe import LossTable, Recipe, RecipeError, StudentTable, TeacherTable
+from lasnn.registry import blaming, datasets, encoders, losses, neurons
 
 Shape = tuple[int, ...]
 
@@ -89,50 +91,106 @@ class Plan:
         return 0 if teacher is None or self.teacher_checkpoint else teacher.epochs * self.steps_per_epoch
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Build everything that the recipe names on the meta device and check that it fits together.
+def read_plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Plan:
+    """Read a recipe and make its plan; mistakes of both kinds come together.
 
     Raises:
-        UserError: everything that does not, a line each.
+        UserError: everything that is wrong, a line each.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise UserError("overrides go with a recipe's file or name; this Recipe is already checked")
+        return make_plan(recipe)
+    try:
+        return make_plan(Recipe.load(recipe, overrides))
+    except RecipeError as error:
+        if error.recipe is None:
+            raise
+        try:
+            make_plan(error.recipe, reported=error.keys)
+        except UserError as more:
+            raise UserError(*error.problems, *more.problems) from None
+        raise
+
+
+def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
+    """Build everything that the recipe names on the meta device and check that it fits together.
+
+    Args:
+        reported: keys that are known to be wrong; what is wrong because of them is not reported again.
+
+    Raises:
+        UserError: everything that does not fit, a line each.
     """
     problems: list[str] = []
+    reported = set(reported)
+
+    def report(key: str, message: str) -> None:
+        if not any(f"{key}.".startswith(f"{known}.") or known.startswith(f"{key}.") for known in reported):
+            problems.append(recipe.line(key, message))
 
     def attempt(key: str, make: Callable, default=None):
+        """What `make` returns; a failure is reported under the key, and `default` returned."""
         try:
             return make()
         except UserError as error:
-            problems.extend(recipe.line(key, problem) for problem in error.problems)
+            for problem in error.problems:
+                report(key, problem)
             return default
 
     device = attempt("device", lambda: pick_device(recipe.device))
     if recipe.precision == "fp16" and device is not None and device.type == "cpu":
-        problems.append(recipe.line("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"'))
-    data = make_data(recipe)
-    image = (data.channels, data.height, data.width)
-    with torch.device("meta"):
-        student = attempt("student", lambda: make_student(recipe, data))
-        shapes = student and attempt(
-            "student", lambda: probe(student.network, image, recipe.student.timesteps), default={}
-        )
-        teacher = recipe.teacher and attempt("teacher", lambda: make_teacher(recipe, data))
-        teacher_shapes = teacher and attempt("teacher", lambda: probe(teacher.network, image), default={})
+        report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
     checkpoint = None
-    if teacher and recipe.teacher.checkpoint is not None:
+    if recipe.teacher and recipe.teacher.checkpoint is not None:
         checkpoint = attempt("teacher.checkpoint", lambda: find_checkpoint(recipe.teacher.checkpoint))
-        if checkpoint:
-            attempt("teacher.checkpoint", lambda: check_weights(checkpoint, teacher.network, len(data.classes)))
+    data = attempt("data", lambda: make_data(recipe))
+    if data is None:
+        raise UserError(*problems)
+    image = (data.channels, data.height, data.width)
+    table = recipe.student
+    with torch.device("meta"):
+        neuron = attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
+        encoder = attempt("student.encoder", lambda: make_encoder(recipe, data))
+        student = teacher = None
+        if neuron is not None and encoder is not None:
+            student = attempt("student", lambda: make_student(recipe, data))
+        shapes = {}
+        if student:
+            shapes = attempt("student", lambda: probe(student.network, image, table.timesteps), default={})
+        if recipe.teacher:
+            teacher = attempt("teacher", lambda: make_teacher(recipe, data))
+        teacher_shapes = {}
+        if teacher:
+            teacher_shapes = attempt("teacher", lambda: probe(teacher.network, image), default={})
+    if checkpoint and teacher:
+        attempt("teacher.checkpoint", lambda: check_weights(checkpoint, teacher.network, len(data.classes)))
     pairs: list[Pair] = []
-    if student and teacher:
-        # By name, so that a wrong tap is reported even where the shapes could not be found.
-        stages = [dict.fromkeys(network.stage_names, ()) for network in (student.network, teacher.network)]
+    with torch.device("meta"):
+        # The stages are the same whatever the neuron, so that a wrong tap is reported beside a wrong neuron.
+        staged = student.network if student else attempt("student", lambda: make_network(table, ann_units(), data))
+    if staged and teacher:
+        stages = [dict.fromkeys(network.stage_names, ()) for network in (staged, teacher.network)]
         pairs, wrong = _pair(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
-        problems += [recipe.line("distill.pairs", problem) for problem in wrong]
-        problems += [recipe.line(key, problem) for key, problem in _check_pairs(recipe, pairs, wrong)]
-        if recipe.student.init == "teacher":
+        for problem in wrong:
+            report("distill.pairs", problem)
+        for key, problem in _check_pairs(recipe, pairs, wrong):
+            report(key, problem)
+        if student and table.init == "teacher" and not reported:
             attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     elif recipe.distill.pairs and recipe.teacher is None:
-        problems.append(recipe.line("distill.pairs", "there is no [teacher] to pair with"))
-    if problems:
+        report("distill.pairs", "there is no [teacher] to pair with")
+    last = data.train_size % recipe.data.batch_size or recipe.data.batch_size
+    if last == 1:
+        single = [shape for shape in teacher_shapes.values() if not checkpoint and shape[1:] == (1, 1)]
+        single += [shape for shape in shapes.values() if table.timesteps == 1 and shape[1:] == (1, 1)]
+        if single:
+            message = "the last batch has one image, and a stage one pixel: batch norm has nothing to average over"
+            report("data.batch_size", message)
+    if not problems and not reported:
+        for index, loss in enumerate(recipe.losses):
+            attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps))
+    if problems or reported:
         raise UserError(*problems)
     return Plan(
         recipe=recipe,
@@ -147,27 +205,85 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
+def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int) -> None:
+    """Call a loss once on random tensors of the run's shapes, two images.
+
+    Raises:
+        UserError: it fails, or does not return one number.
+    """
+    entry, draws = losses[loss.name], generator("try", loss.name)
+    classes = len(data.classes)
+    given = {
+        "logits": torch.randn(timesteps, 2, classes, generator=draws),
+        "targets": torch.arange(2) % classes,
+        "teacher_logits": torch.randn(2, classes, generator=draws),
+        "student_features": [torch.rand(timesteps, 2, *pair.student_shape, generator=draws) for pair in pairs],
+        "teacher_features": [torch.rand(2, *pair.teacher_shape, generator=draws) for pair in pairs],
+    }
+    with blaming(entry):
+        value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
+    if not isinstance(value, torch.Tensor) or value.ndim != 0:
+        what = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise UserError(f"loss {loss.name!r} ({entry.where}) must return one number, a tensor []; it returned {what}")
+
+
 def make_data(recipe: Recipe) -> Dataset:
     """The recipe's data set; nothing is read yet."""
-    return datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
+    data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
+    if not isinstance(data, Dataset):
+        where = datasets[recipe.data.name].where
+        raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
+    return data
+
+
+def load_data(recipe: Recipe, data: Dataset) -> tuple[Images, Images]:
+    """Read a data set's training and test images and check them against what it says of itself.
+
+    Raises:
+        UserError: a file is missing or broken, or the images are not what was announced.
+    """
+    entry = datasets[recipe.data.name]
+    with blaming(entry):
+        splits = data.load()
+    for what, images, size in zip(("training", "test"), splits, (data.train_size, data.test_size), strict=True):
+        found, wanted = tuple(images.pixels.shape), (size, data.channels, data.height, data.width)
+        if found != wanted or size < 1:
+            raise UserError(
+                f"data set {entry.name!r}: its {what} images are {list(found)}; it announced {list(wanted)}"
+            )
+        low, high = int(images.labels.min()), int(images.labels.max())
+        if low < 0 or high >= len(data.classes):
+            raise UserError(
+                f"data set {entry.name!r}: {what} labels run from {low} to {high}; {len(data.classes)} classes"
+            )
+    return splits
+
+
+def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
+    """The student's encoder."""
+    table = recipe.student.encoder_table
+    encoder = encoders.build(table.name, data.mean, data.std, **table.options)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"encoder {table.name!r} ({encoders[table.name].where}) must be a lasnn.encoder.Encoder")
+    return encoder
 
 
 def make_student(recipe: Recipe, data: Dataset) -> Student:
     """The student on the current default device, with the layers' own initialisation."""
     table = recipe.student
     act = snn_units(table.neuron.name, **table.neuron.options)
-    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
-    network = build(table.architecture, act, **shape, **table.options)
-    encoder = encoders.build(table.encoder_table.name, data.mean, data.std, **table.encoder_table.options)
-    return Student(network, encoder, table.timesteps)
+    return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
 
 
 def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation."""
-    table = recipe.teacher
+    return Teacher(make_network(recipe.teacher, ann_units(), data), data.mean, data.std)
+
+
+def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset) -> Staged:
+    """The network that a table names, for the data's images."""
     shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
-    network = build(table.architecture, ann_units(), **shape, **table.options)
-    return Teacher(network, data.mean, data.std)
+    return build(table.architecture, act, **shape, **table.options)
 
 
 def pick_device(name: str) -> torch.device:

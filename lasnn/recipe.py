@@ -5,6 +5,7 @@ listed here, in `[data]`, `[teacher]`, `[student]`, `[student.neuron]`, the enco
 an option of the registered part that the table names, and is checked against that part's signature.
 """
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -24,6 +25,15 @@ from lasnn.registry import architectures, datasets, describe_limits, describe_ty
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class RecipeError(UserError):
+    """Everything that is wrong with a recipe; `recipe` is what could be read of it, `keys` are the faulty ones."""
+
+    def __init__(self, problems: Iterable[str], recipe: "Recipe | None", keys: Iterable[str]):
+        super().__init__(*dict.fromkeys(problems))
+        self.recipe = recipe
+        self.keys = frozenset(keys)
 
 
 class Section(BaseModel):
@@ -179,13 +189,19 @@ class Recipe(Section):
         """Those plugins that are files."""
         return [self._folder / plugin for plugin in self.plugins if _is_file(plugin)]
 
+    def plugin_sources(self) -> list[Path]:
+        """The file of every plugin, those of modules too."""
+        modules = [sys.modules[plugin].__file__ for plugin in self.plugins if not _is_file(plugin)]
+        return self.plugin_files + [Path(file) for file in modules if file]
+
     @classmethod
     def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":
         """Read and check a recipe.
 
         Args:
             recipe: path of a TOML file, or the name of a shipped recipe.
-            overrides: `key.path=value` settings, applied in order; values are TOML, bare words are text.
+            overrides: `key.path=value` settings, applied in order; values are TOML, bare words are text, and nothing
+                after the equals sign removes the key.
 
         Raises:
             UserError: everything that is wrong, a line each.
@@ -203,6 +219,11 @@ class Recipe(Section):
                 overridden.add(_override(tables, setting))
             except ValueError as error:
                 problems.append(f"--set {setting}: {error}")
+        if "teacher.checkpoint" in overridden and isinstance(tables.get("teacher"), dict):
+            # The file says how its teacher is trained; with another teacher named instead, that is beside the point.
+            for key in _TEACHER_TRAINING:
+                if f"teacher.{key}" not in overridden:
+                    tables["teacher"].pop(key, None)
         return cls.from_tables(tables, source=str(path), overridden=overridden, problems=problems)
 
     @classmethod
@@ -227,7 +248,8 @@ class Recipe(Section):
         def line(key: str, message: str) -> str:
             return _line(source, overridden, key, message)
 
-        found = list(problems)
+        found, keys = list(problems), set()
+        tables = copy.deepcopy(tables)
         recipe = None
         # A second look without the faulty keys finds what is wrong with the rest of the recipe.
         for _ in range(8):
@@ -237,15 +259,32 @@ class Recipe(Section):
             except ValidationError as error:
                 faults = list(_faults(error))
                 found += [line(".".join(map(str, place)), message) for place, message in faults]
+                keys.update(".".join(map(str, place)) for place, _ in faults)
                 removed = [_remove(tables, place) for place, _ in faults]
                 if not all(removed):
                     break
         if recipe is not None:
             recipe._source, recipe._folder, recipe._overridden = source, Path(source).parent, frozenset(overridden)
-            found += [line(key, message) for key, message in _check_parts(recipe)]
+            wrong = _check_parts(recipe)
+            found += [line(key, message) for key, message in wrong]
+            keys.update(key for key, _ in wrong)
+            recipe = recipe._without(tables, [key for key, _ in wrong])
         if found or recipe is None:
-            raise UserError(*dict.fromkeys(found))
+            raise RecipeError(found, recipe, keys or {""})
         return recipe._filled_in()
+
+    def _without(self, tables: dict[str, Any], keys: list[str]) -> "Recipe | None":
+        """The recipe without its faulty options, None where they are needed; names that are not known stay."""
+        for key in keys:
+            place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+            if place[-1] not in ("name", "architecture", "encoder"):
+                _remove(tables, place)
+        try:
+            rest = Recipe.model_validate_json(json.dumps(tables, default=str), strict=True)
+        except ValidationError:
+            return None
+        rest._source, rest._folder, rest._overridden = self._source, self._folder, self._overridden
+        return rest
 
     def _filled_in(self) -> "Recipe":
         """The same recipe with everything that was left out written down."""
@@ -319,7 +358,7 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
 
 def _line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
     """One line about a key; what `--set` brought is blamed on it, not on the file."""
-    blamed = any(key == name or key.startswith(f"{name}.") for name in overridden)
+    blamed = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden)
     return f"{'--set' if blamed else source}: {key}: {message}"
 
 
@@ -350,21 +389,27 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
     for index, loss in enumerate(recipe.losses):
         named.append((f"losses.{index}", "name", losses, loss.name, loss.options, ()))
     for table, key, registry, name, options, given in named:
-        model = {"data": DataTable, "student": StudentTable, "teacher": TeacherTable}.get(table)
+        model = _model_of(table)
         if name not in registry:
             found.append((f"{table}.{key}", unknown(registry.kind, name, registry)))
             # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
             for option in options:
                 if model and get_close_matches(option, model.model_fields, cutoff=0.8):
-                    found.append((f"{table}.{option}", unknown(f"key of [{table}]", option, model.model_fields)))
+                    title = _title(tuple(table.split(".")))
+                    found.append((f"{table}.{option}", unknown(f"key of {title}", option, model.model_fields)))
             continue
         for option, message in registry[name].problems(options, given):
             if model and option in options and option not in set(registry[name].options) - set(given):
                 # The key may be a misspelt key of the table just as well as of the part's options.
                 known = {*model.model_fields, *registry[name].options} - set(given)
-                message = unknown(f"key of [{table}] with {name!r}", option, known)
+                message = unknown(f"key of {_title(tuple(table.split('.')))} with {name!r}", option, known)
             found.append((f"{table}.{option}", message))
     return found + _check_objective(recipe) + _check_augment(recipe)
+
+
+def _model_of(table: str) -> type[Part]:
+    """The model of a table given as `student.neuron` or `losses.1`."""
+    return _field((*table.split("."), ""))[0]
 
 
 def _check_augment(recipe: Recipe) -> list[tuple[str, str]]:
@@ -377,9 +422,12 @@ def _check_augment(recipe: Recipe) -> list[tuple[str, str]]:
 def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
     found = []
     needs = {loss.name: losses[loss.name].inputs for loss in recipe.losses if loss.name in losses}
-    if recipe.losses and not any("logits" in inputs for inputs in needs.values()) and len(needs):
+    felt = [needs[loss.name] for loss in recipe.losses if loss.name in needs and loss.weight > 0]
+    if needs and not any("logits" in inputs for inputs in felt):
         with_logits = [name for name in losses if "logits" in losses[name].inputs]
-        found.append(("losses", f"no loss on the student's logits; add one of: {', '.join(with_logits)}"))
+        found.append(
+            ("losses", f"no loss on the student's logits (with a weight above 0); add one of: {', '.join(with_logits)}")
+        )
     for index, loss in enumerate(recipe.losses):
         if recipe.teacher is None and any("teacher" in name for name in needs.get(loss.name, ())):
             found.append((f"losses.{index}.name", f"{loss.name!r} needs a teacher; add a [teacher] section"))
@@ -390,6 +438,13 @@ def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
     if teacher is not None and teacher.checkpoint is not None:
         for key in sorted(teacher.model_fields_set & _TEACHER_TRAINING):
             found.append((f"teacher.{key}", "has no effect with teacher.checkpoint; leave one of the two out"))
+    for key, training in (("teacher", teacher), ("distill", recipe.distill)):
+        if training is not None and training.warmup_epochs > training.epochs:
+            found.append(
+                (f"{key}.warmup_epochs", f"{training.warmup_epochs:g} is longer than the {training.epochs} epochs")
+            )
+        if training is not None and training.min_lr > training.lr:
+            found.append((f"{key}.min_lr", f"{training.min_lr:g} is above lr = {training.lr:g}"))
     if recipe.student.init == "teacher" and teacher is None:
         found.append(("student.init", "there is no [teacher] to start from"))
     return found
@@ -421,10 +476,11 @@ def _load_plugins(recipe: Recipe):
             yield key, f"{plugin}: {error}"
         except Exception as error:
             # Whatever the user's code raises is the user's to mend; the line says where it was raised.
-            yield (
-                key,
-                f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}",
-            )
+            if isinstance(error, ModuleNotFoundError) and not _is_file(plugin) and plugin.startswith(error.name or "-"):
+                yield key, f"no module {error.name!r}; install it, or name its folder in PYTHONPATH"
+                continue
+            line = f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
+            yield key, line
 
 
 def _place_in(plugin: str, error: BaseException) -> str:
@@ -454,7 +510,9 @@ def _import_once(path: Path) -> None:
 
 
 def _override(tables: dict[str, Any], setting: str) -> str:
-    """Apply `a.b=c` to the tables; returns the key. `losses.attention.weight` finds a list's entry by its name."""
+    """Apply `a.b=c` to the tables; returns the key. `losses.attention.weight` finds a list's entry by its name, and is
+    returned with the entry's number.
+    """
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -463,29 +521,34 @@ def _override(tables: dict[str, Any], setting: str) -> str:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    *path, last = key.split(".")
+    steps: list[str | int] = []
     here: Any = tables
-    for depth, step in enumerate(path):
-        if isinstance(here, list):
-            here = _entry(here, step, ".".join(path[:depth]))
-        else:
-            here = here.setdefault(step, {})
-        if not isinstance(here, (dict, list)):
-            raise ValueError(f"{'.'.join(path[: depth + 1])} is a value, not a table")
-    if isinstance(here, list):
-        entry = _entry(here, last, ".".join(path))
-        here[here.index(entry)] = value
+    for step in key.split("."):
+        if steps:
+            where = ".".join(map(str, steps))
+            if isinstance(here, dict):
+                here = here.setdefault(steps[-1], {})
+            else:
+                here = here[steps[-1]]
+            if not isinstance(here, (dict, list)):
+                raise ValueError(f"{where} is a value, not a table")
+        steps.append(_entry(here, step, ".".join(map(str, steps))) if isinstance(here, list) else step)
+    if text.strip():
+        here[steps[-1]] = value
+    elif isinstance(here, list) or steps[-1] in here:
+        del here[steps[-1]]
     else:
-        here[last] = value
-    return key
+        raise ValueError("the recipe has no such key to remove")
+    return ".".join(map(str, steps))
 
 
-def _entry(entries: list, step: str, where: str) -> Any:
-    for entry in entries:
+def _entry(entries: list, step: str, where: str) -> int:
+    """The number of the list's entry that is named `step`, or has that number."""
+    for number, entry in enumerate(entries):
         if isinstance(entry, dict) and entry.get("name") == step:
-            return entry
+            return number
     if step.isdecimal() and int(step) < len(entries):
-        return entries[int(step)]
+        return int(step)
     names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
     raise ValueError(unknown(f"entry of {where}", step, names))
 
@@ -567,5 +630,6 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, dict):
         return f"{{ {', '.join(f'{key} = {_toml_value(item)}' for key, item in value.items())} }}"
-    # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not.
-    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text := json.dumps(value), text)
+    # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not, nor a bare DEL.
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)

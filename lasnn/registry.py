@@ -13,6 +13,7 @@ parameters are the options that a recipe may set, with their annotations as type
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -38,6 +39,7 @@ class Option:
 class Entry:
     """One registered part."""
 
+    kind: str
     name: str
     function: Callable
     inputs: tuple[str, ...]
@@ -108,7 +110,7 @@ class Registry:
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered ({self._entries[name].where}); choose another name"
                 )
-            entry = _entry(name, function)
+            entry = _entry(self.kind, name, function)
             if self._check:
                 self._check(entry)
             self._entries[name] = entry
@@ -122,8 +124,14 @@ class Registry:
         return sorted(self._entries)
 
     def build(self, name: str, *inputs: Any, **options: Any) -> Any:
-        """Call the part registered under `name`."""
-        return self[name].function(*inputs, **options)
+        """Call the part registered under `name`.
+
+        Raises:
+            UserError: the name is not known, or a part that is not lasnn's own fails.
+        """
+        entry = self[name]
+        with blaming(entry):
+            return entry.function(*inputs, **options)
 
     def __getitem__(self, name: str) -> Entry:
         self._load()
@@ -159,7 +167,21 @@ class Registry:
                 raise
 
 
-def _entry(name: str, function: Callable) -> Entry:
+@contextmanager
+def blaming(entry: Entry):
+    """Turn what a user's own part raises into one line that names it; a built-in part's error is a bug, and shown."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if entry.function.__module__.startswith("lasnn."):
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{entry.kind} {entry.name!r} ({entry.where}) failed: {reason}") from error
+
+
+def _entry(kind: str, name: str, function: Callable) -> Entry:
     try:
         signature = inspect.signature(function, eval_str=True)
     except NameError as error:
@@ -174,7 +196,7 @@ def _entry(name: str, function: Callable) -> Entry:
         else:
             # *args or **kwargs would swallow a recipe's typing errors.
             raise ValueError(f"{name!r} takes *{parameter.name}; name every option, so that recipes can be checked")
-    return Entry(name, function, tuple(inputs), options)
+    return Entry(kind, name, function, tuple(inputs), options)
 
 
 def describe_type(annotation: Any) -> str:

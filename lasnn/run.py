@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import platform
-import shutil
+import shlex
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +30,16 @@ from lasnn.plan import make_data, make_student, make_teacher, pick_device
 from lasnn.recipe import Recipe
 
 RUNS = Path("runs")
+WRITTEN = (
+    "recipe.toml",
+    "env.json",
+    "metrics.jsonl",
+    "teacher.json",
+    "teacher.safetensors",
+    "student.safetensors",
+    "last.pt",
+    "summary.json",
+)
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,12 @@ class RunFolder:
         """A JSON file of the run, {} where there is none yet."""
         path = self / name
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         except ValueError as error:
             raise UserError(f"{path} is damaged: {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"{path} is damaged: it holds no JSON object")
+        return value
 
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; a last line that a kill cut short is left out."""
@@ -60,9 +73,12 @@ class RunFolder:
         found = []
         for number, line in enumerate(lines, start=1):
             try:
-                found.append(json.loads(line))
+                epoch = json.loads(line)
+                if not isinstance(epoch, dict) or not {"phase", "epoch"} <= epoch.keys():
+                    raise ValueError("it is not an epoch")
+                found.append(epoch)
             except ValueError as error:
-                if number < len(lines):
+                if number < len(lines) or line.endswith("}"):
                     raise UserError(f"{path}: line {number} is damaged: {error}") from error
         return found
 
@@ -97,19 +113,37 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
         before = (run / "recipe.toml").read_text(encoding="utf-8")
         if before != text:
             raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
-        for stray in run.path.glob(".*.??????*"):
-            stray.unlink()
+        _check_plugins(recipe, run)
+        for name in WRITTEN:
+            # What a kill left of a file that was being written (see checkpoint.write).
+            for stray in run.path.glob(f".{name}.????????"):
+                stray.unlink()
         return run
     if used:
         raise UserError(f"{run.path} is not empty and not a run folder; choose another --out")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        for plugin in recipe.plugin_files:
-            shutil.copyfile(plugin, run / plugin.name)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--out {run.path}: {error.filename} is a file; name a folder") from error
     except OSError as error:
         raise MachineError(f"cannot write {run.path}: {error.strerror}") from error
+    # The recipe comes first: it makes the folder one that can be resumed.
     checkpoint.write(run / "recipe.toml", text)
+    for plugin in recipe.plugin_files:
+        checkpoint.write(run / plugin.name, plugin.read_bytes())
     return run
+
+
+def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
+    """The plugins must be those that the run began with; one that a kill left out is copied now."""
+    for plugin in recipe.plugin_files:
+        copy = run / plugin.name
+        if not copy.is_file():
+            checkpoint.write(copy, plugin.read_bytes())
+        elif copy.read_bytes() != plugin.read_bytes():
+            raise UserError(
+                f"{plugin} has changed since the run in {run.path} began; resume with {run / 'recipe.toml'}"
+            )
 
 
 def _resolved(recipe: Recipe) -> str:
@@ -255,14 +289,16 @@ def load_run(run: str | Path | None = None, device: str = "cpu") -> Run:
     data = make_data(recipe)
     weights = folder / "student.safetensors"
     if not weights.is_file():
-        raise UserError(
-            f"{folder.path} has no student yet; finish it with "
-            f"`lasnn distill {folder / 'recipe.toml'} --out {folder.path} --resume`"
-        )
+        raise UserError(f"{folder.path} has no student yet; finish it with `{resume_command(folder.path)}`")
     where = pick_device(device)
     student = make_student(recipe, data)
     load_into(student.network, weights)
     return Run(folder, recipe, data, where, student.to(where).eval())
+
+
+def resume_command(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return shlex.join(["lasnn", "distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"])
 
 
 def load_into(network: nn.Module, path: Path) -> None:

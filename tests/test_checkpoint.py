@@ -20,7 +20,9 @@ def test_weights_round_trip_with_their_description(tmp_path):
 
 def test_state_loads_without_code(tmp_path):
     path = tmp_path / "last.pt"
-    checkpoint.save_state(path, {"epoch": 3, "module": {"w": torch.ones(2)}, "sums": {"loss": 0.5}})
+    checkpoint.save_state(
+        path, {"phase": "student", "step": 0, "epoch": 3, "module": {"w": torch.ones(2)}, "sums": {"loss": 0.5}}
+    )
     assert torch.load(path, weights_only=True)["epoch"] == 3
     assert checkpoint.load_state(path)["sums"] == {"loss": 0.5}
 
@@ -44,6 +46,23 @@ def test_damaged_states_are_named(tmp_path, damage):
     path.write_bytes({"truncate": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
     with pytest.raises(UserError, match="last.pt is (damaged|not a whole)"):
         checkpoint.load_state(path)
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path):
+    torch.save({"module": {}}, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="is not the state of a run"):
+        checkpoint.load_state(tmp_path / "last.pt")
+
+
+def test_a_flipped_bit_of_the_weights_is_found(tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, {"a": torch.randn(100), "n": torch.tensor(3), "e": torch.zeros(0)}, {})
+    checkpoint.load_weights(path)
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="w.safetensors is damaged"):
+        checkpoint.load_weights(path)
 
 
 def test_truncated_weights_are_named(tmp_path):

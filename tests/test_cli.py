@@ -91,6 +91,14 @@ def test_json_is_one_object(done):
     assert summary["timesteps"] == 2
 
 
+def test_json_stays_alone_when_a_plugin_prints(done):
+    (done.folder / "loud.py").write_text('print("a plugin speaks")\n')
+    plugins = 'plugins=["tiny_clothes.py","loud.py"]'
+    plan = done("distill", "tiny.toml", "--set", plugins, "--dry-run", "--json")
+    assert json.loads(plan.stdout)["student"] == "vgg5"
+    assert "a plugin speaks" in plan.stderr
+
+
 def test_evaluate_one_t_and_several(done):
     single = done.json("evaluate", "runs/tiny-1", "--timesteps", "4")
     for key in ("accuracy", "timesteps", "firing_rate", "energy_uj", "images", "images_per_second"):
@@ -174,14 +182,13 @@ def test_mistakes_are_one_line_and_exit_2(lasnn, tmp_path, arguments, message):
 
 
 def test_all_mistakes_at_once(lasnn):
-    settings = [
-        "student.timesteps=0",
-        "teacher.width=x",
-        "data.batch_sise=3",
-        'losses.attention.temporal="rat"',
-    ]
+    settings = ["student.timesteps=0", "student.width=x", "data.batch_sise=3", 'losses.attention.temporal="rat"']
     result = lasnn("distill", "quickstart", *(item for text in settings for item in ("--set", text)), code=2)
     assert len(result.stderr.splitlines()) == 4
+    settings = ["device=gpu", "student.neuron.name=lff", 'distill.pairs=["stage9"]', "teacher.checkpoint=gone"]
+    result = lasnn("distill", "quickstart", *(item for text in settings for item in ("--set", text)), code=2)
+    for key in ("device", "student.neuron.name", "distill.pairs", "teacher.checkpoint"):
+        assert f"--set: {key}: " in result.stderr
 
 
 def test_a_missing_and_a_truncated_data_file(lasnn, tmp_path):
@@ -223,8 +230,9 @@ def test_a_full_disk(done):
 
 def test_a_folder_that_cannot_be_written(done):
     (done.folder / "file").write_text("")
-    [line] = done("distill", "tiny.toml", "--out", "file/run", code=1).stderr.splitlines()
-    assert line.startswith("lasnn: cannot write file/run: ")
+    [line] = done("distill", "tiny.toml", "--out", "file/run", code=2).stderr.splitlines()
+    assert line.startswith("lasnn: --out file/run: ")
+    assert "is a file; name a folder" in line
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from lasnn import distill, evaluate, load_run
 from lasnn.checkpoint import load_state
+from lasnn.data import Images
 from lasnn.display import Silent
-from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals
+from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals, teacher_key
 from lasnn.errors import MachineError, UserError
 from lasnn.recipe import Recipe, Training
 
@@ -82,13 +83,6 @@ def test_the_sum_is_the_weighted_terms(tiny):
 
 
 def test_the_same_seed_repeats_to_the_last_digit_also_with_a_cached_teacher(tiny):
-    class Notes(Silent):
-        def __init__(self):
-            self.lines = []
-
-        def note(self, text):
-            self.lines.append(text)
-
     first_notes, second_notes = Notes(), Notes()
     first = distill(tiny, progress=first_notes)
     second = distill(tiny, progress=second_notes)
@@ -117,11 +111,11 @@ def test_the_same_seed_repeats_to_the_last_digit_also_with_a_cached_teacher(tiny
     ],
 )
 def test_what_defines_a_cached_teacher(tiny, setting, trains_again):
-    from lasnn.distillation import teacher_key
-
-    cpu = torch.device("cpu")
-    keys = {teacher_key(Recipe.load(tiny, overrides), cpu) for overrides in ([], [setting])}
+    cpu, images = torch.device("cpu"), Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
+    keys = {teacher_key(Recipe.load(tiny, overrides), cpu, images) for overrides in ([], [setting])}
     assert len(keys) == 1 + trains_again
+    other = Images(images.pixels + 1, images.labels)
+    assert teacher_key(Recipe.load(tiny), cpu, other) not in keys, "the images themselves count, not where they lie"
 
 
 def test_the_attention_loss_teaches(tiny):
@@ -258,13 +252,6 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, phase, signum):
 
 
 def test_resume_of_nothing_of_a_finished_run_and_of_another_recipe(tiny):
-    class Notes(Silent):
-        def __init__(self):
-            self.lines = []
-
-        def note(self, text):
-            self.lines.append(text)
-
     notes = Notes()
     run = distill(tiny, "out", resume=True, progress=notes)
     assert "nothing to resume in out; starting from the beginning" in notes.lines
@@ -293,6 +280,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny):
     with pytest.raises(MachineError, match=r"the student's loss is not a finite number in epoch 1, by step \d+"):
         distill(tiny, overrides=["distill.lr=1e30", "distill.optimizer=adamw"])
     assert not list(tiny.parent.glob("runs/tiny-1/student.safetensors"))
+    with pytest.raises(MachineError, match=r"not (a )?finite number"):
+        # One step in all: the loss was fine, what the weights that it left compute is not.
+        distill(tiny, overrides=["distill.lr=1e38", "distill.epochs=1", "data.batch_size=400"])
+    assert not list(tiny.parent.glob("runs/*/student.safetensors"))
 
 
 def test_the_schedule():
@@ -303,6 +294,8 @@ def test_the_schedule():
     assert rates[30] == pytest.approx(0.55)
     assert 0.1 < rates[49] < 0.11
     assert learning_rate(Training(epochs=1, lr=0.5), 0, 1) == 0.5
+    short = Training(epochs=3, lr=0.1, warmup_epochs=0.1)
+    assert max(learning_rate(short, step, 3) for step in range(9)) <= 0.1, "no overshoot"
 
 
 def test_norms_and_biases_do_not_decay():
@@ -330,6 +323,129 @@ def test_signals_are_left_alone_outside_a_run_and_in_threads():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("damage", ["teacher.safetensors", "teacher.json", "metrics.jsonl"])
+def test_a_damaged_cached_teacher_is_trained_again(tiny, damage):
+    first = distill(tiny)
+    [cache] = tiny.parent.glob("runs/teachers/*")
+    (cache / damage).write_text("[]\n{}")
+    notes = Notes()
+    second = distill(tiny, progress=notes)
+    assert any("cannot be used and is trained again" in line for line in notes.lines)
+    assert digest(second / "student.safetensors") == digest(first / "student.safetensors")
+    assert digest(cache / "teacher.safetensors") == digest(first / "teacher.safetensors")
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(tiny):
+    (tiny.parent / "runs").mkdir()
+    (tiny.parent / "runs" / "teachers").write_text("a file")
+    notes = Notes()
+    run = distill(tiny, "out", progress=notes)
+    assert any(line.startswith("the teacher is not cached: ") for line in notes.lines)
+    assert run.read_json("summary.json")["accuracy"] >= 0
+
+
+def test_a_plugin_that_changed_is_not_resumed(tiny):
+    with pytest.raises(Stopped):
+        distill(tiny, "out", progress=StopAt("student", 1, signal.SIGTERM))
+    plugin = tiny.parent / "tiny_clothes.py"
+    copy = tiny.parent / "out" / "tiny_clothes.py"
+    copy.write_text(plugin.read_text() + "\n# not what the run began with\n")
+    with pytest.raises(UserError, match="tiny_clothes.py has changed since the run in out began"):
+        distill(tiny, "out", resume=True)
+
+
+def test_overrides_go_with_a_file(tiny):
+    with pytest.raises(UserError, match="already checked"):
+        distill(Recipe.load(tiny), overrides=["seed=3"])
+
+
+def test_what_layers_draw_does_not_depend_on_the_cache(tiny):
+    """Dropout draws from the global generator; it is keyed by the step, and the caller's state is given back."""
+    (tiny.parent / "drop.py").write_text(
+        """
+from torch import nn
+from lasnn import Staged, architectures
+
+
+def with_dropout(act, *, in_channels: int, num_classes: int) -> Staged:
+    \"\"\"One stage and dropout.\"\"\"
+    stage = nn.Sequential(nn.Conv2d(in_channels, 4, 3, padding="same"), act(4), nn.Dropout(0.5))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    return Staged({"stage1": stage}, head)
+
+
+if "with-dropout" not in architectures:
+    architectures.register("with-dropout")(with_dropout)
+"""
+    )
+    settings = ['plugins=["tiny_clothes.py","drop.py"]', "student.architecture=with-dropout", "student.width="]
+    settings += ["teacher.architecture=with-dropout", "teacher.width="]
+    state = torch.get_rng_state()
+    runs = [distill(tiny, overrides=settings) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert digest(runs[0] / "student.safetensors") == digest(runs[1] / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "from lasnn import losses\n@losses.register('bad-{n}')\ndef bad(logits, targets):\n    return logits\n",
+            "must return one number",
+        ),
+        (
+            "from lasnn import losses\n@losses.register('bad-{n}')\ndef bad(logits):\n    return logits @ logits\n",
+            "failed: RuntimeError",
+        ),
+    ],
+)
+def test_a_users_loss_is_tried_before_the_first_batch(tiny, code, message):
+    name = f"bad-{len(message)}"
+    (tiny.parent / "bad.py").write_text(code.replace("bad-{n}", name))
+    settings = ['plugins=["tiny_clothes.py","bad.py"]', f'losses=[{{name="{name}"}}]']
+    with pytest.raises(UserError, match=message):
+        distill(tiny, overrides=settings)
+    assert not (tiny.parent / "runs").exists()
+
+
+def test_data_that_is_not_what_it_announces(tiny):
+    (tiny.parent / "odd.py").write_text(
+        """
+import torch
+from lasnn import datasets
+from lasnn.data import Dataset, Images
+
+if "odd-labels" not in datasets:
+
+    @datasets.register("odd-labels")
+    class OddLabels(Dataset):
+        \"\"\"Twenty images with a label too many.\"\"\"
+
+        channels, height, width = 1, 28, 28
+        classes, mean, std = ("a", "b"), (0.5,), (0.5,)
+        train_size = test_size = 20
+
+        def __init__(self, root):
+            pass
+
+        def load(self):
+            images = Images(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 3)
+            return images, images
+"""
+    )
+    with pytest.raises(UserError, match="training labels run from 0 to 2; 2 classes"):
+        distill(tiny, overrides=['plugins=["odd.py"]', "data.name=odd-labels"])
+    assert not (tiny.parent / "runs").exists()
 
 
 def test_a_torn_last_line_of_the_metrics_is_left_out(tiny):

@@ -98,7 +98,7 @@ def test_mistakes_of_building_come_together(plain):
         "teacher.checkpoint=gone.safetensors",
         "device=cuda:99",
     )
-    for key in ("device", "student", "teacher.checkpoint", "distill.pairs"):
+    for key in ("device", "student.neuron", "teacher.checkpoint", "distill.pairs"):
         assert any(f": {key}: " in line for line in found), (key, found)
 
 

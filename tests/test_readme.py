@@ -45,10 +45,10 @@ def test_make_targets_exist():
 
 @pytest.mark.full
 def test_make_quickstart(tmp_path):
-    options = " ".join([*SHORT, "--out", str(tmp_path / "run")])
-    command = ["make", "quickstart", f"ARGS={options}"]
+    command = ["make", "quickstart", f"OUT={tmp_path / 'run'}", f"ARGS={' '.join(SHORT)}"]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "student: test accuracy" in result.stdout
+    assert f"{tmp_path / 'run'}: 2,000 test images" in result.stdout
 
 
 def test_the_recipe_is_one(tmp_path, lasnn):
