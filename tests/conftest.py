@@ -9,6 +9,21 @@ import pytest
 from common import TINY, TINY_DATA, Command
 
 
+@pytest.fixture(autouse=True)
+def registries_as_they_were():
+    """What a test registers, itself or by a plugin, is forgotten after it."""
+    from lasnn import recipe
+    from lasnn.registry import REGISTRIES
+
+    kept = {registry: dict(registry._entries) for registry in REGISTRIES.values() if registry.names()}
+    loaded = dict(recipe._loaded_plugins)
+    yield
+    for registry, entries in kept.items():
+        registry._entries = entries
+    recipe._loaded_plugins.clear()
+    recipe._loaded_plugins.update(loaded)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A folder with a tiny recipe and its plugin, made the working directory; returns the recipe's path."""

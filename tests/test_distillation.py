@@ -384,8 +384,7 @@ def with_dropout(act, *, in_channels: int, num_classes: int) -> Staged:
     return Staged({"stage1": stage}, head)
 
 
-if "with-dropout" not in architectures:
-    architectures.register("with-dropout")(with_dropout)
+architectures.register("with-dropout")(with_dropout)
 """
     )
     settings = ['plugins=["tiny_clothes.py","drop.py"]', "student.architecture=with-dropout", "student.width="]
@@ -425,22 +424,20 @@ import torch
 from lasnn import datasets
 from lasnn.data import Dataset, Images
 
-if "odd-labels" not in datasets:
+@datasets.register("odd-labels")
+class OddLabels(Dataset):
+    \"\"\"Twenty images with a label too many.\"\"\"
 
-    @datasets.register("odd-labels")
-    class OddLabels(Dataset):
-        \"\"\"Twenty images with a label too many.\"\"\"
+    channels, height, width = 1, 28, 28
+    classes, mean, std = ("a", "b"), (0.5,), (0.5,)
+    train_size = test_size = 20
 
-        channels, height, width = 1, 28, 28
-        classes, mean, std = ("a", "b"), (0.5,), (0.5,)
-        train_size = test_size = 20
+    def __init__(self, root):
+        pass
 
-        def __init__(self, root):
-            pass
-
-        def load(self):
-            images = Images(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 3)
-            return images, images
+    def load(self):
+        images = Images(torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.arange(20) % 3)
+        return images, images
 """
     )
     with pytest.raises(UserError, match="training labels run from 0 to 2; 2 classes"):

@@ -223,10 +223,7 @@ def test_student_module():
         student(images * 255)
 
 
-def test_what_is_not_staged_is_refused(monkeypatch):
+def test_what_is_not_staged_is_refused():
     architectures.register("plain")(lambda act, *, in_channels, num_classes: nn.Flatten())
-    try:
-        with pytest.raises(UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged"):
-            build("plain", ann_units(), in_channels=1, num_classes=2)
-    finally:
-        architectures.unregister("plain")
+    with pytest.raises(UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged"):
+        build("plain", ann_units(), in_channels=1, num_classes=2)

@@ -49,6 +49,13 @@ def test_duplicates_are_refused_and_say_where_the_first_is(registry):
         registry.register("a")(lambda: None)
 
 
+def test_a_name_can_be_given_again_once_it_is_forgotten(registry):
+    registry.register("a")(lambda: 1)
+    registry.unregister("a")
+    registry.register("a")(lambda: 2)
+    assert registry.build("a") == 2
+
+
 def test_a_plugin_cannot_take_a_built_in_name():
     with pytest.raises(ValueError, match=r"'vgg9' is already registered \(.*vgg.py"):
         architectures.register("vgg9")(lambda act, *, in_channels, num_classes: None)
