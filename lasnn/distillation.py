@@ -91,7 +91,8 @@ def distill(
     run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
     # The caller's random state is as it was when the run is over.
-    with stop_on_signals() as stop, torch.random.fork_rng():
+    forked = torch.random.fork_rng(devices=[plan.device] if plan.device.type == "cuda" else [])
+    with stop_on_signals() as stop, forked:
         session = Session(plan, run, train, test, progress, stop)
         teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
         student = session.student(teacher, state if state and state["phase"] == "student" else None)

@@ -260,6 +260,16 @@ def test_signals_save_and_say_how_to_go_on(done, signum, code):
     process.communicate()
 
 
+def test_a_signal_before_the_training_ends_the_command(done):
+    (done.folder / "slow.py").write_text("import sys, time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    process = done.start("distill", "tiny.toml", "--set", 'plugins=["slow.py"]')
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+
+
 def test_a_users_architecture_learns_from_a_shipped_teacher(lasnn, tmp_path):
     """The README's example of a plugin, distilled from a shipped architecture, then evaluated from its run folder."""
     from common import TINY, TINY_DATA
