@@ -3,6 +3,7 @@
 Shapes: T time steps, B batch, C channels, H x W pixels. Images are floats [B, C, H, W] in [0, 1].
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Generator, Tensor, nn
 from lasnn.registry import encoders
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Turns images [B, C, H, W] in [0, 1] into what the student sees at each of T time steps.
 
     A call is `encoder(images, timesteps, generator=None)`; it returns [T, B, C, H, W], or [1, B, C, H, W]
@@ -51,8 +52,9 @@ class Encoder(nn.Module):
             raise TypeError(f"images must be floats in [0, 1], not {images.dtype}; divide bytes by 255")
         return self.encode(images, timesteps, generator)
 
+    @abstractmethod
     def encode(self, images: Tensor, timesteps: int, generator: Generator | None) -> Tensor:
-        raise NotImplementedError
+        """Images -> [T, B, C, H, W], or [1, B, C, H, W] where `constant`."""
 
 
 @encoders.register("direct")

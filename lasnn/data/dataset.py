@@ -1,5 +1,6 @@
 """What every data set is: a description that costs nothing, and images in memory once it is loaded."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class Images:
         return len(self.labels)
 
 
-class Dataset:
+class Dataset(ABC):
     """What a run knows of a data set before it reads a byte, and the way to read it.
 
     Making one touches no file, so that a dry run needs no data on disk. A subclass sets the attributes below:
@@ -50,13 +51,13 @@ class Dataset:
     augment: tuple[str, ...] = ()
     source: str = ""
 
+    @abstractmethod
     def load(self) -> tuple[Images, Images]:
         """Read the training and the test images, on the CPU.
 
         Raises:
             UserError: the data is not there, or a file is broken; one line that names it.
         """
-        raise NotImplementedError
 
 
 def _describe(tensor: Tensor) -> str:
