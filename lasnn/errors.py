@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class MachineError(Exception):
-    """The machine failed, not the input: a full or read-only disk, no memory (exit code 1)."""
+    """The input is right but the work failed: a full or read-only disk, a training that diverged (exit code 1)."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
