@@ -74,12 +74,13 @@ class RunFolder:
         for number, line in enumerate(lines, start=1):
             try:
                 epoch = json.loads(line)
-                if not isinstance(epoch, dict) or not {"phase", "epoch"} <= epoch.keys():
-                    raise ValueError("it is not an epoch")
-                found.append(epoch)
             except ValueError as error:
-                if number < len(lines) or line.endswith("}"):
+                if number < len(lines):
                     raise UserError(f"{path}: line {number} is damaged: {error}") from error
+                continue
+            if not isinstance(epoch, dict) or not {"phase", "epoch"} <= epoch.keys():
+                raise UserError(f"{path}: line {number} is damaged: it is not an epoch")
+            found.append(epoch)
         return found
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
