@@ -3,6 +3,6 @@
 This package knows nothing of the rest of lasnn. README.md derives the formulas and counts the bytes.
 """
 
-from lasnn.kernels.functional import SURROGATES, attention_map, lif
+from lasnn.kernels.functional import SURROGATES, attention_map, lif, norm_lif
 
-__all__ = ["SURROGATES", "attention_map", "lif"]
+__all__ = ["SURROGATES", "attention_map", "lif", "norm_lif"]

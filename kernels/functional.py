@@ -5,12 +5,13 @@ Shapes: T time steps, B batch, C channels, H x W pixels, N = H*W; `...` any shap
 
 from difflib import get_close_matches
 from math import inf
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasnn.kernels import ops
-from lasnn.kernels.layout import state_dtype
+from lasnn.kernels.layout import memory_format, state_dtype
 
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid")
 TEMPORAL = ("rate", "step", "map")
@@ -73,13 +74,8 @@ def lif(
         raise ValueError("lif: x has no time dimension; give it [T, ...], for one step x.unsqueeze(0)")
     if x.shape[0] < 1:
         raise ValueError("lif: x has 0 time steps; T must be at least 1")
-    if timesteps is None:
-        timesteps = x.shape[0]
-    elif isinstance(timesteps, bool) or not isinstance(timesteps, (int, torch.SymInt)):
-        raise TypeError(f"lif: timesteps must be an integer, got {timesteps!r}")
-    elif timesteps < 1:
-        raise ValueError(f"lif: timesteps must be at least 1, got {timesteps}")
-    elif x.shape[0] not in (1, timesteps):
+    timesteps = x.shape[0] if timesteps is None else whole_steps("lif", timesteps)
+    if x.shape[0] not in (1, timesteps):
         raise ValueError(
             f"lif: x has {x.shape[0]} steps but timesteps is {timesteps}; give x [1, ...], constant in time, "
             f"or [{timesteps}, ...]"
@@ -96,51 +92,163 @@ def lif(
         if v0.device != x.device:
             raise ValueError(f"lif: v0 is on {v0.device} but x is on {x.device}")
 
-    threshold = positive("lif", "threshold", threshold)
-    alpha = positive("lif", "alpha", alpha)
-    if v_reset is not None:
-        v_reset = number("lif", "v_reset", v_reset, "a number, or None for the soft reset")
-        if not v_reset < threshold:
-            raise ValueError(
-                f"lif: v_reset must be below the threshold {threshold}, got {v_reset}: it would fire for ever"
-            )
-    if surrogate not in SURROGATES:
-        raise ValueError(unknown("surrogate", surrogate, SURROGATES))
-    decay, learnt_decay = 0.0, None
-    if isinstance(tau, Tensor):
-        if tau.numel() != 1 or not tau.is_floating_point():
-            raise TypeError(
-                f"lif: tau must hold one floating-point number, got {tau.dtype} {list(tau.shape)}; "
-                "use a float or a 0-d tensor"
-            )
-        if tau.device != x.device:
-            raise ValueError(f"lif: tau is on {tau.device} but x is on {x.device}")
-        learnt_decay = tau.reshape(()).to(state).reciprocal()
-    else:
-        tau = number("lif", "tau", tau, "a number or a 0-d tensor", infinite=True)
-        if not tau >= 1:
-            raise ValueError(
-                f"lif: tau must be at least 1 step, got {tau}: a shorter one would carry v past rest; "
-                "math.inf is integrate-and-fire"
-            )
-        if decay_input and tau == inf:
-            raise ValueError("lif: decay_input with tau = inf multiplies the input by 0; set decay_input=False")
-        decay = 1 / tau
-
-    spikes, v_last, _ = ops.lif(
+    learnt_decay, options = dynamics(
+        "lif",
         x,
-        v0,
-        learnt_decay,
-        timesteps,
-        decay,
-        threshold,
-        bool(decay_input),
-        v_reset,
-        surrogate,
-        alpha,
-        bool(detach_reset),
+        tau=tau,
+        threshold=threshold,
+        decay_input=decay_input,
+        v_reset=v_reset,
+        surrogate=surrogate,
+        alpha=alpha,
+        detach_reset=detach_reset,
     )
+    spikes, v_last, _ = ops.lif(x, v0, learnt_decay, timesteps, *options)
     return spikes, v_last
+
+
+class RunningStatistics(NamedTuple):
+    """A batch norm's running mean and variance, each [C]."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def norm_lif(
+    y: Tensor,
+    norm: nn.BatchNorm2d,
+    residual: Tensor | None = None,
+    *,
+    timesteps: int,
+    constant: bool = False,
+    tau: float | Tensor = 2.0,
+    threshold: float = 1.0,
+    decay_input: bool = False,
+    v_reset: float | None = 0.0,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    detach_reset: bool = False,
+) -> tuple[Tensor, RunningStatistics | None]:
+    """Batch norm, an optional residual and leaky integrate-and-fire over all time steps, fused.
+
+        x = (y - mean) / sqrt(var + eps) * weight + bias + residual
+        spikes, _ = lif(x, ...)
+
+    In training mean and var are those of y over T*B*H*W, otherwise the running ones. Only y, the residual and what
+    has C elements are kept for the backward pass, with one fp32 state of [B, C, H, W] for each stretch of 8 steps
+    after the first. Arithmetic is fp32 whatever y's type, so that the unit runs under autocast as it is.
+
+    `norm` is only read. What its running statistics become is returned, to be stored once however often a pass is
+    repeated (as in activation checkpointing); `num_batches_tracked` is the caller's to count.
+
+    Args:
+        y: the convolution's output, [T*B, C, H, W] with time outermost, contiguous or channels_last; fp32, bf16 or
+            fp16; on the CPU also fp64.
+        norm: gives weight, bias, eps, momentum, the running statistics, and by its mode whether to use them.
+        residual: added before the neuron, like y in shape, type and memory order; or [B, C, H, W] if only one of the
+            two is constant in time, which costs a copy of that one for each step.
+        timesteps: T.
+        constant: y is [B, C, H, W], the same at every step: it is normalised once, with its own statistics, and read
+            once. Its gradient is the sum over time.
+        tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset: as in `lif`.
+
+    Returns:
+        spikes: [T*B, C, H, W], 0 or 1, in y's type and memory order.
+        running: the new running mean and variance; None where `norm` does not update them.
+
+    Raises:
+        TypeError: an argument is not of a kind that is taken.
+        ValueError: a shape, a memory order, a device or an option does not fit.
+
+    Source: batch normalisation (Ioffe and Szegedy, ICML 2015) as `torch.nn.BatchNorm2d` defines it, over time and
+    batch as in threshold-dependent batch norm (Zheng et al., AAAI 2021) without its scaling; the LIF is `lif`'s.
+    """
+    check_tensor("norm_lif", y, "y")
+    order = check_images("norm_lif", y, "y")
+    timesteps = whole_steps("norm_lif", timesteps)
+    if type(norm) is not nn.BatchNorm2d:
+        raise TypeError(f"norm_lif: norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
+    if y.shape[1] != norm.num_features:
+        raise ValueError(f"norm_lif: y has {y.shape[1]} channels but norm has {norm.num_features}")
+    if not constant and y.shape[0] % timesteps:
+        raise ValueError(
+            f"norm_lif: y's leading dimension is T*B, but timesteps = {timesteps} does not divide {y.shape[0]}; "
+            "an input of shape [B, C, H, W] that is the same at every step needs constant=True"
+        )
+    count = y.shape[0] * y.shape[2] * y.shape[3]
+    if residual is not None:
+        check_tensor("norm_lif", residual, "residual")
+        if residual.dtype != y.dtype:
+            raise TypeError(f"norm_lif: residual is {residual.dtype} but y is {y.dtype}; use residual.to(y.dtype)")
+        if residual.device != y.device:
+            raise ValueError(f"norm_lif: residual is on {residual.device} but y is on {y.device}")
+        batch = y.shape[0] if constant else y.shape[0] // timesteps
+        if (
+            residual.dim() != 4
+            or residual.shape[1:] != y.shape[1:]
+            or residual.shape[0] not in (batch, timesteps * batch)
+        ):
+            raise ValueError(
+                f"norm_lif: residual must be {[timesteps * batch, *y.shape[1:]]}, or {[batch, *y.shape[1:]]} if "
+                f"constant in time, got {list(residual.shape)}"
+            )
+        if check_images("norm_lif", residual, "residual") != order:
+            raise ValueError(
+                "norm_lif: y and residual lie in different memory orders, one contiguous, one channels_last; "
+                f"use residual.contiguous(memory_format={order})"
+            )
+        if residual.shape[0] != y.shape[0]:
+            # Repeating what is constant changes neither its mean nor its variance.
+            if constant:
+                y, constant = torch.cat([y] * timesteps), False
+            else:
+                residual = torch.cat([residual] * timesteps)
+    state = state_dtype(y.dtype)
+    for name, value in (*norm.named_parameters(), *norm.named_buffers()):
+        if value.device != y.device:
+            raise ValueError(f"norm_lif: norm.{name} is on {value.device} but y is on {y.device}")
+    learnt_decay, options = dynamics(
+        "norm_lif",
+        y,
+        tau=tau,
+        threshold=threshold,
+        decay_input=decay_input,
+        v_reset=v_reset,
+        surrogate=surrogate,
+        alpha=alpha,
+        detach_reset=detach_reset,
+    )
+
+    own = norm.training or norm.running_mean is None
+    running = None
+    if own:
+        if count == 1:
+            raise ValueError("norm_lif: the variance of one value a channel is not defined; give more than one image")
+        statistics = ops.norm_statistics(y.detach())
+        # Where several processes share a batch, their statistics and counts are merged here.
+        if norm.running_mean is not None and count:
+            running = updated(norm, statistics, count)
+    else:
+        statistics = torch.stack([norm.running_mean, norm.running_var]).to(state)
+    weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
+    # A repeated y counts as often as it is read, whatever its variance was over.
+    n = y.shape[0] * y.shape[2] * y.shape[3] if own else 0
+    spikes, _ = ops.norm_lif(
+        y, residual, statistics, weight, bias, learnt_decay, n, norm.eps, timesteps, bool(constant), *options
+    )
+    return spikes, running
+
+
+def updated(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> RunningStatistics:
+    """`norm`'s running statistics after a batch, by nn.BatchNorm2d's rule: the variance over n - 1."""
+    mean, var = statistics.to(norm.running_mean.dtype)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1 / (norm.num_batches_tracked + 1).to(mean.dtype)
+    return RunningStatistics(
+        torch.lerp(norm.running_mean, mean, momentum),
+        torch.lerp(norm.running_var, var * (count / (count - 1)), momentum),
+    )
 
 
 def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: float = 1e-3) -> Tensor:
@@ -188,15 +296,82 @@ def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: f
     return f / torch.linalg.vector_norm(f, dim=-1, keepdim=True).clamp_min(eps)
 
 
-def check_tensor(op: str, x: Tensor) -> None:
+def check_tensor(op: str, x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     device = x.device.type
     if device not in DEVICES:
-        raise ValueError(f"{op}: no kernel for device {device!r}; move x to one of {', '.join(DEVICES)}")
+        raise ValueError(f"{op}: no kernel for device {device!r}; move {name} to one of {', '.join(DEVICES)}")
     if x.dtype not in HALF_AND_SINGLE and (x.dtype != torch.float64 or device == "cuda"):
         taken = "float16, bfloat16 or float32" + ("" if device == "cuda" else ", or float64 on the CPU")
-        raise TypeError(f"{op}: no kernel for {x.dtype} on {device}; it takes {taken}: use x.float()")
+        raise TypeError(f"{op}: no kernel for {x.dtype} on {device}; it takes {taken}: use {name}.float()")
+
+
+def check_images(op: str, images: Tensor, name: str) -> torch.memory_format:
+    """Their memory order, contiguous or channels_last."""
+    if images.dim() != 4:
+        raise ValueError(f"{op}: {name} must be [T*B, C, H, W], got {list(images.shape)}")
+    order = memory_format(images)
+    if order is None:
+        raise ValueError(
+            f"{op}: {name} of shape {list(images.shape)} has strides {list(images.stride())}, neither contiguous nor "
+            f"channels_last; use {name}.contiguous()"
+        )
+    return order
+
+
+def whole_steps(op: str, timesteps: int) -> int:
+    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, torch.SymInt)):
+        raise TypeError(f"{op}: timesteps must be an integer, got {timesteps!r}")
+    if timesteps < 1:
+        raise ValueError(f"{op}: timesteps must be at least 1, got {timesteps}")
+    return timesteps
+
+
+def dynamics(
+    op: str,
+    x: Tensor,
+    *,
+    tau: float | Tensor,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor | None, tuple]:
+    """The neuron's options, checked: 1/tau where it is learnt, and the rest as the ops take it."""
+    threshold = positive(op, "threshold", threshold)
+    alpha = positive(op, "alpha", alpha)
+    if v_reset is not None:
+        v_reset = number(op, "v_reset", v_reset, "a number, or None for the soft reset")
+        if not v_reset < threshold:
+            raise ValueError(
+                f"{op}: v_reset must be below the threshold {threshold}, got {v_reset}: it would fire for ever"
+            )
+    if surrogate not in SURROGATES:
+        raise ValueError(unknown("surrogate", surrogate, SURROGATES))
+    decay, learnt_decay = 0.0, None
+    if isinstance(tau, Tensor):
+        if tau.numel() != 1 or not tau.is_floating_point():
+            raise TypeError(
+                f"{op}: tau must hold one floating-point number, got {tau.dtype} {list(tau.shape)}; "
+                "use a float or a 0-d tensor"
+            )
+        if tau.device != x.device:
+            raise ValueError(f"{op}: tau is on {tau.device} but x is on {x.device}")
+        learnt_decay = tau.reshape(()).to(state_dtype(x.dtype)).reciprocal()
+    else:
+        tau = number(op, "tau", tau, "a number or a 0-d tensor", infinite=True)
+        if not tau >= 1:
+            raise ValueError(
+                f"{op}: tau must be at least 1 step, got {tau}: a shorter one would carry v past rest; "
+                "math.inf is integrate-and-fire"
+            )
+        if decay_input and tau == inf:
+            raise ValueError(f"{op}: decay_input with tau = inf multiplies the input by 0; set decay_input=False")
+        decay = 1 / tau
+    return learnt_decay, (decay, threshold, bool(decay_input), v_reset, surrogate, alpha, bool(detach_reset))
 
 
 def number(op: str, name: str, value: float, what: str = "a number", infinite: bool = False) -> float:

@@ -56,6 +56,23 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def memory_format(images: Tensor) -> torch.memory_format | None:
+    """How images [N, C, H, W] lie: contiguous or channels_last; None for anything else.
+
+    Where both hold (one channel, or one pixel) they are the same order, and contiguous is the answer.
+    """
+    for order in (torch.contiguous_format, torch.channels_last):
+        if images.is_contiguous(memory_format=order):
+            return order
+    return None
+
+
+def empty_images(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised [count, C, H, W] in the memory order of the images `like`."""
+    shape = (count, *like.shape[1:])
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format(like))
+
+
 def in_order(tensor: Tensor, strides: tuple[int, ...], leading: int = 1) -> Tensor:
     """`tensor` with its step in the memory order `strides`: itself where it lies so already, else a copy."""
     shape = tensor.shape[leading:]

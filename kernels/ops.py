@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lasnn.kernels import cpu
-from lasnn.kernels.layout import empty_step, empty_steps, state_dtype, stretches
+from lasnn.kernels.layout import empty_images, empty_step, empty_steps, memory_format, state_dtype, stretches
 
 
 def launcher(module: str, name: str):
@@ -141,6 +141,245 @@ def lif_gradient(ctx, grad_spikes, grad_v_last, _):
 
 
 lif.register_autograd(lif_gradient, setup_context=lif_setup_context)
+
+
+@torch.library.custom_op("lasnn::norm_statistics", mutates_args=(), device_types="cpu")
+def norm_statistics(y: Tensor) -> Tensor:
+    """Mean and variance (over n, not n - 1) of each channel of y [N, C, H, W]: [2, C]."""
+    return cpu.norm_statistics(y)
+
+
+@torch.library.custom_op("lasnn::norm_lif", mutates_args=(), device_types="cpu")
+def norm_lif(
+    y: Tensor,
+    residual: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    learnt_decay: Tensor | None,
+    count: int,
+    eps: float,
+    timesteps: int,
+    constant: bool,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor, Tensor]:
+    """Spikes [T*B, C, H, W] and the states between the stretches of time [(stretches - 1)*B, C, H, W].
+
+    y and residual are [T*B, C, H, W], or [B, C, H, W] where `constant`; `statistics` [2, C] are mean and variance,
+    over `count` elements of a channel where they are y's own, so that its gradient goes through them, else count is 0.
+    """
+    return cpu.norm_lif_forward(
+        y,
+        residual,
+        statistics,
+        weight,
+        bias,
+        learnt_decay,
+        eps,
+        timesteps,
+        constant,
+        decay,
+        threshold,
+        decay_input,
+        v_reset,
+        surrogate,
+        alpha,
+        detach_reset,
+    )
+
+
+@torch.library.custom_op("lasnn::norm_lif_sums", mutates_args=(), device_types="cpu")
+def norm_lif_sums(
+    grad_spikes: Tensor,
+    y: Tensor,
+    residual: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    learnt_decay: Tensor | None,
+    borders: Tensor,
+    write: bool,
+    eps: float,
+    timesteps: int,
+    constant: bool,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first pass backward: each channel's sums of g and of g*z [2, C], g itself, and learnt_decay's gradient.
+
+    g is the gradient of the neuron's input, summed over time where that is `constant`; z is y normalised, before
+    weight and bias. g is empty unless `write`, learnt_decay's gradient is empty where there is none.
+    """
+    return cpu.norm_lif_sums(
+        grad_spikes,
+        y,
+        residual,
+        statistics,
+        weight,
+        bias,
+        learnt_decay,
+        borders,
+        write,
+        eps,
+        timesteps,
+        constant,
+        decay,
+        threshold,
+        decay_input,
+        v_reset,
+        surrogate,
+        alpha,
+        detach_reset,
+    )
+
+
+@torch.library.custom_op("lasnn::norm_lif_grad", mutates_args=(), device_types="cpu")
+def norm_lif_grad(
+    grad_spikes: Tensor,
+    y: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    learnt_decay: Tensor | None,
+    borders: Tensor,
+    means: Tensor | None,
+    eps: float,
+    timesteps: int,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> Tensor:
+    """The second pass backward where g was not written: y's gradient, from g computed again.
+
+    `means` [2, C] are the sums of the first pass over n; None where the statistics are not y's own.
+    """
+    return cpu.norm_lif_grad(
+        grad_spikes,
+        y,
+        statistics,
+        weight,
+        bias,
+        learnt_decay,
+        borders,
+        means,
+        eps,
+        timesteps,
+        decay,
+        threshold,
+        decay_input,
+        v_reset,
+        surrogate,
+        alpha,
+        detach_reset,
+    )
+
+
+@torch.library.custom_op("lasnn::norm_grad", mutates_args=(), device_types="cpu")
+def norm_grad(
+    grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
+) -> Tensor:
+    """The second pass backward where g was written: y's gradient, as a batch norm alone computes it."""
+    return cpu.norm_grad(grad, y, statistics, weight, means, eps)
+
+
+norm_lif_forward = launcher("norm_lif_triton", "norm_lif_forward")
+
+
+@norm_lif.register_kernel("cuda")
+def _(y, residual, statistics, weight, bias, learnt_decay, count, *options):
+    return norm_lif_forward(y, residual, statistics, weight, bias, learnt_decay, *options)
+
+
+norm_statistics.register_kernel("cuda")(launcher("norm_lif_triton", "norm_statistics"))
+norm_lif_sums.register_kernel("cuda")(launcher("norm_lif_triton", "norm_lif_sums"))
+norm_lif_grad.register_kernel("cuda")(launcher("norm_lif_triton", "norm_lif_grad"))
+norm_grad.register_kernel("cuda")(launcher("norm_lif_triton", "norm_grad"))
+
+
+@norm_statistics.register_fake
+def _(y):
+    return y.new_empty((2, y.shape[1]), dtype=state_dtype(y.dtype))
+
+
+@norm_lif.register_fake
+def _(y, residual, statistics, weight, bias, learnt_decay, count, eps, timesteps, constant, *options):
+    batch = y.shape[0] if constant else y.shape[0] // timesteps
+    borders = empty_images(y, (stretches(timesteps)[0] - 1) * batch, state_dtype(y.dtype))
+    return empty_images(y, timesteps * batch, y.dtype), borders
+
+
+@norm_lif_sums.register_fake
+def _(grad_spikes, y, residual, statistics, weight, bias, learnt_decay, borders, write, *options):
+    state = state_dtype(y.dtype)
+    grad = empty_images(y, y.shape[0], y.dtype) if write else y.new_empty(0)
+    return torch.empty_like(statistics), grad, y.new_empty((0,) if learnt_decay is None else (), dtype=state)
+
+
+@norm_lif_grad.register_fake
+def _(grad_spikes, y, *others):
+    return empty_images(y, y.shape[0], y.dtype)
+
+
+@norm_grad.register_fake
+def _(grad, y, *others):
+    return empty_images(y, y.shape[0], y.dtype)
+
+
+def norm_lif_setup_context(ctx, inputs, output):
+    *tensors, ctx.count, ctx.eps, ctx.timesteps, ctx.constant = inputs[:10]
+    ctx.dynamics = inputs[10:]
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def norm_lif_gradient(ctx, grad_spikes, _):
+    y, residual, statistics, weight, bias, learnt_decay, borders = ctx.saved_tensors
+    none = (None,) * (4 + len(ctx.dynamics))
+    if grad_spikes is None:
+        return None, None, None, None, None, None, *none
+    grad_spikes = grad_spikes.contiguous(memory_format=memory_format(y))
+    parameters = (statistics, weight, bias, learnt_decay, borders)
+    # The residual's gradient is g. A second recursion over time costs a GPU less than writing g and reading it;
+    # a CPU, whose time is not in its memory alone, more; and an input constant in time has but one step of g.
+    write = residual is not None or ctx.constant or y.device.type == "cpu"
+    sums, g, grad_decay = norm_lif_sums(
+        grad_spikes, y, residual, *parameters, write, ctx.eps, ctx.timesteps, ctx.constant, *ctx.dynamics
+    )
+    # Where the statistics are those of several processes, their sums are added up here.
+    means = sums / ctx.count if ctx.count else None
+    if not ctx.needs_input_grad[0]:
+        grad_y = None
+    elif write:
+        grad_y = norm_grad(g, y, statistics, weight, means, ctx.eps)
+    else:
+        grad_y = norm_lif_grad(grad_spikes, y, *parameters, means, ctx.eps, ctx.timesteps, *ctx.dynamics)
+    return (
+        grad_y,
+        None if residual is None else g,
+        None,
+        None if weight is None else sums[1],
+        None if bias is None else sums[0],
+        None if learnt_decay is None else grad_decay,
+        *none,
+    )
+
+
+norm_lif.register_autograd(norm_lif_gradient, setup_context=norm_lif_setup_context)
 
 
 @torch.library.custom_op("lasnn::attention", mutates_args=(), device_types="cpu")

@@ -9,7 +9,7 @@ from math import pi
 
 import torch
 from einops import rearrange, reduce
-from torch import Tensor
+from torch import Tensor, nn
 
 SURROGATES = {
     "atan": lambda u, alpha: alpha / 2 / (1 + (pi / 2 * alpha * u) ** 2),
@@ -63,6 +63,37 @@ def lif(
         v = h - threshold * fired if v_reset is None else (1 - fired) * h + fired * v_reset
         spikes.append(s)
     return torch.stack(spikes).to(x.dtype), v
+
+
+def norm_lif(
+    y: Tensor,
+    norm: nn.BatchNorm2d,
+    residual: Tensor | None = None,
+    *,
+    timesteps: int,
+    constant: bool = False,
+    **options,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    state = torch.promote_types(y.dtype, torch.float32)
+    own = norm.training or norm.running_mean is None
+    tracked = own and norm.running_mean is not None
+    running = (
+        None
+        if norm.running_mean is None
+        else (norm.running_mean.to(state, copy=True), norm.running_var.to(state, copy=True))
+    )
+    factor = norm.momentum
+    if factor is None:
+        factor = 1 / (1 + norm.num_batches_tracked.item()) if tracked else 0.0
+    weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
+    mean, var = running or (None, None)
+    x = nn.functional.batch_norm(y.to(state), mean, var, weight, bias, own, factor, norm.eps)
+    current = rearrange(x, "(t b) ... -> t b ...", t=1 if constant else timesteps)
+    if residual is not None:
+        batch = current.shape[1]
+        current = current + rearrange(residual.to(state), "(t b) ... -> t b ...", b=batch)
+    spikes, _ = lif(current, timesteps=timesteps, **options)
+    return rearrange(spikes, "t b ... -> (t b) ...").to(y.dtype), running if tracked else None
 
 
 class MagnitudeToPower(torch.autograd.Function):
