@@ -66,6 +66,26 @@ def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
 
 
 @triton.jit
+def lif_step_backward(
+    grad_s,
+    grad_v,
+    h,
+    threshold,
+    v_reset,
+    alpha,
+    HARD: tl.constexpr,
+    DETACH_RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
+    """dL/dh of one step, from the gradients of its spike and of its v after the reset."""
+    s, _ = fire(h, threshold, v_reset, HARD)
+    if not DETACH_RESET:
+        grad_s += grad_v * (v_reset - h) if HARD else -threshold * grad_v
+    grad_h = grad_s * surrogate_derivative(h - threshold, alpha, SURROGATE)
+    return grad_h + (grad_v * (1.0 - s) if HARD else grad_v)
+
+
+@triton.jit
 def within(index, size, condition):
     """Mask of the elements of a step; none where the scalar condition fails."""
     return index < tl.where(condition, size, 0)
@@ -212,15 +232,11 @@ def lif_backward_kernel(
             live = mask if T % STEPS == 0 else within(index, step_size, t < T)
             h = hs[-1]
             hs = hs[:-1]
-            s, _ = fire(h, threshold, v_reset, HARD)
             if HAS_GRAD_SPIKES:
                 grad_s = tl.load(grad_spikes_ptr + t * grad_stride_t + index, mask=live, other=0.0).to(tl.float32)
             else:
                 grad_s = tl.zeros((BLOCK,), tl.float32)
-            if not DETACH_RESET:
-                grad_s += grad_v * (v_reset - h) if HARD else -threshold * grad_v
-            grad_h = grad_s * surrogate_derivative(h - threshold, alpha, SURROGATE)
-            grad_h += grad_v * (1.0 - s) if HARD else grad_v
+            grad_h = lif_step_backward(grad_s, grad_v, h, threshold, v_reset, alpha, HARD, DETACH_RESET, SURROGATE)
             if T % STEPS != 0:
                 grad_h = tl.where(live, grad_h, 0.0)
                 grad_v = tl.where(live, grad_h * (1.0 - decay), grad_v)
@@ -286,7 +302,6 @@ def addressing(x: Tensor) -> dict:
 
 def dynamics(
     timesteps: int,
-    v0: Tensor | None,
     learnt_decay: Tensor | None,
     decay: float,
     threshold: float,
@@ -300,7 +315,6 @@ def dynamics(
         "v_reset": 0.0 if v_reset is None else v_reset,
         "T": timesteps,
         "STEPS": stretches(timesteps)[1],
-        "HAS_V0": v0 is not None,
         "LEARNT": learnt_decay is not None,
         "HARD": v_reset is not None,
         "DECAY_INPUT": decay_input,
@@ -335,7 +349,8 @@ def lif_forward(
             v_last,
             borders,
             **addressing(x),
-            **dynamics(timesteps, v0, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            HAS_V0=v0 is not None,
             BLOCK=block,
             num_warps=num_warps,
             **OPTIONS,
@@ -384,7 +399,8 @@ def lif_backward(
             partial,
             grad_stride_t=0 if grad_spikes is None else grad_spikes.stride(0),
             **where,
-            **dynamics(timesteps, v0, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            HAS_V0=v0 is not None,
             alpha=alpha,
             HAS_GRAD_SPIKES=grad_spikes is not None,
             HAS_GRAD_V_LAST=grad_v_last is not None,

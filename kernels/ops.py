@@ -297,6 +297,14 @@ def norm_grad(
     return cpu.norm_grad(grad, y, statistics, weight, means, eps)
 
 
+@torch.library.custom_op("lasnn::norm_grad_", mutates_args=("grad",), device_types="cpu")
+def norm_grad_(
+    grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
+) -> None:
+    """The same in the place of g, where that is not the residual's gradient too."""
+    cpu.norm_grad_(grad, y, statistics, weight, means, eps)
+
+
 norm_lif_forward = launcher("norm_lif_triton", "norm_lif_forward")
 
 
@@ -309,6 +317,7 @@ norm_statistics.register_kernel("cuda")(launcher("norm_lif_triton", "norm_statis
 norm_lif_sums.register_kernel("cuda")(launcher("norm_lif_triton", "norm_lif_sums"))
 norm_lif_grad.register_kernel("cuda")(launcher("norm_lif_triton", "norm_lif_grad"))
 norm_grad.register_kernel("cuda")(launcher("norm_lif_triton", "norm_grad"))
+norm_grad_.register_kernel("cuda")(launcher("norm_lif_triton", "norm_grad_"))
 
 
 @norm_statistics.register_fake
@@ -340,6 +349,11 @@ def _(grad, y, *others):
     return empty_images(y, y.shape[0], y.dtype)
 
 
+@norm_grad_.register_fake
+def _(grad, y, *others):
+    return None
+
+
 def norm_lif_setup_context(ctx, inputs, output):
     *tensors, ctx.count, ctx.eps, ctx.timesteps, ctx.constant = inputs[:10]
     ctx.dynamics = inputs[10:]
@@ -364,6 +378,9 @@ def norm_lif_gradient(ctx, grad_spikes, _):
     means = sums / ctx.count if ctx.count else None
     if not ctx.needs_input_grad[0]:
         grad_y = None
+    elif residual is None and write:
+        norm_grad_(g, y, statistics, weight, means, ctx.eps)
+        grad_y = g
     elif write:
         grad_y = norm_grad(g, y, statistics, weight, means, ctx.eps)
     else:

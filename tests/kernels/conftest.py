@@ -14,11 +14,18 @@ from kernel_cases import DEVICE, TRITON
 from lasnn.kernels import cpu, ops
 
 torch.set_default_device(DEVICE)
+# launcher: (its op, the Triton file that it is in)
 OPS = {
-    "lif_forward": ops.lif,
-    "lif_backward": ops.lif_backward,
-    "attention_forward": ops.attention,
-    "attention_backward": ops.attention_backward,
+    "lif_forward": (ops.lif, "lif_triton"),
+    "lif_backward": (ops.lif_backward, "lif_triton"),
+    "norm_statistics": (ops.norm_statistics, "norm_lif_triton"),
+    "norm_lif_forward": (ops.norm_lif, "norm_lif_triton"),
+    "norm_lif_sums": (ops.norm_lif_sums, "norm_lif_triton"),
+    "norm_lif_grad": (ops.norm_lif_grad, "norm_lif_triton"),
+    "norm_grad": (ops.norm_grad, "norm_lif_triton"),
+    "norm_grad_": (ops.norm_grad_, "norm_lif_triton"),
+    "attention_forward": (ops.attention, "attention_triton"),
+    "attention_backward": (ops.attention_backward, "attention_triton"),
 }
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 calls = Counter()
@@ -45,11 +52,10 @@ def watched(name, function):
 
 
 if TRITON:
-    from lasnn.kernels import attention_triton, lif_triton
-
-    for name, op in OPS.items():
-        module = lif_triton if name.startswith("lif") else attention_triton
-        op.register_kernel(DEVICE)(watched(name, getattr(module, name)))
+    for name, (op, module) in OPS.items():
+        launch = watched(name, ops.launcher(module, name))
+        # The op's count of elements is for its gradient, not for the kernels.
+        op.register_kernel(DEVICE)((lambda *a, f=launch: f(*a[:6], *a[7:])) if op is ops.norm_lif else launch)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the kernel tests share: option grids, inputs in every layout, comparison with the reference."""
 
+import copy
 import math
 import os
 from itertools import combinations, product
@@ -7,6 +8,7 @@ from itertools import combinations, product
 import torch
 
 from lasnn.kernels import SURROGATES, reference
+from lasnn.kernels.layout import memory_format
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 # Whether the tests reach the Triton kernels, on a GPU or under the interpreter; else the CPU path.
@@ -183,6 +185,106 @@ def check_lif(function, case: dict) -> None:
     for key in got:
         spread = rounding if key == "gradient of tau" else 0.0
         assert_close(got[key], wanted[key], TOLERANCE[got[key].dtype], key, spread)
+
+
+NORM_LIF_OPTIONS = {
+    "image": ((1, 1, 1), (1, 9, 7), (5, 1, 1), (40, 3, 3), (3, 7, 9), (16, 4, 4), (2, 20, 25)),
+    "batch": (1, 2, 3),
+    "timesteps": (1, 2, 3, 4, 7, 16, 33),
+    "last": (False, True),
+    "residual": (False, True),
+    "constant": (False, True),
+    "training": (True, False),
+    "affine": (True, False),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "surrogate": SURROGATES,
+    "tau": (2.0, 2.7, math.inf, "learnt"),
+    "threshold": (1.0, 0.6),
+    "v_reset": (0.0, None, -0.25),
+    "decay_input": (False, True),
+    "detach_reset": (False, True),
+}
+
+NORM_LIF_FULL = {
+    "image": ((3, 7, 9), (17, 4, 4)),
+    "timesteps": (1, 4, 9),
+    "last": (False, True),
+    "residual": (False, True),
+    "constant": (False, True),
+    "training": (True, False),
+    "dtype": (torch.float32, torch.bfloat16),
+    "tau": (2.0, "learnt"),
+    "v_reset": (0.0, None),
+    "decay_input": (False, True),
+}
+
+
+def images(count: int, image: tuple[int, ...], dtype: torch.dtype, last: bool = False) -> torch.Tensor:
+    memory = torch.channels_last if last else torch.contiguous_format
+    return torch.randn(count, *image).to(dtype).contiguous(memory_format=memory)
+
+
+def batch_norm(channels: int, training: bool = True, affine: bool = True, **options) -> torch.nn.BatchNorm2d:
+    """A batch norm whose every value tells."""
+    norm = torch.nn.BatchNorm2d(channels, affine=affine, **options).train(training)
+    if affine:
+        torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+        torch.nn.init.normal_(norm.bias, 0.2, 0.3)
+    if norm.running_mean is not None:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    return norm
+
+
+def norm_lif_results(function, y, norm, residual, tau, grad_spikes, dtype=None, **options):
+    """Every output and every gradient of `function`, computed in `dtype` where given."""
+
+    def leaf(tensor):
+        return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
+
+    norm = copy.deepcopy(norm) if dtype is None else copy.deepcopy(norm).to(dtype)
+    y, residual = leaf(y), leaf(residual)
+    tau = leaf(tau) if isinstance(tau, torch.Tensor) else tau
+    leaves = {"y": y, "residual": residual, "weight": norm.weight, "bias": norm.bias, "tau": tau}
+    leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    spikes, running = function(y, norm, residual, tau=tau, **options)
+    gradients = torch.autograd.grad(spikes, list(leaves.values()), grad_spikes.to(spikes.dtype))
+    named = {f"gradient of {leaf}": grad for leaf, grad in zip(leaves, gradients, strict=True)}
+    return {"spikes": spikes.detach(), **dict(zip(("mean", "var"), running or (), strict=False)), **named}
+
+
+def check_norm_lif(function, case: dict) -> None:
+    """Against the reference in fp64. With these seeds no h lies near enough to the threshold for a rounding to tell."""
+    case = {"batch": 2, "affine": True, **case}
+    image, batch, timesteps, dtype = case.pop("image"), case.pop("batch"), case["timesteps"], case.pop("dtype")
+    last, training, affine = case.pop("last"), case.pop("training"), case.pop("affine")
+    if case["decay_input"] and case["tau"] == math.inf:
+        case["tau"] = 3.0
+    if training and batch * math.prod(image[1:]) < 4:
+        # Of one value a channel there is no variance; of few the gradient cancels.
+        batch = 4
+    torch.manual_seed(0)
+    steps = batch if case["constant"] else timesteps * batch
+    y = images(steps, image, dtype, last) * 1.3 + 0.7
+    residual = images(steps, image, dtype, last) if case.pop("residual") else None
+    grad_spikes = images(timesteps * batch, image, dtype, last)
+    tau = case.pop("tau")
+    tau = torch.tensor(2.5) if tau == "learnt" else tau
+    norm = batch_norm(image[0], training, affine)
+
+    got = norm_lif_results(function, y, norm, residual, tau, grad_spikes, **case)
+    wanted = norm_lif_results(reference.norm_lif, y, norm, residual, tau, grad_spikes, torch.float64, **case)
+    assert got.keys() == wanted.keys()
+    assert got["spikes"].dtype == dtype
+    assert got["spikes"].stride() == torch.empty_like(got["spikes"], memory_format=memory_format(y)).stride()
+    assert torch.equal(got["spikes"].double(), wanted["spikes"].double())
+    # A sum over many elements, or the rest of one after its mean is gone, has terms of the size of g.
+    scale = max(wanted[key].abs().max().item() for key in got if key.startswith("gradient"))
+    for key, value in got.items():
+        half = key in ("gradient of y", "gradient of residual") and dtype != torch.float32
+        # g is rounded to half precision before y's gradient is, where it is the residual's too.
+        tolerance = 2 * TOLERANCE[dtype] if half else 2e-5
+        assert_close(value.double(), wanted[key].double(), tolerance, key, 1e-6 * scale)
 
 
 ATTENTION_OPTIONS = {
