@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
+from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
 
 
@@ -49,10 +50,12 @@ class NormActivate(nn.Module):
 
 
 class NormSpike(nn.Module):
-    """Batch normalisation, an optional residual, a spiking neuron: the unit of an SNN.
+    """Batch normalisation, an optional residual, a spiking neuron: the unit of an SNN, in one kernel.
 
     `channels=None` leaves the normalisation out. Input [T*B, C, H, W], or [B, C, H, W] where it is constant in time
     (it is then normalised once, with the statistics of the unrepeated tensor); output: spikes [T*B, C, H, W].
+
+    A registered neuron with a `forward` of its own runs behind `torch.nn.BatchNorm2d`, not in the kernel.
     """
 
     def __init__(self, channels: int | None, neuron: nn.Module, clock: Clock):
@@ -60,8 +63,18 @@ class NormSpike(nn.Module):
         self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
         self.neuron = neuron
         self.clock = clock
+        self.fused = channels is not None and getattr(type(neuron), "forward", None) is Neuron.forward
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.fused:
+            steps = self.clock.steps
+            constant = steps > 1 and x.shape[0] == self.clock.batch
+            spikes, running = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
+            if running is not None:
+                self.norm.running_mean.copy_(running.mean)
+                self.norm.running_var.copy_(running.var)
+                self.norm.num_batches_tracked.add_(1)
+            return spikes
         current = self.clock.unfold(self.norm(x))
         if residual is not None:
             current = current + self.clock.unfold(residual)

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.kernels import SURROGATES, lif
+from lasnn.kernels import SURROGATES, lif, norm_lif
+from lasnn.kernels.functional import RunningStatistics
 from lasnn.registry import neurons
 
 Surrogate = Literal[SURROGATES]
@@ -65,6 +66,16 @@ class Neuron(nn.Module):
             Spikes [T, ...] in the type of `current`, and the voltage after the last step [...].
         """
         return lif(current, v0, tau=self.time_constant, timesteps=timesteps, **self.options)
+
+    def after_norm(
+        self, y: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, *, timesteps: int, constant: bool = False
+    ) -> tuple[Tensor, RunningStatistics | None]:
+        """Batch norm, residual and this neuron in one: the spikes of `forward` on their sum, from rest.
+
+        Args, returns: as for `lasnn.kernels.norm_lif`.
+        """
+        options = {"tau": self.time_constant, **self.options}
+        return norm_lif(y, norm, residual, timesteps=timesteps, constant=constant, **options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

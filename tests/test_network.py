@@ -4,10 +4,13 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasnn import Staged, architectures
 from lasnn.errors import UserError
-from lasnn.network import NormActivate, NormSpike, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.kernels import lif
+from lasnn.network import Clock, NormActivate, NormSpike, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.neuron import LIF
 from lasnn.registry import encoders
 
 # Learnable parameters for three input channels. ResNet-19: 12.63 M (TET's code); ResNet-18 and 34 with the CIFAR stem
@@ -194,6 +197,89 @@ def test_residual_of_a_constant_and_a_spiking_tensor():
     logits, features = network(torch.randn(1, 2, 3, 5, 5), timesteps=3, taps=["stage1"])
     assert logits.shape == (3, 2, 2)
     assert features["stage1"].shape == (3, 2, 4, 5, 5)
+
+
+class Recorder(TorchDispatchMode):
+    """Every op that reaches the dispatcher, with the shapes and types of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls.append((str(op), [(a.shape, a.dtype) for a in args if isinstance(a, torch.Tensor)]))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_kernels_run_in_half_precision(name, dtype):
+    """One norm_lif for each unit with a norm, in the type that the convolution hands over, and nothing cast between."""
+    student, timesteps, batch = make(name, snn_units()), 3, 2
+    images = torch.rand(1, batch, 3, 32, 32)
+    with Recorder() as seen, torch.autocast("cpu", dtype=dtype):
+        logits, _ = student(images, timesteps)
+        (logits.float() ** 2).mean().backward()
+    units = [module for module in student.modules() if isinstance(module, NormSpike)]
+    fused = [unit for unit in units if unit.fused]
+    assert fused
+    assert all(unit.fused == isinstance(unit.norm, nn.BatchNorm2d) for unit in units)
+    inputs = [tensors[0][1] for op, tensors in seen.calls if op == "lasnn.norm_lif.default"]
+    assert inputs == [dtype] * len(fused)
+    alone = [tensors[0][1] for op, tensors in seen.calls if op == "lasnn.lif.default"]
+    assert alone == [dtype] * (len(units) - len(fused))
+    assert sum(op == "lasnn.norm_lif_sums.default" for op, _ in seen.calls) == len(fused)
+
+    cast = [tensors[0][0] for op, tensors in seen.calls if op == "aten._to_copy.default"]
+    parameters = {parameter.shape for parameter in student.parameters()}
+    features = [tuple(shape) for shape in cast if shape not in parameters]
+    assert set(features) == {(batch, 3, 32, 32), (timesteps, batch, 7)}, "only the images and the logits are cast"
+
+
+def test_a_neuron_with_a_forward_of_its_own_is_not_fused():
+    """It would be ignored otherwise; its unit is batch norm, then that neuron."""
+
+    class Doubled(LIF):
+        def forward(self, current, v0=None, timesteps=None):
+            return super().forward(2 * current, v0, timesteps)
+
+    torch.manual_seed(0)
+    clock = Clock(3, 2)
+    units = [NormSpike(4, neuron, clock) for neuron in (LIF(), Doubled(), LIF(threshold=0.5))]
+    assert [unit.fused for unit in units] == [True, False, True]
+    y = torch.randn(6, 4, 5, 5)
+    plain, doubled, half = (unit(y) for unit in units)
+    assert not torch.equal(plain, doubled)
+    assert torch.equal(doubled, half)
+
+
+def test_the_fused_unit_is_batch_norm_then_neuron():
+    torch.manual_seed(0)
+    unit = NormSpike(4, LIF(tau=3.0, v_reset=-0.25), Clock(3, 2))
+    norm = nn.BatchNorm2d(4)
+    for training in (True, True, False):
+        y = torch.randn(6, 4, 5, 5) + 1
+        unit.train(training)
+        norm.train(training)
+        spikes, _ = lif(norm(y).unflatten(0, (3, 2)), tau=3.0, v_reset=-0.25)
+        assert torch.equal(unit(y), spikes.flatten(0, 1))
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(unit.norm.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["vgg5", "resnet20"])
+def test_a_student_compiles_without_a_graph_break(name):
+    student = make(name, snn_units("plif"))
+    images = torch.rand(1, 2, 3, 32, 32)
+    logits, _ = student(images, 3)
+    wanted = torch.autograd.grad(logits.square().sum(), list(student.parameters()))
+    student = make(name, snn_units("plif"))
+    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    logits, _ = compiled(images, 3)
+    got = torch.autograd.grad(logits.square().sum(), list(student.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert {value.item() for key, value in student.state_dict().items() if key.endswith("tracked")} == {1}
 
 
 def test_units_of_two_factories_are_refused():
