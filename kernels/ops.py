@@ -5,11 +5,35 @@ meta tensors, and an autograd formula. The dispatcher chooses by device; nothing
 for autocast, which would cast what must stay fp32.
 """
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from lasnn.kernels import cpu
 from lasnn.kernels.layout import empty_images, empty_step, empty_steps, memory_format, state_dtype, stretches
+
+
+def require_triton() -> None:
+    """Check that the ops can run on a GPU.
+
+    Raises:
+        ImportError: Triton is missing or too old; the message says what to install.
+    """
+    try:
+        import triton
+
+        found = triton.__version__
+    except ImportError:
+        found = None
+    if found is None or tuple(int(part) for part in found.split(".")[:2]) < (3, 4):
+        fix = "pip install 'triton>=3.4'"
+        if torch.version.hip:
+            fix = (
+                f"install the one built for this PyTorch (ROCm {torch.version.hip}), from the index that torch came "
+                "from; by version it is called triton, triton-rocm or pytorch-triton-rocm"
+            )
+        raise ImportError(f"lasnn's ops need Triton >= 3.4 on a GPU, found {found or 'none'}: {fix} (a CPU needs none)")
 
 
 def launcher(module: str, name: str):
@@ -19,14 +43,7 @@ def launcher(module: str, name: str):
     def launch(*args):
         nonlocal loaded
         if loaded is None:
-            try:
-                import triton  # noqa: F401
-            except ImportError as error:
-                raise ImportError(
-                    "lasnn's ops on a GPU need Triton: pip install 'triton>=3.4' (a CPU needs none)"
-                ) from error
-            from importlib import import_module
-
+            require_triton()
             loaded = getattr(import_module(f"lasnn.kernels.{module}"), name)
         return loaded(*args)
 

@@ -17,6 +17,7 @@ from torch import nn
 from lasnn.data import Dataset, Images
 from lasnn.encoder import Encoder
 from lasnn.errors import UserError, unknown
+from lasnn.kernels.ops import require_triton
 from lasnn.network import Act, Staged, Student, Teacher, ann_units, build, probe, snn_units
 from lasnn.random import generator
 from lasnn.recipe import LossTable, Recipe, RecipeError, StudentTable, TeacherTable
@@ -290,8 +291,18 @@ def pick_device(name: str) -> torch.device:
     """The device that a recipe names.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here, or what the kernels need on it is not installed.
     """
+    device = _named_device(name)
+    if device.type == "cuda":
+        try:
+            require_triton()
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    return device
+
+
+def _named_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

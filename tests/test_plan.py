@@ -1,10 +1,12 @@
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from common import TINY
 from lasnn.errors import UserError
-from lasnn.plan import make_plan
+from lasnn.plan import make_plan, pick_device
 from lasnn.recipe import Recipe
 
 
@@ -142,3 +144,13 @@ def test_checkpoints_that_do_not_fit(plain, tmp_path):
     other = tmp_path / "t.pt"
     other.write_bytes(b"x")
     assert "is not a .safetensors file" in problems(plain, f"teacher.checkpoint={other}")[0]
+
+
+def test_a_gpu_without_triton_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("auto", "cuda", "cuda:0"):
+        with pytest.raises(UserError, match="lasnn's ops need Triton >= 3.4 on a GPU, found none: pip install"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"

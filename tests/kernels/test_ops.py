@@ -3,13 +3,15 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import lasnn.kernels
-from kernel_cases import IMAGE_LAYOUTS, make
-from lasnn.kernels import SURROGATES, attention_map, lif, ops
+from kernel_cases import IMAGE_LAYOUTS, batch_norm, images, make
+from lasnn.kernels import SURROGATES, attention_map, lif, norm_lif, ops
 
 KERNELS = Path(lasnn.kernels.__file__).parent
 LAYOUTS = ("63", "scalar", "image", *IMAGE_LAYOUTS)
@@ -45,10 +47,49 @@ def test_opcheck_attention(layout, temporal):
     torch.library.opcheck(ops.attention_backward, (f, x, 2.0, temporal), test_utils=CHECKS[:3])
 
 
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_opcheck_norm_lif(last, dtype, residual, constant):
+    torch.manual_seed(0)
+    y = images(2 if constant else 18, (3, 5, 7), dtype, last)
+    r = images(len(y), (3, 5, 7), dtype, last) if residual else None
+    statistics = ops.norm_statistics(y)
+    weight, bias, decay = torch.rand(3), torch.rand(3), torch.tensor(0.4)
+    dynamics = (0.5, 1.0, False, 0.0, "atan", 2.0, False)
+    options = (1e-5, 9, constant, *dynamics)
+
+    def leaf(tensor):
+        return None if tensor is None else tensor.detach().requires_grad_()
+
+    def check(op, *arguments):
+        torch.library.opcheck(op, arguments, test_utils=CHECKS[:3])
+
+    check(ops.norm_statistics, y)
+    check(ops.norm_lif, leaf(y), leaf(r), statistics, leaf(weight), leaf(bias), None, 70, *options)
+    check(ops.norm_lif, leaf(y), leaf(r), statistics, None, None, leaf(decay), 0, *options)
+    spikes, borders = ops.norm_lif(y, r, statistics, weight, bias, decay, 70, *options)
+    given = (spikes, y, r, statistics, weight, bias, decay, borders)
+    sums, g, _ = ops.norm_lif_sums(*given, True, *options)
+    check(ops.norm_lif_sums, *given, True, *options)
+    check(ops.norm_lif_sums, *given[:6], None, borders, False, *options)
+    check(ops.norm_grad, g, y, statistics, weight, sums, 1e-5)
+    check(ops.norm_grad_, g, y, statistics, None, None, 1e-5)
+    if not (residual or constant):
+        check(ops.norm_lif_grad, spikes, y, *given[3:], sums, 1e-5, 9, *dynamics)
+
+
 @pytest.mark.usefixtures("cpu_only")
 def test_opcheck_traced():
     x = torch.randn(4, 63, requires_grad=True)
     torch.library.opcheck(ops.lif, lif_arguments(x), test_utils=CHECKS)
+    y = torch.randn(8, 3, 5, 7, requires_grad=True)
+    statistics = ops.norm_statistics(y.detach())
+    torch.library.opcheck(
+        ops.norm_lif,
+        (y, None, statistics, None, None, None, 70, 1e-5, *lif_arguments(x)[3:4], False, *lif_arguments(x)[4:]),
+    )
     torch.library.opcheck(ops.attention, (torch.randn(2, 3, 4, 5, 6).requires_grad_(), 2.0, "rate"))
 
 
@@ -83,6 +124,43 @@ def test_compiles_without_a_graph_break(dynamic):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_norm_lif_compiles_without_a_graph_break(constant, last, dynamic):
+    torch.manual_seed(0)
+    norm = batch_norm(3)
+
+    def unit(y, residual, tau):
+        return norm_lif(y, norm, residual, timesteps=4, constant=constant, tau=tau)
+
+    torch.compiler.reset()
+    compiled = torch.compile(unit, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        for residual in (None, images(batch if constant else 4 * batch, (3, 5, 7), torch.float32, last)):
+            y = images(batch if constant else 4 * batch, (3, 5, 7), torch.float32, last).requires_grad_()
+            tau = torch.tensor(2.5, requires_grad=True)
+            results = []
+            for function in (unit, compiled):
+                spikes, running = function(y, residual, tau)
+                gradients = torch.autograd.grad(spikes.square().sum(), (y, norm.weight, norm.bias, tau))
+                results.append((spikes, *running, *gradients))
+            for a, b in zip(*results, strict=True):
+                assert a.stride() == b.stride()
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_meta_images_lie_as_the_real_ones(last):
+    y = images(8, (3, 5, 7), torch.bfloat16, last)
+    with torch.device("meta"):
+        norm = nn.BatchNorm2d(3)
+    meta, _ = norm_lif(torch.empty_like(y, device="meta"), norm, timesteps=4)
+    real, _ = norm_lif(y, nn.BatchNorm2d(3), timesteps=4)
+    assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
+
+
 def test_autocast_leaves_the_op_alone():
     x = torch.randn(4, 63)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -93,6 +171,8 @@ def test_autocast_leaves_the_op_alone():
 
 
 X = torch.zeros(4, 3)
+Y = torch.zeros(8, 3, 5, 7)
+NORM = nn.BatchNorm2d(3)
 IMAGES = torch.zeros(4, 2, 3, 5, 7)
 WRONG = [
     (lambda: lif([1.0]), TypeError, "x must be a tensor, got list"),
@@ -120,6 +200,34 @@ WRONG = [
         lambda: lif(X, surrogate="atam"),
         ValueError,
         "unknown surrogate 'atam'; did you mean 'atan'? known: atan,",
+    ),
+    (lambda: norm_lif([1.0], NORM, timesteps=4), TypeError, "norm_lif: y must be a tensor, got list"),
+    (lambda: norm_lif(Y.int(), NORM, timesteps=4), TypeError, "norm_lif: no kernel for torch.int32 on cpu"),
+    (lambda: norm_lif(Y[0], NORM, timesteps=4), ValueError, "y must be [T*B, C, H, W], got [3, 5, 7]"),
+    (lambda: norm_lif(Y, NORM, timesteps=3), ValueError, "timesteps = 3 does not divide 8"),
+    (lambda: norm_lif(Y, NORM, timesteps=0), ValueError, "norm_lif: timesteps must be at least 1, got 0"),
+    (lambda: norm_lif(Y, NORM, timesteps=4.0), TypeError, "norm_lif: timesteps must be an integer"),
+    (lambda: norm_lif(Y, nn.BatchNorm2d(4), timesteps=4), ValueError, "y has 3 channels but norm has 4"),
+    (lambda: norm_lif(Y, nn.Identity(), timesteps=4), TypeError, "norm must be an nn.BatchNorm2d, got Identity"),
+    (lambda: norm_lif(Y, nn.SyncBatchNorm(3), timesteps=4), TypeError, "got SyncBatchNorm"),
+    (lambda: norm_lif(Y, nn.BatchNorm2d(3, device="meta"), timesteps=4), ValueError, "norm.weight is on meta but y"),
+    (lambda: norm_lif(Y[..., ::2], NORM, timesteps=4), ValueError, "neither contiguous nor channels_last; use y.cont"),
+    (lambda: norm_lif(Y, NORM, Y.bfloat16(), timesteps=4), TypeError, "residual is torch.bfloat16 but y is torch.fl"),
+    (lambda: norm_lif(Y, NORM, Y.to("meta"), timesteps=4), ValueError, "residual is on meta but y is on cpu"),
+    (lambda: norm_lif(Y, NORM, Y[:4], timesteps=4), ValueError, "residual must be [8, 3, 5, 7], or [2, 3, 5, 7] if"),
+    (lambda: norm_lif(Y, NORM, Y[:, :2], timesteps=4), ValueError, "got [8, 2, 5, 7]"),
+    (
+        lambda: norm_lif(Y, NORM, Y.contiguous(memory_format=torch.channels_last), timesteps=4),
+        ValueError,
+        "use residual.contiguous(memory_format=torch.contiguous_format)",
+    ),
+    (lambda: norm_lif(Y, NORM, timesteps=4, threshold=-1), ValueError, "norm_lif: threshold must be above 0"),
+    (lambda: norm_lif(Y, NORM, timesteps=4, tau=0.5), ValueError, "norm_lif: tau must be at least 1 step, got 0.5"),
+    (lambda: norm_lif(Y, NORM, timesteps=4, v_reset=2), ValueError, "norm_lif: v_reset must be below the threshold"),
+    (
+        lambda: norm_lif(torch.zeros(1, 3, 1, 1), NORM, timesteps=1),
+        ValueError,
+        "the variance of one value a channel",
     ),
     (lambda: attention_map(X), ValueError, "x must be [T, B, C, H, W], got [4, 3]"),
     (lambda: attention_map(IMAGES[:0]), ValueError, "T must be at least 1"),
@@ -179,6 +287,32 @@ except ImportError as error:
     print(error)
 """
     assert "pip install 'triton>=3.4'" in run(program)
+
+
+@pytest.mark.parametrize(
+    ("found", "hip", "wanted"),
+    [
+        (None, None, "found none: pip install 'triton>=3.4'"),
+        ("3.3.1", None, "found 3.3.1: pip install 'triton>=3.4'"),
+        (
+            None,
+            "7.1.2",
+            r"found none: install the one built for this PyTorch \(ROCm 7.1.2\), from the index that torch",
+        ),
+        ("3.2.0+rocm6.4", "6.4", "found 3.2.0.rocm6.4: install the one built for this PyTorch"),
+    ],
+)
+def test_what_a_gpu_lacks_is_named(found, hip, wanted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", found and SimpleNamespace(__version__=found))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(ImportError, match=wanted):
+        ops.require_triton()
+
+
+def test_a_triton_that_will_do(monkeypatch):
+    for version in ("3.4.0", "3.10.0+git1234", "4.0.0"):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+        ops.require_triton()
 
 
 def test_importing_a_launcher_leaves_the_function_in_place():
