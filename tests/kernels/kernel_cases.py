@@ -99,7 +99,7 @@ IMAGE_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "contiguous")
 
 LIF_OPTIONS = {
     "x": ("one", "63", "500", "scalar", "image", *IMAGE_LAYOUTS),
-    "timesteps": (1, 4, 19),
+    "timesteps": (1, 2, 3, 4, 7, 16, 33),
     "constant": (False, True),
     "dtype": (torch.float32, torch.bfloat16, torch.float16),
     "surrogate": SURROGATES,
@@ -284,7 +284,7 @@ def check_norm_lif(function, case: dict) -> None:
         half = key in ("gradient of y", "gradient of residual") and dtype != torch.float32
         # g is rounded to half precision before y's gradient is, where it is the residual's too.
         tolerance = 2 * TOLERANCE[dtype] if half else 2e-5
-        assert_close(value.double(), wanted[key].double(), tolerance, key, 1e-6 * scale)
+        assert_close(value.double(), wanted[key].double(), tolerance, key, 3e-6 * scale)
 
 
 ATTENTION_OPTIONS = {

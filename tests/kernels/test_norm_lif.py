@@ -81,7 +81,9 @@ def test_a_recomputed_spike_is_the_forward_pass_s(timesteps, dtype, last, consta
         wanted.insert(0, wanted[0] / 2 * silent)
     wanted = torch.stack(wanted)
     assert 0.05 < spikes.float().mean() < 0.5
-    assert torch.equal(g, wanted.sum(0).to(dtype) if constant else wanted.flatten(0, 1).to(dtype))
+    wanted = (wanted.sum(0) if constant else wanted.flatten(0, 1)).to(dtype)
+    # A sum of such powers of two has more digits than bf16; which spikes they stand for is told by the first of them.
+    torch.testing.assert_close(g, wanted, rtol=2**-7 if constant and dtype == torch.bfloat16 else 0, atol=0)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])

@@ -19,6 +19,7 @@ INTERPRETER = {"TRITON_INTERPRET": "1"}
 GPU = {"TEST_DEVICE": "cuda"}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 FOLDER = Path(__file__).parent
+FILES = [str(FOLDER / name) for name in ("test_lif.py", "test_norm_lif.py", "test_attention.py")]
 
 
 def passed(environment: dict[str, str], *arguments: str) -> int:
@@ -45,22 +46,21 @@ def passed(environment: dict[str, str], *arguments: str) -> int:
 
 def test_the_same_tests_pass():
     """conftest.py registers the launchers there; each test fails if no launcher was called."""
-    files = ("test_lif.py", "test_attention.py", "test_ops.py")
-    assert passed(INTERPRETER, "-m", "not full", *(str(FOLDER / file) for file in files)) > 150
+    assert passed(INTERPRETER, "-m", "not full", *FILES, str(FOLDER / "test_ops.py")) > 300
 
 
 @pytest.mark.full
 def test_the_full_grids_pass():
-    assert passed(INTERPRETER, "-m", "full", str(FOLDER / "test_lif.py"), str(FOLDER / "test_attention.py")) > 20
+    assert passed(INTERPRETER, "-m", "full", *FILES) > 20
 
 
 @needs_gpu
 def test_the_same_tests_pass_on_the_gpu():
     """test_ops.py is left to the interpreter: it is about tracing, not about the device."""
-    assert passed(GPU, "-m", "not full", str(FOLDER / "test_lif.py"), str(FOLDER / "test_attention.py")) > 100
+    assert passed(GPU, "-m", "not full", *FILES) > 200
 
 
 @pytest.mark.full
 @needs_gpu
 def test_the_full_grids_pass_on_the_gpu():
-    assert passed(GPU, "-m", "full", str(FOLDER / "test_lif.py"), str(FOLDER / "test_attention.py")) > 20
+    assert passed(GPU, "-m", "full", *FILES) > 20
