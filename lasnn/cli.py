@@ -23,6 +23,9 @@ app = typer.Typer(
     help="Distil a trained ANN, layer by layer, into a small and fast spiking network.",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench, name="bench")
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -153,6 +156,45 @@ def list_parts(
     from lasnn.display import print_parts, to_stdout
 
     print_parts(to_stdout(), found)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T[,T...]", help="All shapes at the first, one at the others.  [default: 4; on CUDA 4,8,16,32]"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="fp32, bf16, fp16.  [default: fp32; on CUDA fp32,bf16]")
+    ] = None,
+    op: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="lif, norm_lif, norm_lif+residual, ...  [default: all]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes and few rounds: whether it runs.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Each op forward and backward: checked, then timed beside SpikingJelly where it is installed."""
+    with json_alone(as_json) as answer:
+        from lasnn.bench.kernels import Options, measure
+        from lasnn.bench.report import LEGEND, complain, conditions, save, table
+        from lasnn.display import print_bench, to_stderr, to_stdout
+
+        options = Options.read(device, timesteps, dtype, op, quick, out, write)
+        with to_stderr().status("") as status:
+            result = measure(options, status.update)
+        files = [str(path) for path in save(result, options.out, options.write)]
+        answer.update({"files": files, **result})
+    if not as_json:
+        notes = [LEGEND, *result["notes"], f"files: {', '.join(files)}"]
+        print_bench(to_stdout(), conditions(result), *table(result), notes)
+    complain(result)
 
 
 @contextmanager

@@ -208,6 +208,25 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
                 )
 
 
+def print_bench(console: Console, head: str, titles: list[str], lines: list[list[str]], notes: list[str]) -> None:
+    """A table of measurements: the first two cells of the lines are the headings of its groups."""
+    grid = Table(box=None, pad_edge=False)
+    for number, title in enumerate(titles[2:]):
+        grid.add_column(title, justify="right" if number else "left", no_wrap=True)
+    group = None
+    for line in lines:
+        if line[:2] != group:
+            group = line[:2]
+            grid.add_row(Text(" ".join(group), style="bold"))
+        grid.add_row(*map(Text, line[2:]))
+    # A narrow terminal wraps the lines rather than losing their ends.
+    console.width = max(console.width, 160)
+    console.print(head, markup=False, highlight=False, soft_wrap=True)
+    console.print(grid)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
 def to_stdout() -> Console:
     """Results and progress go here; a pipe gets whole lines."""
     return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())

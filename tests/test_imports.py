@@ -18,7 +18,7 @@ LAYERS = [
     {"checkpoint", "measure"},
     {"run"},
     {"display"},
-    {"distillation", "evaluation"},
+    {"distillation", "evaluation", "bench"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

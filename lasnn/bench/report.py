@@ -1,0 +1,169 @@
+"""What `lasnn bench kernels` leaves: a table, a CSV and a JSON file, and its section of a Markdown page."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lasnn import checkpoint
+from lasnn.errors import MachineError
+
+# A row of the result, in the order of the CSV file.
+COLUMNS = (
+    "op",
+    "implementation",
+    "image",  # B, C, H, W
+    "channels_last",
+    "timesteps",
+    "dtype",
+    "elements",  # T*B*C*H*W
+    "large",  # above 30 million
+    "status",  # ok, or what is wrong
+    "median_ms",
+    "p10_ms",
+    "p90_ms",
+    "runs",
+    "issue_ms",  # on a GPU: how long the host takes to launch it all
+    "times_lasnn",  # median over lasnn's median
+    "bytes",  # lasnn's: counted, not measured
+    "gb_per_s",
+    "share_of_copy",
+    "kept_bytes",  # for the backward pass, measured
+    "spikes_differ",  # lasnn's: share, against the reference in fp64
+    "largest_error",  # lasnn's: of a gradient or a map, relative
+)
+# Implementations beside lasnn, as the table names them.
+PEERS = {
+    "reference": "reference",
+    "batch norm, then lif": "BN, then lif",
+    "SpikingJelly": "SpikingJelly",
+    "SpikingJelly, autocast": "its autocast",
+}
+LEGEND = (
+    "Forward and backward, ms: median (10 % to 90 % quantile); of the others the median and how many times lasnn's it "
+    "is. GB/s: bytes counted over time. Kept: MiB for the backward pass, lasnn's / SpikingJelly's. †: above 30 million "
+    "elements; cl: channels_last."
+)
+
+
+def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells, a line for each case, op and dtype first; what was nowhere run has no column."""
+    cases: dict[tuple, dict[str, Any]] = {}
+    for row in result["rows"]:
+        where = (row["op"], tuple(row["image"]), row["channels_last"], row["timesteps"], row["dtype"])
+        cases.setdefault(where, {})[row["implementation"]] = row
+    peers = [name for name in PEERS if any(name in rows for rows in cases.values())]
+    titles = ["op", "dtype", "T x B x C x H x W", "lasnn", "GB/s", "of copy", *(PEERS[name] for name in peers), "kept"]
+    lines = []
+    for (op, image, last, timesteps, dtype), rows in cases.items():
+        own = rows["lasnn"]
+        where = "x".join(map(str, (timesteps, *image))) + " cl" * last + " †" * own["large"]
+        if own["status"] != "ok":
+            lines.append([op, dtype, where, own["status"], *[""] * (len(titles) - 4)])
+            continue
+        kept = [rows[name].get("kept_bytes") for name in ("lasnn", "SpikingJelly") if name in rows]
+        lines.append(
+            [
+                op,
+                dtype,
+                where,
+                f"{digits(own['median_ms'])} ({digits(own['p10_ms'])}-{digits(own['p90_ms'])})",
+                f"{own['gb_per_s']:.0f}" if own["gb_per_s"] >= 10 else f"{own['gb_per_s']:.1f}",
+                f"{own['share_of_copy']:.0%}",
+                *(peer(rows.get(name)) for name in peers),
+                " / ".join("-" if size is None else digits(size / 2**20) for size in kept),
+            ]
+        )
+    return titles, lines
+
+
+def peer(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return row["status"]
+    return f"{digits(row['median_ms'])} ({row['times_lasnn']:.2f}x)"
+
+
+def digits(value: float) -> str:
+    """Three of them, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    """The line that stands above the table: device, versions, date."""
+    known = result["environment"]
+    device = known["device_name"] if known.get("cuda") else known.get("processor") or known["device_name"]
+    parts = [f"{known['device']} ({device})"]
+    if known.get("cuda"):
+        parts += [f"CUDA {known['cuda']}", f"driver {known['driver'] or 'unknown'}"]
+    else:
+        parts += [f"{known['threads']} thread{'s' * (known['threads'] != 1)} on {known['cpus']} cores"]
+    names = ("lasnn", "torch", "triton", "spikingjelly", "python")
+    parts += [f"{name} {known[name]}" for name in names if known.get(name)]
+    return f"{', '.join(parts)}; copy {result['copy_gb_per_s']:.1f} GB/s; {known['date']}"
+
+
+def save(result: Mapping[str, Any], out: Path, write: Path | None = None) -> list[Path]:
+    """Write `kernels-<device>.csv` and `.json` to `out`, and the section of this kind of device of the page `write`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        MachineError: one cannot be written.
+    """
+    kind = result["environment"]["device"].partition(":")[0]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "image": "x".join(map(str, row["image"]))} for row in result["rows"])
+    files = {
+        out / f"kernels-{kind}.csv": text.getvalue(),
+        out / f"kernels-{kind}.json": json.dumps(result, indent=2) + "\n",
+    }
+    if write is not None:
+        files[write] = replaced(write.read_text(encoding="utf-8"), kind, markdown(result))
+    for path, content in files.items():
+        checkpoint.write(path, content)
+    return list(files)
+
+
+def markers(kind: str) -> tuple[str, str]:
+    """The lines between which the section of a kind of device stands in a Markdown page."""
+    return f"<!-- kernels-{kind} -->", f"<!-- /kernels-{kind} -->"
+
+
+def has_section(page: str, kind: str) -> bool:
+    """Whether both marks are there, once each and in their order."""
+    begin, end = markers(kind)
+    return page.count(begin) == page.count(end) == 1 and page.index(begin) < page.index(end)
+
+
+def replaced(page: str, kind: str, section: str) -> str:
+    """`page` with another section of a kind of device; all else stays."""
+    begin, end = markers(kind)
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n\n{section}\n{end}{rest.partition(end)[2]}"
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Conditions, table and notes."""
+    titles, lines = table(result)
+    cells = [titles, ["---"] * len(titles), *lines]
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
+    return "\n".join([conditions(result) + ".", "", *rows, "", LEGEND, *result["notes"], ""])
+
+
+def complain(result: Mapping[str, Any]) -> None:
+    """Raise where lasnn's own op was wrong or failed.
+
+    Raises:
+        MachineError: with the first of the cases.
+    """
+    bad = [row for row in result["rows"] if row["implementation"] == "lasnn" and row["status"] != "ok"]
+    if bad:
+        first = f"{bad[0]['op']} at T = {bad[0]['timesteps']} in {bad[0]['dtype']}: {bad[0]['status']}"
+        raise MachineError(f"{len(bad)} of lasnn's results are wrong, their speed is not given; the first, {first}")
