@@ -184,4 +184,6 @@ def test_norm_lif_equals_spikingjelly_s_layers(residual, last):
     for a, b in zip(found[0][1:], found[1][1:], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1, b.abs().max().item()))
     for key in ("mean", "var"):
-        torch.testing.assert_close(getattr(running, key), getattr(theirs_norm, f"running_{key}"), rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(
+            getattr(running, key), getattr(theirs_norm, f"running_{key}"), rtol=tolerance, atol=1e-7
+        )
