@@ -63,8 +63,8 @@ def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
         return tl.where(tl.abs(u) < 0.5 / alpha, alpha, 0.0)
     else:
         tl.static_assert(SURROGATE == "fast-sigmoid")
-        slope = 1.0 + alpha * tl.abs(u)
-        return 1.0 / (slope * slope)
+        root = 1.0 / (1.0 + alpha * tl.abs(u))
+        return root * root
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def lif_backward_kernel(
             live = mask if T % STEPS == 0 else within(index, step_size, first + i < T)
             if not CONSTANT:
                 x = tl.load(x_ptrs + (first + i) * x_stride_t, mask=live, other=0.0).to(tl.float32)
-            h, s, v = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
+            h, _s, v = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
             hs = hs + (h,)  # noqa: RUF005 (Triton takes no starred expression)
 
         for j in tl.static_range(STEPS):

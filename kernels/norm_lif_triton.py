@@ -61,7 +61,7 @@ def normalisation(statistics_ptr, weight_ptr, c, channels, eps, HAS_WEIGHT: tl.c
     """(mean, 1 / standard deviation, the same times weight)"""
     mean = of_channels(statistics_ptr, c, channels, True, 0.0)
     var = of_channels(statistics_ptr + channels, c, channels, True, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(var + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     return mean, rstd, rstd * of_channels(weight_ptr, c, channels, HAS_WEIGHT, 1.0)
 
 
@@ -125,28 +125,25 @@ def statistics_kernel(
     """Mean and variance of all positions, from those of each split: their variances, and that of their means."""
     c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     size = splits * channels
+    pivot = tl.load(partial_ptr + size + c, mask=c < channels, other=0.0)
+    count = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    weighted = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(0, splits, BLOCK_S):
         split = first + tl.arange(0, BLOCK_S)
         mask = (split < splits)[:, None] & (c < channels)[None, :]
         ptrs = partial_ptr + split.to(tl.int64)[:, None] * channels + c[None, :]
         n = tl.load(ptrs, mask=mask, other=0.0)
-        total += n
-        weighted += n * tl.load(ptrs + size, mask=mask, other=0.0)
-        squares += tl.load(ptrs + 2 * size, mask=mask, other=0.0)
-    count = tl.sum(total, 0)
-    mean = tl.sum(weighted, 0) / count
-    squares = tl.sum(squares, 0)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        mask = (split < splits)[:, None] & (c < channels)[None, :]
-        ptrs = partial_ptr + split.to(tl.int64)[:, None] * channels + c[None, :]
-        apart = tl.load(ptrs + size, mask=mask, other=0.0) - mean[None, :]
-        squares += tl.sum(tl.load(ptrs, mask=mask, other=0.0) * apart * apart, 0)
-    tl.store(statistics_ptr + c, mean, mask=c < channels)
-    tl.store(statistics_ptr + channels + c, squares / count, mask=c < channels)
+        deviation = tl.where(mask, tl.load(ptrs + size, mask=mask, other=0.0) - pivot[None, :], 0.0)
+        count += n
+        total += n * deviation
+        squares += tl.load(ptrs + 2 * size, mask=mask, other=0.0) + n * deviation * deviation
+    n = tl.sum(count, 0)
+    shift = tl.sum(total, 0) / n
+    tl.store(statistics_ptr + c, pivot + shift, mask=c < channels)
+    # What is 0 but for rounding must not be below it.
+    variance = tl.sum(squares, 0) / n - shift * shift
+    tl.store(statistics_ptr + channels + c, tl.where(variance < 0, 0.0, variance), mask=c < channels)
 
 
 @triton.jit
@@ -181,7 +178,7 @@ def norm_lif_forward_kernel(
     DECAY_INPUT: tl.constexpr,
 ):
     c, tile = channels_of(tl.program_id(0), channel_blocks, BLOCK_C)
-    mean, rstd, scale = normalisation(statistics_ptr, weight_ptr, c, channels, eps, HAS_WEIGHT)
+    mean, _rstd, scale = normalisation(statistics_ptr, weight_ptr, c, channels, eps, HAS_WEIGHT)
     bias = of_channels(bias_ptr, c, channels, HAS_BIAS, 0.0)
     if LEARNT:
         decay = tl.load(decay_ptr)
@@ -284,21 +281,24 @@ def norm_lif_backward_kernel(
                 start = tl.load(kept_ptrs, mask=tl.where(stretch > 0, mask, False), other=v_rest)
 
             v = start
+            # y is read again on the way back, from cache: to hold it as well as h would take registers that there are
+            # not. The policies ask for that, and keep the two reads from being made one.
             hs = ()
+            at = stretch * STEPS * step + offsets
             for i in tl.static_range(STEPS):
                 t = stretch * STEPS + i
                 live = mask if T % STEPS == 0 else tl.where(t < T, mask, False)
-                at = t * step + offsets
                 if not CONSTANT:
                     y = tl.load(y_ptr + at, mask=live, other=0.0, eviction_policy="evict_last")
                     x = input_current(y, mean, scale, bias, residual_ptr + at, live, HAS_RESIDUAL)
                 h, _s, v = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
                 hs = hs + (h,)  # noqa: RUF005 (Triton takes no starred expression)
+                at += step
 
             for j in tl.static_range(STEPS):
                 t = stretch * STEPS + STEPS - 1 - j
                 live = mask if T % STEPS == 0 else tl.where(t < T, mask, False)
-                at = t * step + offsets
+                at -= step
                 h = hs[-1]
                 hs = hs[:-1]
                 grad_s = tl.load(grad_spikes_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -334,7 +334,8 @@ def norm_lif_backward_kernel(
         if CONSTANT:
             sum_g += g
             sum_gy += g * (y.to(tl.float32) - mean)
-            tl.store(grad_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=mask)
+            if WRITE:
+                tl.store(grad_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=mask)
 
     if SUMS:
         sums_ptrs = sums_ptr + split.to(tl.int64) * channels + c
@@ -375,11 +376,25 @@ def norm_grad_kernel(
     tl.store(grad_y_ptr + offsets, grad_y.to(grad_y_ptr.dtype.element_ty), mask=mask)
 
 
+def channels_inside(images: Tensor) -> bool:
+    """Whether channels are what is contiguous: also where one pixel is an image, since they run on to the next one."""
+    return images.shape[2:].numel() == 1 or memory_format(images) == torch.channels_last
+
+
+def backward_tile(y: Tensor, timesteps: int, learnt: bool) -> int:
+    """Bytes of a tile in a backward pass: fewer where registers would spill.
+
+    They do for a learnt decay's sum; and where each of a thread's 8 elements is of another channel, with constants of
+    its own, and more than 4 steps are held.
+    """
+    tight = channels_inside(y) and y.element_size() == 2 and stretches(timesteps)[1] > 4
+    return TILE // 2 if learnt or tight else TILE
+
+
 def tiling(images: Tensor, count: int, size: int) -> tuple[dict, int]:
     """How `count` images like `images` are cut into tiles of `size` bytes: kernel arguments, and number of tiles."""
     channels, pixels = images.shape[1], images.shape[2:].numel()
-    # One pixel an image is both orders at once; channels then run on from image to image.
-    last = pixels == 1 or memory_format(images) == torch.channels_last
+    last = channels_inside(images)
     elements, row = size // images.element_size(), ROW // images.element_size()
     block_c = row if last else elements // min(max(triton.next_power_of_2(pixels), row), elements)
     block_c = min(block_c, triton.next_power_of_2(channels))
@@ -491,8 +506,8 @@ def norm_lif_sums(
     g = empty_images(y, len(y), y.dtype) if write else y.new_empty(0)
     if y.numel() == 0:
         return torch.zeros_like(statistics), g, y.new_zeros(() if learnt else (0,), dtype=state)
-    # A learnt decay's sum needs registers that would spill.
-    where, tiles = tiling(y, len(y) if constant else len(y) // timesteps, TILE // 2 if learnt else TILE)
+    batch = len(y) if constant else len(y) // timesteps
+    where, tiles = tiling(y, batch, backward_tile(y, timesteps, learnt))
     splits = shared(tiles, where["channel_blocks"])
     programs = where["channel_blocks"] * splits
     sums = y.new_empty((2, splits, y.shape[1]), dtype=state)
@@ -544,7 +559,7 @@ def norm_lif_grad(
     """As cpu.norm_lif_grad."""
     grad_y = empty_images(y, len(y), y.dtype)
     if y.numel():
-        where, tiles = tiling(y, len(y) // timesteps, TILE)
+        where, tiles = tiling(y, len(y) // timesteps, backward_tile(y, timesteps, False))
         norm_lif_backward_kernel[(where["channel_blocks"] * tiles,)](
             grad_spikes_ptr=grad_spikes,
             y_ptr=y,

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from compile_kernels import table
+
 
 def variants(which: str, cache: Path) -> list[dict]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -25,22 +27,38 @@ def variants(which: str, cache: Path) -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
+    (overflowing,) = (row for row in rows if row["kernel"] == "overflowing")
+    # The look for overflow can fail: 32-bit offsets into a tensor of 2^36 elements do not hold.
+    assert overflowing["int32"] >= 2**31
+    rows.remove(overflowing)
     for row in rows:
-        assert row["spilled"] == 0, row
+        # The assembler may give up a word or two to stop at 128 or 168 registers, for one more program at a time; that
+        # is its choice, not a shortage.
+        assert row["spilled"] <= (16 if row["registers"] in (128, 168) else 0), row
+        assert row["int32"] < 2**31, row
         if not row["target"].startswith("cuda"):
             continue
-        if row["kernel"].startswith("lif") and "enable_fp_fusion" not in row:
+        if "lif" in row["kernel"] and "enable_fp_fusion" not in row:
             # Neither fused nor left for the assembler to fuse, which `.rn` forbids.
             assert row["fma"] == row["unrounded"] == 0, row
-        if row.get("layout") == "dense" or row["kernel"] == "attention_forward_kernel":
-            assert row["wide_loads"] == row["loads"] > 0, row
-        if row["kernel"] == "attention_backward_kernel":
-            # Where channels are contiguous the map's gradient is read narrowly; the feature never is.
-            assert row["wide_loads"] >= row["loads"] / 2, row
+        learnt, last = "learnt" in row["variant"], "channels_last" in row["variant"]
+        for what in ("loads", "stores"):
+            wide, tiles = row[f"wide_{what}"], row[f"tile_{what}"]
+            if "strided" not in row["variant"]:
+                assert all(found >= needed for found, needed in zip(wide, tiles, strict=True)), row
+                # Half the width is left to where registers are short.
+                assert tiles[1] == 0 or learnt or (last and row["T"] > 4), row
+            if what == "loads" and last and row["kernel"].startswith("norm"):
+                # What is one number a channel is contiguous there, too.
+                assert row[what] - sum(wide) == learnt * ("lif" in row["kernel"]), row
+    # Statistics' second stage reads a few numbers a channel; every other kernel is seen to go beyond 32 bits.
+    beyond = {row["kernel"] for row in rows if row["reach"] > 2**32}
+    assert beyond == {row["kernel"] for row in rows} - {"statistics"}
 
 
 def test_a_small_set(tmp_path):
     rows = variants("default", tmp_path)
+    print("", table(rows), sep="\n")
     check(rows)
     targets = {row["target"] for row in rows}
     assert targets >= {"cuda80", "cuda90", "cuda100"}
@@ -53,5 +71,6 @@ def test_a_small_set(tmp_path):
 @pytest.mark.full
 def test_every_variant(tmp_path):
     rows = variants("full", tmp_path)
+    print("", table(rows), sep="\n")
     check(rows)
-    assert len(rows) > 600
+    assert len(rows) > 1000
