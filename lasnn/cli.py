@@ -26,6 +26,10 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as student.timesteps=2. Repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -47,10 +51,7 @@ def options(
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as student.timesteps=2. Repeatable."),
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/<recipe>-<number>]")
     ] = None,
@@ -115,6 +116,55 @@ def evaluate(
         from lasnn.display import print_evaluation, to_stdout
 
         print_evaluation(to_stdout(), known, results)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    seeds: Annotated[int, typer.Option(metavar="N", help="How many seeds, from the recipe's own on.")] = 5,
+    overrides: Overrides = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T[,T...]", help="Rows at each T.  [default: the recipe's]")
+    ] = None,
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant", metavar="NAME:KEY=VALUE[;...]", help="A further row: the recipe with settings. Repeatable."
+        ),
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Further rows, each without one of the things the teacher gives.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Runs and tables.  [default: runs/compare/<recipe>]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the student with and without its teacher over seeds; what is done is not done again."""
+    steps = [] if timesteps is None else parse_timesteps(timesteps)
+    named = parse_variants(variants or [])
+    with json_alone(as_json) as answer:
+        from lasnn.compare import Stopped
+        from lasnn.compare import compare as compare_rows
+        from lasnn.display import print_comparison, to_stderr, to_stdout
+
+        console = to_stderr() if as_json else to_stdout()
+        try:
+            found = compare_rows(
+                recipe,
+                seeds,
+                overrides=overrides or [],
+                timesteps=steps,
+                variants=named,
+                ablation=ablation,
+                out=out,
+                tell=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            )
+        except Stopped as stopped:
+            say_error(f"{stopped}\nthe same command goes on")
+            raise typer.Exit(128 + stopped.signum) from None
+        print_comparison(console, found.as_json(), found.folder)
+        answer.update(found.as_json())
 
 
 @app.command("list")
@@ -223,6 +273,24 @@ def parse_timesteps(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise UserError(f"--timesteps {text}: give whole numbers of at least 1, as 4 or 1,2,4,8")
     return [int(part) for part in parts]
+
+
+def parse_variants(given: list[str]) -> dict[str, list[str]]:
+    """`NAME:KEY=VALUE[;KEY=VALUE...]`, each once.
+
+    Raises:
+        UserError: something else, or a name twice.
+    """
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, colon, settings = text.partition(":")
+        parts = [part.strip() for part in settings.split(";")]
+        if not (name.strip() and colon and all("=" in part for part in parts)):
+            raise UserError(f"--variant {text}: give NAME:KEY=VALUE, further settings after semicolons")
+        if name.strip() in found:
+            raise UserError(f"--variant {text}: there are two variants of this name")
+        found[name.strip()] = parts
+    return found
 
 
 def say_error(text: str) -> None:

@@ -191,6 +191,34 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_comparison(console: Console, known: Mapping[str, Any], folder: Path) -> None:
+    """The rows of a comparison, then the gains."""
+
+    def digits(value: float | None, places: int = 4) -> str:
+        return "" if value is None else f"{value:.{places}f}"
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("student", "T", "mean", "sd", "teacher", "spikes/neuron/step", "µJ/image", "s"):
+        table.add_column(title, justify="left" if title == "student" else "right", no_wrap=True)
+    for row in known["arms"]:
+        table.add_row(
+            row["name"],
+            str(row["timesteps"]),
+            *(digits(row[key]) for key in ("mean", "deviation", "teacher_mean", "firing_rate")),
+            digits(row["energy_uj"], 3),
+            digits(row["seconds"], 0),
+        )
+    console.print(f"\ntest accuracy over {len(known['seeds'])} seeds, last epoch", highlight=False)
+    console.print(table)
+    for gain in known["gains"]:
+        if gain["mean"] is not None:
+            half = gain["half_width"]
+            interval = "one seed, no interval" if half is None else f"± {half:.4f} (95 %, paired)"
+            line = f"{gain['name']} over {gain['over']}, T = {gain['timesteps']}: {gain['mean']:+.4f} {interval}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"tables: {folder / 'compare.md'}, {folder / 'compare.json'}", highlight=False, soft_wrap=True)
+
+
 def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """The registered parts by kind: name, description, options with types and defaults."""
     for number, (kind, parts) in enumerate(found.items()):

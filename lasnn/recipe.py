@@ -621,15 +621,16 @@ def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             nested += [f"\n[[{prefix}{key}]]\n{dump_toml(item, f'{prefix}{key}.')}" for item in value]
         else:
-            values.append(f"{key} = {_toml_value(value)}\n")
+            values.append(f"{key} = {toml_value(value)}\n")
     return "".join(values + nested)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML on one line."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {_toml_value(item)}' for key, item in value.items())} }}"
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
     # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not, nor a bare DEL.
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)

@@ -135,6 +135,20 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
     return run
 
 
+def finished(recipe: Recipe, folder: Path) -> bool:
+    """Whether a folder holds this very recipe's finished run.
+
+    Raises:
+        UserError: it holds a run of another recipe.
+    """
+    if not (folder / "recipe.toml").is_file():
+        return False
+    before, now = (folder / "recipe.toml").read_text(encoding="utf-8"), _resolved(recipe)
+    if before != now:
+        raise UserError(f"{folder} holds a run of another recipe; {_first_difference(before, now)}")
+    return (folder / "summary.json").is_file()
+
+
 def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
     """The plugins must be those that the run began with; one that a kill left out is copied now."""
     for plugin in recipe.plugin_files:

@@ -19,6 +19,7 @@ LAYERS = [
     {"run"},
     {"display"},
     {"distillation", "evaluation", "bench"},
+    {"compare"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,149 @@
+import json
+import math
+import shlex
+import signal
+import time
+
+import pytest
+
+from lasnn.cli import parse_variants
+from lasnn.compare import Arm, Comparison, paired_gain, student_t
+from lasnn.compare import compare as compare_rows
+from lasnn.errors import UserError
+
+SHORT = ("--set", "teacher.epochs=1", "--set", "distill.epochs=1")
+
+
+@pytest.mark.parametrize(
+    ("freedom", "wanted"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (9, 2.2622), (10, 2.2281), (30, 2.0423)],
+)
+def test_student_t_is_that_of_the_tables(freedom, wanted):
+    assert student_t(freedom) == pytest.approx(wanted, abs=5e-5)
+
+
+def test_a_paired_gain_by_hand():
+    """Differences 0.1, 0.2, 0.3: mean 0.2, deviation 0.1, and 4.3027 * 0.1 / sqrt(3)."""
+    gain = paired_gain("a", "b", 4, {0: 0.6, 1: 0.8, 2: 0.9, 3: 0.5}, {0: 0.5, 1: 0.6, 2: 0.6})
+    assert gain["mean"] == pytest.approx(0.2)
+    assert gain["half_width"] == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert gain["seeds"] == 3
+    one = paired_gain("a", "b", 4, {0: 0.6}, {0: 0.5})
+    assert one["half_width"] is None
+
+
+def test_the_tables_of_a_comparison():
+    arms = (Arm("distilled", (), 4), Arm("alone", ("teacher=",), 4))
+    found = Comparison("x.toml", (0, 1), arms, "runs")
+    for arm, values in zip(arms, ((0.8, 0.9), (0.7, 0.7)), strict=True):
+        for seed, value in enumerate(values):
+            summary = {"accuracy": value, "firing_rate": 0.1, "energy_uj": 1.0, "seconds": 2.0}
+            found.summaries[arm, seed] = summary | ({"teacher_accuracy": 0.95} if arm.name == "distilled" else {})
+    distilled, alone = found.as_json()["arms"]
+    assert distilled["mean"] == pytest.approx(0.85)
+    assert distilled["deviation"] == pytest.approx(0.0707, abs=1e-4)
+    assert (distilled["teacher_mean"], alone["teacher_mean"]) == (0.95, None)
+    gains = {gain["over"]: gain["mean"] for gain in found.gains()}
+    assert gains == {"alone": pytest.approx(0.15), "its teacher": pytest.approx(-0.1)}
+    text = found.as_markdown()
+    assert "| distilled | 4 | 0.8000 | 0.9000 | **0.8500** | 0.0707 | 0.9500 |" in text
+    assert "lasnn distill x.toml --set teacher= --set seed=$seed" in text
+
+
+def test_rows_seeds_and_a_second_call(lasnn, tiny):
+    arguments = ("compare", tiny, "--seeds", 2, "--timesteps", "1,2", *SHORT, "--variant", "power 2: losses.1.power=2")
+    base = ("--set", 'losses=[{name="cross-entropy"}, {name="attention", weight=100, power=1}]')
+    found = lasnn.json(*arguments, *base, "--out", "c")
+    assert [(row["name"], row["timesteps"]) for row in found["arms"]] == [
+        (name, steps) for steps in (1, 2) for name in ("distilled", "alone", "power 2")
+    ]
+    assert all(list(row["accuracy"]) == ["0", "1"] for row in found["arms"])
+    assert {(gain["over"], gain["seeds"]) for gain in found["gains"]} == {
+        ("alone", 2),
+        ("power 2", 2),
+        ("its teacher", 2),
+    }
+    assert json.loads((lasnn.folder / "c/compare.json").read_text()) == found
+    kept = lasnn.folder / "c/alone-T1-seed1"
+    recipe = (kept / "recipe.toml").read_text()
+    assert "[teacher]" not in recipe
+    assert "attention" not in recipe
+    # What is done is not done again; a run that is gone is.
+    before = {path: path.stat().st_mtime_ns for path in (lasnn.folder / "c").glob("*/summary.json")}
+    (kept / "summary.json").unlink()
+    again = lasnn(*arguments, *base, "--out", "c").stdout
+    assert again.count("(done before)") == 11
+    after = {path: path.stat().st_mtime_ns for path in (lasnn.folder / "c").glob("*/summary.json")}
+    assert [path for path in after if after[path] != before[path]] == [kept / "summary.json"]
+    once_more = json.loads((lasnn.folder / "c/compare.json").read_text())
+    assert [row["accuracy"] for row in once_more["arms"]] == [row["accuracy"] for row in found["arms"]]
+
+
+def test_the_command_of_a_row_gives_its_figure(lasnn, tiny):
+    found = lasnn.json("compare", tiny, "--seeds", 1, *SHORT, "--out", "c")
+    for row in found["arms"]:
+        command = shlex.split(row["command"].replace("SEED", "0"))[1:]
+        assert lasnn.json(*command)["accuracy"] == row["accuracy"]["0"]
+
+
+def test_the_ablation_leaves_one_thing_out_at_a_time(lasnn, tiny):
+    found = lasnn.json("compare", tiny, "--seeds", 1, "--ablation", *SHORT, "--set", "student.init=teacher")
+    assert [row["name"] for row in found["arms"]] == [
+        "distilled",
+        "alone",
+        "without attention",
+        "without the teacher's weights",
+    ]
+    assert (lasnn.folder / "runs/compare/tiny/compare.md").is_file()
+
+
+@pytest.mark.full
+def test_a_signal_stops_it_and_the_same_command_goes_on(lasnn, tiny):
+    arguments = ("compare", tiny, "--seeds", 1, "--set", "teacher.epochs=1", "--set", "distill.epochs=30", "--out", "c")
+    process = lasnn.start(*arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and "student" not in _metrics(lasnn):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "the same command goes on" in err
+    assert lasnn.json(*arguments)["arms"][0]["mean"] > 0
+
+
+def _metrics(lasnn) -> str:
+    path = lasnn.folder / "c/distilled-T2-seed0/metrics.jsonl"
+    return path.read_text() if path.is_file() else ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--seeds", "0"), "--seeds must be at least 1"),
+        (("--variant", "x"), "--variant x: give NAME:KEY=VALUE"),
+        (("--variant", "alone:seed=1"), "there is a row of this name"),
+        (("--variant", "wide: student.wdth=8"), "wide, T = 2: --set: student.wdth"),
+        (("--set", "teacher="), "it has no [teacher] to compare with"),
+        (("--timesteps", "0"), "--timesteps 0"),
+    ],
+)
+def test_a_mistake_is_named_before_the_first_run(lasnn, tiny, arguments, wanted):
+    assert wanted in lasnn("compare", tiny, *arguments, "--out", "c", code=2).stderr
+    assert not (lasnn.folder / "c").exists()
+
+
+def test_a_folder_of_another_comparison_is_refused(lasnn, tiny):
+    lasnn("compare", tiny, "--seeds", 1, *SHORT, "--out", "c")
+    wrong = lasnn("compare", tiny, "--seeds", 1, *SHORT, "--set", "distill.lr=0.01", "--out", "c", code=2)
+    assert "holds a run of another recipe" in wrong.stderr
+
+
+def test_variants_are_parsed():
+    assert parse_variants(["a: x=1; y=[1, 2]", "b:z="]) == {"a": ["x=1", "y=[1, 2]"], "b": ["z="]}
+    with pytest.raises(UserError, match="two variants"):
+        parse_variants(["a:x=1", "a:x=2"])
+
+
+def test_from_python(tiny):
+    found = compare_rows(tiny, 1, overrides=["teacher.epochs=1", "distill.epochs=1"])
+    assert found.accuracies(found.arms[0]).keys() == {0}
