@@ -10,10 +10,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "architectures": "lasnn.registry",
+    "augmentations": "lasnn.registry",
     "datasets": "lasnn.registry",
     "encoders": "lasnn.registry",
     "losses": "lasnn.registry",
     "neurons": "lasnn.registry",
+    "teachers": "lasnn.registry",
     "Recipe": "lasnn.recipe",
     "Staged": "lasnn.network",
     "distill": "lasnn.distillation",

@@ -22,6 +22,10 @@ from torch import Tensor
 
 from lasnn.errors import MachineError, UserError
 
+TORCH_SAVED = (".pth", ".pt")
+STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "net")
+SAVE_WEIGHTS = "save the weights alone: torch.save(network.state_dict(), file)"
+
 
 def write(path: Path, content: bytes | str) -> None:
     """Replace the file at `path` in one step; a kill leaves the old content or the new one.
@@ -88,11 +92,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and their description ({} where the file has none).
+    """Read weights and their description ({} where the file has none), from safetensors or what `torch.save` wrote.
 
     Raises:
-        UserError: it is not a whole safetensors file, or its weights changed since they were saved.
+        UserError: it is not a whole file of weights, or its weights changed since they were saved.
     """
+    if path.suffix in TORCH_SAVED:
+        return _load_torch_saved(path, "cpu"), {}
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -103,6 +109,53 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if "sha256" in metadata and metadata["sha256"] != digest(weights):
         raise UserError(f"{path} is damaged: its weights are not those that were saved")
     return weights, description
+
+
+def weight_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The shape of each weight in a file, without reading the weights, and the file's description.
+
+    Raises:
+        UserError: it is not a file of weights.
+    """
+    if path.suffix in TORCH_SAVED:
+        return {name: tuple(value.shape) for name, value in _load_torch_saved(path, "meta").items()}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return shapes, json.loads((file.metadata() or {}).get("lasnn", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
+    """The state dict in a file of `torch.save`: alone, or within a training state under one of the usual names."""
+    try:
+        if device != "meta":
+            _check_archive(path)
+        state = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than weights, or is damaged; {SAVE_WEIGHTS}") from error
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a whole file of weights: {reason}") from error
+    outer = state
+    if isinstance(state, Mapping):
+        state = next((state[name] for name in STATE_DICT_NAMES if isinstance(state.get(name), Mapping)), state)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = f" (its keys: {', '.join(map(str, list(outer)[:6]))})" if isinstance(outer, Mapping) else ""
+        raise UserError(f"{path} holds no state_dict{keys}; {SAVE_WEIGHTS}")
+    # What DataParallel puts before every name.
+    parallel = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums (old files have none)."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (checksum of {damaged})")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

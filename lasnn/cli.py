@@ -98,20 +98,48 @@ def evaluate(
         str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
     ] = None,
     timesteps: Annotated[
-        str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: those of the training]")
+        str | None,
+        typer.Option(
+            metavar="T[,T...]", help="Time steps.  [default: those of the training; with --converted 1,2,4,...,256]"
+        ),
+    ] = None,
+    converted: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD", help="Instead of the student its teacher, converted: maxnorm, percentile or qcfs."
+        ),
+    ] = None,
+    percentile: Annotated[
+        float | None, typer.Option(metavar="P", help="With --converted percentile: which.  [default: 99.9]")
+    ] = None,
+    membrane_start: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --converted: the voltage at first, in thresholds.  [default: 0; for qcfs 0.5]",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Accuracy, firing rate, energy and speed of a trained student at any T."""
+    """Accuracy, firing rate, energy and speed of a trained student at any T, or of its teacher, converted."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
+    if percentile is not None and converted != "percentile":
+        raise UserError("--percentile goes with --converted percentile")
+    if membrane_start is not None and converted is None:
+        raise UserError("--membrane-start goes with --converted; a student's neurons start from rest")
+    options = {"membrane_start": membrane_start} | ({} if percentile is None else {"percentile": percentile})
     with json_alone(as_json) as answer:
         from lasnn.evaluation import conditions, load_run
         from lasnn.evaluation import evaluate as measure_run
 
         loaded = load_run(run, device="auto")
-        results = measure_run(loaded, steps)
+        results = measure_run(loaded, steps, converted=converted, **options)
         known = conditions(loaded)
-        answer.update({**known, "results": results} if steps and len(steps) > 1 else {**known, **results[0]})
+        if converted:
+            # The same at every T.
+            known["converted"] = results[0]["converted"]
+            results = [{key: value for key, value in result.items() if key != "converted"} for result in results]
+        answer.update({**known, **results[0]} if len(results) == 1 else {**known, "results": results})
     if not as_json:
         from lasnn.display import print_evaluation, to_stdout
 
@@ -171,7 +199,10 @@ def compare(
 def list_parts(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[KIND]", help="architectures, encoders, neurons, losses, datasets or recipes."),
+        typer.Argument(
+            metavar="[KIND]",
+            help="architectures, teachers, encoders, neurons, losses, datasets, augmentations or recipes.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -168,8 +168,11 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    converted = known.get("converted")
+    if converted:
+        _say_converted(console, converted)
     table = Table(box=None, pad_edge=False)
-    for title in ("T", "accuracy", "spikes/neuron/step", "µJ/image", "images/s"):
+    for title in ("T", "accuracy", "spikes/neuron/step", "µJ/image", *([] if converted else ["images/s"])):
         table.add_column(title, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
@@ -177,18 +180,35 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
             f"{result['accuracy']:.4f}",
             f"{result['firing_rate']:.4f}",
             f"{result['energy_uj']:.3f}",
-            f"{result['images_per_second']:.0f}",
+            *([] if converted else [f"{result['images_per_second']:.0f}"]),
         )
     console.print(table)
+    # A conversion is asked for many T, more than there is room for beside each other.
+    shown = [results[-1]] if converted else results
     layers = Table(box=None, pad_edge=False)
     layers.add_column("spikes/neuron/step by layer", no_wrap=True)
-    for result in results:
-        layers.add_column(f"T = {result['timesteps']}", justify="right", no_wrap=True)
+    for title in [f"T = {result['timesteps']}" for result in shown] + (["threshold"] if converted else []):
+        layers.add_column(title, justify="right", no_wrap=True)
     for name in first["firing_rate_by_layer"]:
-        layers.add_row(name, *(f"{result['firing_rate_by_layer'][name]:.4f}" for result in results))
+        threshold = [f"{converted['thresholds'][name]:.4g}"] if converted else []
+        layers.add_row(name, *(f"{result['firing_rate_by_layer'][name]:.4f}" for result in shown), *threshold)
     console.print(layers)
     note = "µJ: 45 nm operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition); memory access is not in them"
     console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:
+    """What was converted how, on a line."""
+    images, percentile = converted["calibration_images"], converted["percentile"]
+    how = converted["method"] + ("" if percentile is None else f" ({percentile:g} %)")
+    source = f"measured on {images:,} training images" if images else "learnt in its training"
+    console.print(
+        f"the teacher, converted by {how}: thresholds {source}; membranes start at {converted['membrane_start']:g} "
+        "thresholds",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_comparison(console: Console, known: Mapping[str, Any], folder: Path) -> None:

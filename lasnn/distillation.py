@@ -26,8 +26,8 @@ from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
 from lasnn.errors import MachineError, UserError
 from lasnn.measure import accuracy, measure, teacher_accuracy
-from lasnn.network import Student, Teacher
-from lasnn.plan import Plan, load_data, make_student, make_teacher, read_plan
+from lasnn.network import Student, Teacher, without_activations
+from lasnn.plan import Plan, load_data, make_augmentation, make_student, make_teacher, read_plan
 from lasnn.random import generator, key_to_seed, keyed
 from lasnn.recipe import Recipe, Training
 from lasnn.registry import losses
@@ -200,7 +200,7 @@ class Session:
         with keyed(recipe.seed, "student"):
             student = make_student(recipe, self.plan.data)
         if recipe.student.init == "teacher":
-            student.network.load_state_dict(teacher.network.state_dict() | _learnt_by_neurons(student.network))
+            student.network.load_state_dict(without_activations(teacher.network) | _learnt_by_neurons(student.network))
         student.to(self.plan.device)
         terms = [(loss.name, losses[loss.name], loss.options) for loss in recipe.losses]
         asked = {name for _, entry, _ in terms for name in entry.inputs}
@@ -290,6 +290,7 @@ class Session:
         done = [epoch for epoch in self.run.metrics() if epoch["phase"] != phase or epoch["epoch"] <= first_epoch]
         self.run.write_metrics(done)
         steps = self.plan.steps_per_epoch
+        augmentation = make_augmentation(self.recipe, self.plan.data)
         begin = time.perf_counter() - spent
 
         def save(epoch: int, step: int) -> None:
@@ -315,7 +316,7 @@ class Session:
                 self.batch_size,
                 seed=self.recipe.seed,
                 epoch=epoch,
-                augment=self.recipe.data.augment,
+                augment=augmentation,
                 start=first_step,
             )
             self.progress.epoch(phase, epoch, table.epochs, steps)

@@ -3,7 +3,8 @@
 A loss says what it needs by the names of its positional parameters, and a recipe is checked against them:
 
     logits            [T, B, K]  the student's, at each time step
-    targets           [B]        class indices, int64
+    targets           [B]        class indices, int64; or [B, K], class probabilities, floats, where an augmentation
+                                 mixes images (mixup, cutmix): a loss takes both, as F.cross_entropy does
     teacher_logits    [B, K]
     student_features  one [T, B, C, H, W] for each pair of stages
     teacher_features  one [B, C, H, W] for each pair of stages
@@ -25,20 +26,38 @@ from lasnn.registry import losses
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Readout = Literal["mean", "step"]
 Power = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Weights = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None
 
 
+def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """temperature^2 KL(teacher || student) of softened logits, [..., K] -> [...]."""
+    student = F.log_softmax(student / temperature, dim=-1)
+    teacher = F.log_softmax(teacher / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
 def _every_step(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold time: logits [T, B, K] -> [T*B, K], and each image's target (or teacher's logits) at every step."""
+    """Fold time: logits [T, B, K] -> [T*B, K], and each image's target at every step."""
     repeated = repeat(targets, "b ... -> (t b) ...", t=logits.shape[0])
     return rearrange(logits, "t b k -> (t b) k"), repeated
 
 
 @losses.register("cross-entropy")
-def cross_entropy(logits: Tensor, targets: Tensor, *, label_smoothing: Smoothing = 0.0) -> Tensor:
-    """Cross-entropy of the logits averaged over the time steps."""
-    return F.cross_entropy(logits.float().mean(0), targets, label_smoothing=label_smoothing)
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, readout: Readout = "mean", label_smoothing: Smoothing = 0.0
+) -> Tensor:
+    """Cross-entropy of the logits averaged over the time steps, or the mean of each step's.
+
+    `readout = "step"` is the mean over steps of CE(z_t), as in TET, ELKD and TSER.
+    """
+    logits = logits.float()
+    if readout == "mean":
+        logits = logits.mean(0)
+    else:
+        logits, targets = _every_step(targets, logits)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 @losses.register("tet")
@@ -67,21 +86,48 @@ def logit_kd(
     teacher_logits: Tensor,
     *,
     temperature: Temperature = 4.0,
-    readout: Literal["mean", "step"] = "mean",
+    readout: Readout = "mean",
 ) -> Tensor:
     """Knowledge distillation from the teacher's softened logits, of the mean over time or at each step.
 
-    temperature^2 KL(teacher || student), both softened (Hinton et al., 2015), averaged over images and, for
-    `readout = "step"`, over time steps.
+    temperature^2 KL(teacher || student), both softened (Hinton et al., arXiv 1503.02531), averaged over images and, for
+    `readout = "step"`, over time steps: the teacher's term of ELKD (temperature 3) and of TSER.
     """
-    logits, teacher_logits = logits.float(), teacher_logits.float()
-    if readout == "mean":
-        logits = logits.mean(0)
-    else:
-        logits, teacher_logits = _every_step(teacher_logits, logits)
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    logits = logits.float()
+    student = logits.mean(0, keepdim=True) if readout == "mean" else logits
+    return _kl(teacher_logits.float().expand_as(student), student, temperature).mean()
+
+
+@losses.register("ensemble-kd")
+def ensemble_kd(logits: Tensor, targets: Tensor, *, temperature: Temperature = 3.0) -> Tensor:
+    """Self-distillation of each step from the mean logits of the steps that are right (ELKD's second term).
+
+    mean_t temperature^2 KL(ensemble || z_t), the ensemble without gradient: an image's logits averaged over the steps
+    whose arg-max is the target's (Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural
+    Networks for Full-Range Timestep Deployment", ICML 2025). For an image on which no step is right the ensemble's
+    logits are 0, the uniform distribution, as in the authors' code: wrong steps lose confidence, not only gain from the
+    label. Of class probabilities, the target is the largest (the first of several).
+    """
+    logits = logits.float()
+    if targets.ndim == 2:
+        targets = targets.argmax(-1)
+    with torch.no_grad():
+        right = (logits.argmax(-1) == targets)[..., None]
+        ensemble = (logits * right).sum(0) / right.sum(0).clamp(min=1)
+    return _kl(ensemble.expand_as(logits), logits, temperature).mean()
+
+
+@losses.register("entropy")
+def entropy(logits: Tensor) -> Tensor:
+    """Minus the mean entropy of each step's prediction: a weight above 0 keeps the steps from over-confidence.
+
+    - mean_t H(softmax(z_t)), the regularisation of TSER (Yu et al., "Temporal Separation with Entropy Regularization
+    for Knowledge Distillation in Spiking Neural Networks", CVPR 2025), known as the confidence penalty (Pereyra et al.,
+    arXiv 1701.06548). It is 0 for a certain prediction and -ln K for a uniform one. It knows no labels: it goes with
+    other losses.
+    """
+    logs = F.log_softmax(logits.float(), dim=-1)
+    return (logs.exp() * logs).sum(-1).mean()
 
 
 @losses.register("attention")

@@ -72,7 +72,9 @@ class Counter:
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._marked.clear()
-        self.images += self.student.network.clock.batch
+        clock = self.student.network.clock
+        # A run that is made in pieces sees its images in each of them.
+        self.images += clock.batch if clock.start == 0 else 0
         if getattr(self.student.encoder, "spiking", False):
             self._mark(inputs[0], 1.0)
 
@@ -85,11 +87,13 @@ class Counter:
         return scale if reference is not None and reference() is x else None
 
     def _count_spikes(self, name: str):
-        def hook(_: nn.Module, __: object, spikes: Tensor) -> None:
-            count = self._by_step(spikes)
-            self.spikes[name] = self.spikes.get(name, 0) + count
+        def hook(unit: NormSpike, _: object, spikes: Tensor) -> None:
+            # A converted network's spikes carry their layer's threshold, and count as one.
+            spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
+            count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
+            count[self._now] += spikes_per_one * self._by_step(spikes)
             self.neurons[name] = spikes[0].numel()
-            self._mark(spikes, 1.0)
+            self._mark(spikes, spikes_per_one)
 
         return hook
 
@@ -113,14 +117,14 @@ class Counter:
             by_pixel = self.student.network.clock.unfold(x).sum((1, 2), dtype=torch.float64)
             if by_pixel.ndim == 1:
                 by_pixel = by_pixel[:, None]
-            self.additions += spikes * (by_pixel * fanout).flatten(1).sum(1).cpu()
+            self.additions[self._now] += spikes * (by_pixel * fanout).flatten(1).sum(1).cpu()
             return
         weight = layer.weight[0].numel()
-        batch = self.student.network.clock.batch
-        if x.shape[0] == batch:
+        clock = self.student.network.clock
+        if x.shape[0] != clock.batch:
+            self.multiply_additions[self._now] += output.numel() * weight / clock.steps
+        elif clock.start == 0:
             self.multiply_additions[0] += output.numel() * weight
-        else:
-            self.multiply_additions += output.numel() * weight / self.timesteps
 
     def _fanout_of(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Connections that each input of a layer has: [H, W] for a convolution, [] for a linear layer."""
@@ -146,7 +150,14 @@ class Counter:
         """Sum over everything but time: [T*B, ...] -> [T], in fp64 on the CPU."""
         x = self.student.network.clock.unfold(x)
         sums = x.flatten(1).sum(1, dtype=torch.float64).cpu()
-        return sums if len(sums) == self.timesteps else sums.repeat(self.timesteps)
+        steps = self.student.network.clock.steps
+        return sums if len(sums) == steps else sums.repeat(steps)
+
+    @property
+    def _now(self) -> slice:
+        """The steps that the current pass makes; all of them unless the run is made in pieces."""
+        clock = self.student.network.clock
+        return slice(clock.start, clock.start + clock.steps)
 
     def after(self, steps: int) -> dict[str, Any]:
         """Firing rates and energy of a run of the first `steps` steps."""

@@ -4,13 +4,14 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes. Inside a net
 dimension, T-major, so that convolution, pooling and linear layers are plain `torch.nn`; only the neuron unfolds it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
 from lasnn.neuron import Neuron
@@ -23,10 +24,13 @@ class Clock:
 
     One clock is shared by a network and its units. `Staged.forward` sets it and the units read it, which is what
     lets everything between them be plain `torch.nn` modules that know nothing of time. It holds no neuron state.
+
+    `start` is above 0 only while a caller that carries the voltages on runs a sequence in pieces: the steps before.
     """
 
     steps: int = 1
     batch: int = 0
+    start: int = 0
 
     def unfold(self, x: Tensor) -> Tensor:
         """[T*B, ...] -> [T, B, ...]; a tensor that is constant in time, [B, ...] -> [1, B, ...]."""
@@ -35,18 +39,19 @@ class Clock:
 
 
 class NormActivate(nn.Module):
-    """Batch normalisation, an optional residual, ReLU: the unit of an ANN.
+    """Batch normalisation, an optional residual, an activation (ReLU unless given): the unit of an ANN.
 
     `channels=None` leaves the normalisation out. Input and output are [N, C, H, W] (or [N, F] without it).
     """
 
-    def __init__(self, channels: int | None):
+    def __init__(self, channels: int | None, activation: nn.Module | None = None):
         super().__init__()
         self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
+        self.activation = activation or nn.ReLU()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = self.norm(x)
-        return torch.relu(x if residual is None else x + residual)
+        return self.activation(x if residual is None else x + residual)
 
 
 class NormSpike(nn.Module):
@@ -86,9 +91,10 @@ class NormSpike(nn.Module):
 Act = Callable[..., nn.Module]
 
 
-def ann_units() -> Act:
-    """The factory that makes a network an ANN."""
-    return lambda channels=None: NormActivate(channels)
+def ann_units(activation: str = "relu", **options) -> Act:
+    """The factory that makes a network an ANN on "relu", or on "qcfs" with its `options` (see `QCFS`)."""
+    make = {"relu": nn.ReLU, "qcfs": QCFS}[activation]
+    return lambda channels=None: NormActivate(channels, make(**options))
 
 
 def snn_units(neuron: str = "lif", **options) -> Act:
@@ -146,6 +152,43 @@ class Staged(nn.Module):
             if name in taps:
                 features[name] = self.clock.unfold(x)
         return self.clock.unfold(self.head(x)), features
+
+
+class Borrowed(Staged):
+    """A network from elsewhere, seen as stages: it can only teach, and its state dict keeps its own keys.
+
+    Args:
+        network: any module; its parts are used in `stem`, `stages` and `head`, it is not called itself.
+        stages, head, stem: as for `Staged`, made of parts of `network` and of modules without parameters.
+        mean, std: what its images were normalised with, per channel, in [0, 1] units; None is the data set's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Mapping[str, nn.Module],
+        head: nn.Module,
+        stem: nn.Module | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        nn.Module.__init__(self)
+        # The parts are registered where `network` has them, which keeps the keys; the stages are only views of them.
+        self._modules.update(network._modules)
+        self._parameters.update(network._parameters)
+        self._buffers.update(network._buffers)
+        for name, view in {"stem": stem or nn.Identity(), **stages, "head": head}.items():
+            object.__setattr__(self, name, view)
+        self.stage_names = tuple(stages)
+        self.clock = Clock()
+        self.normalisation = None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def without_activations(teacher: Staged) -> dict[str, Tensor]:
+    """A teacher's state dict without what its activations have learnt: what it shares with its student."""
+    units = tuple(f"{name}.activation." for name, unit in teacher.named_modules() if isinstance(unit, NormActivate))
+    return {name: value for name, value in teacher.state_dict().items() if not name.startswith(units)}
 
 
 def build(architecture: str, act: Act, *, in_channels: int, num_classes: int, **options) -> Staged:

@@ -4,24 +4,34 @@ Every distillation starts here, so a tap that does not exist or an image that is
 reported before the first batch, together with whatever else is wrong.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lasnn.data import Dataset, Images
+from lasnn.checkpoint import TORCH_SAVED, weight_shapes
+from lasnn.data import Augmentation, Dataset, Images
 from lasnn.encoder import Encoder
 from lasnn.errors import UserError, unknown
 from lasnn.kernels.ops import require_triton
-from lasnn.network import Act, Staged, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.network import (
+    Act,
+    Borrowed,
+    Staged,
+    Student,
+    Teacher,
+    ann_units,
+    build,
+    probe,
+    snn_units,
+    without_activations,
+)
 from lasnn.random import generator
 from lasnn.recipe import LossTable, Recipe, RecipeError, StudentTable, TeacherTable
-from lasnn.registry import blaming, datasets, encoders, losses, neurons
+from lasnn.registry import architectures, blaming, datasets, encoders, losses, neurons, teachers
 
 Shape = tuple[int, ...]
 
@@ -149,6 +159,11 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
     if data is None:
         raise UserError(*problems)
     image = (data.channels, data.height, data.width)
+    mixed = False
+    if not any(key.startswith("data") for key in reported):
+        augmentation = make_augmentation(recipe, data)
+        mixed = augmentation.mixes
+        attempt("data.augment", lambda: _try_augmentation(augmentation, data))
     table = recipe.student
     with torch.device("meta"):
         neuron = attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
@@ -190,7 +205,7 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
             report("data.batch_size", message)
     if not problems and not reported:
         for index, loss in enumerate(recipe.losses):
-            attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps))
+            attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps, mixed))
     if problems or reported:
         raise UserError(*problems)
     return Plan(
@@ -206,7 +221,7 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
     )
 
 
-def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int) -> None:
+def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int, mixed: bool) -> None:
     """Call a loss once on random tensors of the run's shapes, two images.
 
     Raises:
@@ -216,7 +231,7 @@ def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int)
     classes = len(data.classes)
     given = {
         "logits": torch.randn(timesteps, 2, classes, generator=draws),
-        "targets": torch.arange(2) % classes,
+        "targets": torch.full((2, classes), 1 / classes) if mixed else torch.arange(2) % classes,
         "teacher_logits": torch.randn(2, classes, generator=draws),
         "student_features": [torch.rand(timesteps, 2, *pair.student_shape, generator=draws) for pair in pairs],
         "teacher_features": [torch.rand(2, *pair.teacher_shape, generator=draws) for pair in pairs],
@@ -260,6 +275,28 @@ def load_data(recipe: Recipe, data: Dataset) -> tuple[Images, Images]:
     return splits
 
 
+def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
+    """The recipe's augmentations, for the data's images."""
+    chosen = data.augment if recipe.data.augment is None else recipe.data.augment
+    steps = [step if isinstance(step, str) else step.model_dump() for step in chosen]
+    return Augmentation(steps, data.mean, len(data.classes))
+
+
+def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
+    """Augment two random images of the data's shape.
+
+    Raises:
+        UserError: it fails, or returns something of another shape or type.
+    """
+    draws = generator("try", "augment")
+    images = torch.rand(2, data.channels, data.height, data.width, generator=draws)
+    found, targets = augmentation(images, torch.arange(2) % len(data.classes), draws)
+    for what, tensor, shape in (("images", found, images.shape), ("targets", targets, (2, len(data.classes)))):
+        wanted = [torch.float32, list(shape)]
+        if (what == "images" or augmentation.mixes) and [tensor.dtype, list(tensor.shape)] != wanted:
+            raise UserError(f"its {what} are {tensor.dtype} {list(tensor.shape)}; they must be {wanted[0]} {wanted[1]}")
+
+
 def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
     """The student's encoder."""
     table = recipe.student.encoder_table
@@ -278,7 +315,16 @@ def make_student(recipe: Recipe, data: Dataset) -> Student:
 
 def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation."""
-    return Teacher(make_network(recipe.teacher, ann_units(), data), data.mean, data.std)
+    table = recipe.teacher
+    act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
+    if table.architecture in architectures:
+        return Teacher(make_network(table, act, data), data.mean, data.std)
+    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
+    network = teachers.build(table.architecture, **shape, **table.options)
+    if not isinstance(network, Borrowed):
+        where = teachers[table.architecture].where
+        raise UserError(f"teacher {table.architecture!r} ({where}) must be a lasnn.network.Borrowed")
+    return Teacher(network, *(network.normalisation or (data.mean, data.std)))
 
 
 def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset) -> Staged:
@@ -319,7 +365,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The weights file that `teacher.checkpoint` means: a `.safetensors` file, or a run folder's teacher.
+    """The weights file that `teacher.checkpoint` means: itself, or a run folder's teacher.
 
     Raises:
         UserError: there is none.
@@ -328,51 +374,69 @@ def find_checkpoint(name: str) -> Path:
     if path.is_dir():
         path = path / "teacher.safetensors"
     if not path.is_file():
-        raise UserError(f"no file {path}; give a .safetensors file or a run folder that has a teacher.safetensors")
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is not a .safetensors file; save a state_dict with safetensors.torch.save_file")
+        fix = "give a .safetensors or .pth file, or a run folder that has a teacher.safetensors"
+        raise UserError(f"no file {path}; {fix}")
+    if path.suffix not in (".safetensors", *TORCH_SAVED):
+        raise UserError(f"{path} is not a .safetensors, .pth or .pt file")
     return path
 
 
 def check_weights(path: Path, network: Staged, num_classes: int) -> None:
-    """Check that a weights file fits a network, from the file's header alone.
+    """Check that a weights file fits a network, by the names and shapes in it alone.
 
     Raises:
-        UserError: it is not a whole safetensors file, or its first misfit.
+        UserError: it is not a file of weights, or how it differs.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    classes = json.loads(metadata.get("lasnn", "{}")).get("num_classes", num_classes)
-    if classes != num_classes:
-        raise UserError(f"{path} was trained for {classes} classes; the data set has {num_classes}")
+    found, description = weight_shapes(path)
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    _compare(str(path), found, wanted)
+    classes = description.get("num_classes", num_classes)
+    # A file without a description says it by the shape of its last layer, if that is all that differs.
+    other = [name for name in wanted if name in found and found[name] != wanted[name]]
+    last = next(reversed(wanted)).rpartition(".")[0]
+    if other and wanted.keys() == found.keys() and all(name.rpartition(".")[0] == last for name in other):
+        classes = (found[other[0]] or (classes,))[0]
+    if classes != num_classes:
+        fix = f"train its last layer ({last}) anew with {num_classes} outputs, and give that file"
+        raise UserError(f"{path} was trained for {classes} classes; the data set has {num_classes}: {fix}")
+    # Files from before PyTorch 0.4.1 do not count batches; batch norm then starts to count at 0.
+    _compare(str(path), found, wanted, {name for name in wanted if name.endswith(".num_batches_tracked")})
 
 
 def check_same_weights(student: Staged, teacher: Staged) -> None:
     """Check that a teacher's weights can start its student.
 
     Raises:
-        UserError: the first weight that does not fit.
+        UserError: which weights do not fit.
     """
     wanted = {name: tuple(value.shape) for name, value in student.state_dict().items()}
     learnt = {name for name, _ in student.named_parameters() if ".neuron." in name}
-    found = {name: tuple(value.shape) for name, value in teacher.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in without_activations(teacher).items()}
     _compare('"teacher" needs the same architecture and options: the teacher', found, wanted, learnt)
 
 
 def _compare(what: str, found: dict[str, Shape], wanted: dict[str, Shape], extra: set[str] = frozenset()) -> None:
-    for name in sorted(set(wanted) - extra - set(found)):
-        raise UserError(f"{what} has no {name!r}; is it another architecture?")
-    for name in sorted(set(found) - set(wanted)):
-        raise UserError(f"{what} has {name!r}, which the network has not; is it another architecture?")
-    for name, shape in found.items():
-        if shape != wanted[name]:
-            raise UserError(f"{what} has {name!r} of shape {list(shape)}; the network has {list(wanted[name])}")
+    misfits = sorted((set(found) ^ set(wanted)) - extra)
+    if misfits and all(name.endswith(".activation.threshold") for name in misfits):
+        has = "has" if misfits[0] in found else "has no"
+        raise UserError(f"{what} {has} {misfits[0]!r}; was it trained on another teacher.activation?")
+    differences = {
+        "lacks": [repr(name) for name in wanted if name not in found and name not in extra],
+        "has besides": [repr(name) for name in found if name not in wanted],
+        "has other shapes:": [
+            f"{name!r} {list(found[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if shape != found.get(name, shape)
+        ],
+    }
+    said = [f"{verb} {_some(names)}" for verb, names in differences.items() if names]
+    if said:
+        raise UserError(f"{what} {'; '.join(said)}; is it another architecture?")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    """The names, or the first few and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _pair(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:

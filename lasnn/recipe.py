@@ -20,7 +20,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lasnn.errors import UserError, unknown
-from lasnn.registry import architectures, datasets, describe_limits, describe_type, encoders, losses, neurons
+from lasnn.registry import (
+    Registry,
+    architectures,
+    augmentations,
+    datasets,
+    describe_limits,
+    describe_type,
+    encoders,
+    losses,
+    neurons,
+    teachers,
+)
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -76,6 +87,13 @@ class Training(BaseModel):
     """Largest norm of the whole gradient; 0 does not clip."""
 
 
+class AugmentTable(Part):
+    """An augmentation as a table, where it has options."""
+
+    name: str
+    """A registered augmentation."""
+
+
 class DataTable(Part):
     """`[data]`: which images, from where, in what batches."""
 
@@ -85,17 +103,21 @@ class DataTable(Part):
     """Folder of the data set's files, relative to the working directory."""
     batch_size: Count = 128
     """Images a step, over all processes."""
-    augment: list[str] | None = None
-    """Augmentations in order; left out, those of the data set."""
+    augment: list[str | AugmentTable] | None = None
+    """Augmentations in order, by name or as tables with their options; left out, those of the data set."""
 
 
 class TeacherTable(Training, Part):
     """`[teacher]`: the ANN, trained first and cached, or read from a checkpoint."""
 
     architecture: str
-    """A registered architecture."""
+    """A registered architecture, or a network that only teaches (`lasnn list teachers`)."""
     checkpoint: str | None = None
-    """A `.safetensors` file, or a run folder whose teacher is taken; nothing is trained then."""
+    """A `.safetensors` or `.pth` file, or a run folder whose teacher is taken; nothing is trained then."""
+    activation: Literal["relu", "qcfs"] = "relu"
+    """What its units end in; "qcfs" (Bu et al., ICLR 2022) makes it one to convert: `--converted qcfs`."""
+    levels: Count = 4
+    """Levels of the "qcfs" activation above 0; its authors' code has 4 for CIFAR-10, 8 for CIFAR-100."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the teacher's cross-entropy."""
 
@@ -310,6 +332,8 @@ class Recipe(Section):
             # A teacher that is read from a file has no training settings, and may not be given any.
             for key in _TEACHER_TRAINING:
                 del tables["teacher"][key]
+        if self.teacher and self.teacher.activation != "qcfs":
+            del tables["teacher"]["levels"]
         return dump_toml(tables)
 
 
@@ -380,7 +404,8 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
     ]
     if recipe.teacher:
         teacher = recipe.teacher
-        named.append(("teacher", "architecture", architectures, teacher.architecture, teacher.options, supplied))
+        known = teacher_registry(teacher.architecture)
+        named.append(("teacher", "architecture", known, teacher.architecture, teacher.options, supplied))
     encoder = recipe.student.encoder_table
     if isinstance(recipe.student.encoder, str):
         named.append(("student", "encoder", encoders, encoder.name, {}, ()))
@@ -388,10 +413,16 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
         named.append(("student.encoder", "name", encoders, encoder.name, encoder.options, ()))
     for index, loss in enumerate(recipe.losses):
         named.append((f"losses.{index}", "name", losses, loss.name, loss.options, ()))
+    for index, step in enumerate(recipe.data.augment or []):
+        if isinstance(step, str):
+            named.append(("data", "augment", augmentations, step, {}, ()))
+        else:
+            named.append((f"data.augment.{index}", "name", augmentations, step.name, step.options, ()))
     for table, key, registry, name, options, given in named:
         model = _model_of(table)
         if name not in registry:
-            found.append((f"{table}.{key}", unknown(registry.kind, name, registry)))
+            known = {*architectures, *teachers} if table == "teacher" else registry
+            found.append((f"{table}.{key}", unknown(registry.kind, name, known)))
             # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
             for option in options:
                 if model and get_close_matches(option, model.model_fields, cutoff=0.8):
@@ -404,19 +435,19 @@ def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
                 known = {*model.model_fields, *registry[name].options} - set(given)
                 message = unknown(f"key of {_title(tuple(table.split('.')))} with {name!r}", option, known)
             found.append((f"{table}.{option}", message))
-    return found + _check_objective(recipe) + _check_augment(recipe)
+    return found + _check_objective(recipe)
+
+
+def teacher_registry(name: str) -> Registry:
+    """The registry of a teacher's architecture: those that are built as students too, or those that only teach."""
+    # The second reads torchvision, which takes a second: not without need.
+    only_teaches = name not in architectures and (name.startswith("torchvision") or name in teachers)
+    return teachers if only_teaches else architectures
 
 
 def _model_of(table: str) -> type[Part]:
     """The model of a table given as `student.neuron` or `losses.1`."""
     return _field((*table.split("."), ""))[0]
-
-
-def _check_augment(recipe: Recipe) -> list[tuple[str, str]]:
-    from lasnn.data.augment import AUGMENTATIONS
-
-    wrong = [name for name in recipe.data.augment or [] if name not in AUGMENTATIONS]
-    return [("data.augment", unknown("augmentation", name, AUGMENTATIONS)) for name in wrong]
 
 
 def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
@@ -438,6 +469,12 @@ def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
     if teacher is not None and teacher.checkpoint is not None:
         for key in sorted(teacher.model_fields_set & _TEACHER_TRAINING):
             found.append((f"teacher.{key}", "has no effect with teacher.checkpoint; leave one of the two out"))
+    if teacher is not None and teacher.activation != "qcfs" and "levels" in teacher.model_fields_set:
+        message = f'has no effect with activation = "{teacher.activation}"; leave it out, or set activation = "qcfs"'
+        found.append(("teacher.levels", message))
+    if teacher is not None and teacher.activation != "relu" and teacher_registry(teacher.architecture) is teachers:
+        message = f"{teacher.architecture!r} brings activations of its own; leave it out, or name an architecture"
+        found.append(("teacher.activation", message))
     for key, training in (("teacher", teacher), ("distill", recipe.distill)):
         if training is not None and training.warmup_epochs > training.epochs:
             found.append(
@@ -559,7 +596,7 @@ def _faults(error: ValidationError):
     for fault in error.errors(include_url=False):
         if fault["loc"][-1] == "str" and isinstance(fault["input"], dict):
             continue  # "or text" is no advice for what is written as a table
-        place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable"))
+        place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable", "AugmentTable"))
         if place in seen:
             continue
         seen.add(place)
@@ -592,6 +629,7 @@ def _field(place: tuple):
         "losses": LossTable,
         "neuron": NeuronTable,
         "encoder": EncoderTable,
+        "augment": AugmentTable,
     }
     model: type[BaseModel] = Recipe
     for part in place[:-1]:

@@ -1,4 +1,4 @@
-"""Named parts that a recipe can choose: architectures, encoders, neurons, losses and data sets.
+"""Named parts that a recipe can choose: architectures, teachers, encoders, neurons, losses, data sets, augmentations.
 
     from lasnn import architectures
 
@@ -242,15 +242,33 @@ def _check_loss(entry: Entry) -> None:
         )
 
 
+# What an augmentation may ask for, in the same way.
+AUGMENTATION_INPUTS = ("images", "targets", "mean", "generator")
+
+
+def _check_augmentation(entry: Entry) -> None:
+    strange = [name for name in entry.inputs if name not in AUGMENTATION_INPUTS]
+    if strange or "images" not in entry.inputs:
+        raise ValueError(
+            f"augmentation {entry.name!r} asks for {', '.join(strange) or 'no images'}; its positional parameters are "
+            f"images and others of {', '.join(AUGMENTATION_INPUTS)}, its options are keyword-only"
+        )
+
+
 architectures = Registry("architecture", "lasnn.architecture")
+# Networks that can only teach: they are not built from `act` units.
+teachers = Registry("teacher", "lasnn.architecture.torchvision")
 encoders = Registry("encoder", "lasnn.encoder")
 neurons = Registry("neuron", "lasnn.neuron")
 losses = Registry("loss", "lasnn.loss", check=_check_loss)
 datasets = Registry("data set", "lasnn.data")
+augmentations = Registry("augmentation", "lasnn.data.augment", check=_check_augmentation)
 REGISTRIES = {
     "architectures": architectures,
+    "teachers": teachers,
     "encoders": encoders,
     "neurons": neurons,
     "losses": losses,
     "datasets": datasets,
+    "augmentations": augmentations,
 }

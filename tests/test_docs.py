@@ -2,6 +2,7 @@
 
 from common import ROOT
 from lasnn.recipe import (
+    AugmentTable,
     DataTable,
     DistillTable,
     EncoderTable,
@@ -16,6 +17,7 @@ from lasnn.recipe import (
 TABLES = {
     "The head": Recipe,
     "[data]": DataTable,
+    "[[data.augment]]": AugmentTable,
     "[teacher]": TeacherTable,
     "[student]": StudentTable,
     "[student.neuron]": NeuronTable,

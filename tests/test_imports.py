@@ -9,13 +9,13 @@ from common import ROOT
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
     {"errors", "random", "kernels", "__init__"},
-    {"registry"},
-    {"neuron", "encoder"},
+    {"registry", "checkpoint"},
+    {"neuron", "encoder", "activation"},
     {"network"},
     {"architecture", "data", "loss"},
     {"recipe"},
     {"plan"},
-    {"checkpoint", "measure"},
+    {"measure", "conversion"},
     {"run"},
     {"display"},
     {"distillation", "evaluation", "bench"},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lasnn import losses
-from lasnn.loss import attention, cross_entropy, feature_mse, logit_kd, tet
+from lasnn.loss import attention, cross_entropy, ensemble_kd, entropy, feature_mse, logit_kd, tet
 
 T, B, K = 3, 4, 5
 
@@ -48,6 +48,90 @@ def test_every_loss_computes_in_single_precision(name, dtype, given):
         if key != "targets"
     } | {"targets": given["targets"]}
     assert entry.function(*(half[tensor] for tensor in entry.inputs)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in losses if "targets" in losses[name].inputs])
+def test_targets_may_be_probabilities(name, given):
+    entry = losses[name]
+    indices = entry.function(*(given[tensor] for tensor in entry.inputs))
+    certain = given | {"targets": F.one_hot(given["targets"], K).float()}
+    torch.testing.assert_close(entry.function(*(certain[tensor] for tensor in entry.inputs)), indices)
+    mixed = given | {"targets": torch.rand(B, K).softmax(-1)}
+    loss = entry.function(*(mixed[tensor] for tensor in entry.inputs))
+    assert loss.shape == ()
+    assert loss.isfinite()
+
+
+def test_cross_entropy_of_mixed_labels():
+    """Logits 0 and ln 3 are 1/4 and 3/4; the label is 0.4 the first class and 0.6 the second."""
+    logits = torch.tensor([[[0.0, math.log(3)]]])
+    expected = 0.4 * math.log(4) + 0.6 * math.log(4 / 3)
+    assert cross_entropy(logits, torch.tensor([[0.4, 0.6]])).item() == pytest.approx(expected)
+
+
+def test_cross_entropy_of_each_step():
+    """The label's probability is 3/4 at the first step and 1/4 at the second: ln(4/3) and ln 4."""
+    logits = torch.tensor([[[math.log(3), 0.0]], [[0.0, math.log(3)]]])
+    loss = cross_entropy(logits, torch.tensor([0]), readout="step").item()
+    assert loss == pytest.approx((0.287682 + 1.386294) / 2, abs=1e-6)
+    assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(math.log(2))
+
+
+def test_entropy_by_hand():
+    """(3/4, 1/4) has entropy 0.562335 nats, (1/2, 1/2) has ln 2."""
+    logits = torch.tensor([[[math.log(3), 0.0]], [[7.0, 7.0]]])
+    assert entropy(logits).item() == pytest.approx(-(0.562335 + 0.693147) / 2, abs=1e-6)
+    assert entropy(torch.tensor([[[500.0, 0.0]]])).item() == pytest.approx(0)
+
+
+def test_entropy_pushes_towards_uniform():
+    logits = torch.tensor([[[2.0, 0.0, -1.0]]], requires_grad=True)
+    entropy(logits).backward()
+    assert logits.grad[0, 0, 0] > 0
+    assert logits.grad[0, 0, 2] < 0
+
+
+def test_ensemble_kd_by_hand():
+    """Steps 1 and 2 are right, 3 is wrong: the ensemble's logits are (ln 9 + ln 3)/2 = 1.5 ln 3 and 0.
+
+    At temperature 1.5 its odds are 3, those of the steps 9^(2/3), 3^(2/3), 3^(-2/3) = 4.32675, 2.08008, 0.48075. So
+    p = 0.75 and q = 0.812268, 0.675334, 0.324666; KL(p || q) = p ln(p/q) + (1-p) ln((1-p)/(1-q)) is 0.0117936,
+    0.0133155 and 0.3795196.
+    """
+    logits = torch.tensor([[[math.log(9), 0.0]], [[math.log(3), 0.0]], [[0.0, math.log(3)]]], requires_grad=True)
+    loss = ensemble_kd(logits, torch.tensor([0]), temperature=1.5)
+    assert loss.item() == pytest.approx(1.5**2 * (0.0117936 + 0.0133155 + 0.3795196) / 3, abs=2e-6)
+    loss.backward()
+    # d/dz = temperature (q - p) / T: the ensemble itself gets no gradient.
+    expected = [1.5 * (q - 0.75) / 3 for q in (0.812268, 0.675334, 0.324666)]
+    torch.testing.assert_close(logits.grad[:, 0, 0], torch.tensor(expected), atol=2e-6, rtol=0)
+
+
+def test_ensemble_kd_where_no_step_is_right():
+    """The ensemble is then uniform, for this image alone; KL(1/2 || 3/4) is ln(2/sqrt(3)) = 0.143841."""
+    wrong = [math.log(3), 0.0]
+    logits = torch.tensor([[wrong, wrong], [wrong, wrong]])
+    assert ensemble_kd(logits, torch.tensor([1, 0]), temperature=1.0).item() == pytest.approx(0.143841 / 2, abs=1e-6)
+    mixed = torch.tensor([[0.3, 0.7], [0.7, 0.3]])
+    assert ensemble_kd(logits, mixed, temperature=1.0).item() == pytest.approx(0.143841 / 2, abs=1e-6)
+
+
+def test_the_objectives_of_elkd_and_tser():
+    """Two steps with odds of the label 3 and 1/3, the teacher's 9, temperature 2.
+
+    The softened odds are 1.732, 0.577 and 3: the steps have 0.633975 and 0.366025, the teacher 0.75. The first step
+    alone is right, so it is the ensemble: KL 0 for itself, 0.1471861 for the second. The teacher's are 0.0307378 and
+    0.3053909. Cross-entropy is (ln(4/3) + ln 4)/2 = 0.8369882, the entropy of either step 0.5623351.
+    """
+    logits = torch.tensor([[[math.log(3), 0.0]], [[0.0, math.log(3)]]])
+    targets, teacher = torch.tensor([0]), torch.tensor([[math.log(9), 0.0]])
+    ce = cross_entropy(logits, targets, readout="step").item()
+    kd = logit_kd(logits, teacher, temperature=2.0, readout="step").item()
+    own = ensemble_kd(logits, targets, temperature=2.0).item()
+    assert kd == pytest.approx(4 * (0.0307378 + 0.3053909) / 2, abs=2e-6)
+    assert own == pytest.approx(4 * 0.1471861 / 2, abs=2e-6)
+    assert ce + 0.2 * kd + 0.5 * own == pytest.approx(1.118626, abs=3e-6)
+    assert 0.7 * ce + 0.3 * kd + 0.1 * entropy(logits).item() == pytest.approx(0.731335, abs=3e-6)
 
 
 def test_cross_entropy_of_the_mean():

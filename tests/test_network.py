@@ -15,20 +15,22 @@ from lasnn.registry import encoders
 
 # Learnable parameters for three input channels. ResNet-19: 12.63 M (TET's code); ResNet-18 and 34 with the CIFAR stem
 # and ResNet-20 with projection shortcuts: the usual PyTorch counts; VGG-11 to 16: those of the CIFAR form
-# (9,231,114; 9,416,010; 14,728,266 for ten classes) less the biases that batch norm makes superfluous.
+# (9,231,114; 9,416,010; 14,728,266; 20,040,522 for ten classes) less the biases that batch norm makes superfluous.
+# ResNet-32: its 464,154 without projections (He et al.: 0.46 M) and 2,752 for the two; ResNet-50: the usual count.
 PARAMETERS = {
     ("resnet18", 10): 11_173_962,
     ("resnet19", 10): 12_630_858,
     ("resnet20", 10): 272_474,
+    ("resnet32", 10): 464_154 + 2_752,
+    ("resnet50", 10): 23_520_842,
     ("resnet34", 10): 21_282_122,
     ("vgg11", 10): 9_231_114 - 2_752,
     ("vgg13", 10): 9_416_010 - 2_944,
     ("vgg16", 10): 14_728_266 - 4_224,
+    ("vgg19", 10): 20_040_522 - 5_504,
     ("resnet18", 100): 11_220_132,
 }
-NARROW = {name: {"width": 4} for name in ("resnet18", "resnet19", "resnet20", "resnet34")} | {
-    name: {"width": 4} for name in ("vgg5", "vgg9", "vgg11", "vgg13", "vgg16")
-}
+NARROW = {name: {"width": 4} for name in architectures}
 
 
 def make(name, act, in_channels=3, num_classes=7):
@@ -54,7 +56,7 @@ def test_resnet19_with_elkd_stem():
     assert round(count(network) / 1e6, 2) == 12.70
 
 
-@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16"])
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_vgg_has_the_convolutions_of_torchvision(name):
     with torch.device("meta"):
         ours = build(name, ann_units(), in_channels=3, num_classes=10)
@@ -63,7 +65,7 @@ def test_vgg_has_the_convolutions_of_torchvision(name):
     assert convolutions[0] == convolutions[1]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_resnet_stages_are_those_of_torchvision(name):
     with torch.device("meta"):
         ours = build(name, ann_units(), in_channels=3, num_classes=10)
@@ -172,7 +174,7 @@ def test_wrong_number_of_steps():
         student(torch.randn(2, 1, 3, 28, 28), timesteps=3)
 
 
-@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16"])
+@pytest.mark.parametrize("name", ["vgg11", "vgg13", "vgg16", "vgg19"])
 def test_an_image_that_is_too_small_names_the_stage(name):
     with torch.device("meta"), pytest.raises(UserError, match=r"cannot run on 8 x 8 images \(stage5: "):
         probe(make(name, ann_units()), (3, 8, 8))

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from common import TINY
+from lasnn import augmentations, losses
 from lasnn.errors import UserError
+from lasnn.network import ann_units, build
 from lasnn.plan import make_plan, pick_device
 from lasnn.recipe import Recipe
 
@@ -138,12 +140,86 @@ def test_checkpoints_that_do_not_fit(plain, tmp_path):
     path.write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     assert "is not a whole safetensors file" in checked()
     save_file({"a": torch.zeros(1)}, path)
-    assert "is it another architecture?" in checked()
+    assert (
+        "t.safetensors lacks 'stage1.0.weight', 'stage1.1.norm.weight', 'stage1.1.norm.bias' and 19 more; " in checked()
+    )
+    assert "has besides 'a'; is it another architecture?" in checked()
     save_file({"a": torch.zeros(1)}, path, metadata={"lasnn": '{"num_classes": 100}'})
     assert "was trained for 100 classes; the data set has 10" in checked()
-    other = tmp_path / "t.pt"
+    other = tmp_path / "t.onnx"
     other.write_bytes(b"x")
-    assert "is not a .safetensors file" in problems(plain, f"teacher.checkpoint={other}")[0]
+    assert "is not a .safetensors, .pth or .pt file" in problems(plain, f"teacher.checkpoint={other}")[0]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_teacher_file_of_another_architecture_says_which_keys_differ(plain, tmp_path, suffix):
+    plain.write_text(plain.read_text().replace("epochs = 2\n", "", 1))
+    path = tmp_path / f"t.{suffix}"
+    save = save_file if suffix == "safetensors" else torch.save
+
+    def checked(architecture, **options):
+        network = build(architecture, ann_units(), in_channels=1, **{"num_classes": 10, **options})
+        save(network.state_dict(), path)
+        return problems(plain, f"teacher.checkpoint={path}")
+
+    [line] = checked("resnet20", width=4)
+    assert f"teacher.checkpoint: {path} lacks 'stage1.0.weight'" in line
+    assert "; has besides 'st" in line
+    assert line.endswith(" more; is it another architecture?")
+    [line] = checked("vgg5", width=8)
+    assert "has other shapes: 'stage1.0.weight' [8, 1, 3, 3], not [4, 1, 3, 3], " in line
+    assert "lacks" not in line
+    [line] = checked("vgg5", width=4, num_classes=100)
+    assert (
+        "was trained for 100 classes; the data set has 10: train its last layer (head.2) anew with 10 outputs" in line
+    )
+    network = build("vgg5", ann_units(), in_channels=1, num_classes=10, width=4)
+    old = {name: value for name, value in network.state_dict().items() if not name.endswith("tracked")}
+    save(old, path)
+    assert plan(plain, f"teacher.checkpoint={path}").teacher_checkpoint == path
+
+
+def test_init_from_a_teacher_that_only_teaches(plain):
+    found = problems(
+        plain, "student.init=teacher", "teacher.architecture=torchvision", "teacher.model=resnet18", "teacher.width="
+    )
+    [line] = [line for line in found if "student.init" in line]
+    assert '"teacher" needs the same architecture and options: the teacher lacks ' in line
+    assert "has besides 'conv1.weight', " in line
+
+
+def test_augmentations_are_tried_before_the_first_batch(plain):
+    @augmentations.register("half")
+    def half(images, generator):
+        """Half an image."""
+        return images[..., ::2]
+
+    @augmentations.register("broken")
+    def broken(images, generator, *, size: int = 3):
+        """Does not work."""
+        raise IndexError("no such pixel")
+
+    found = problems(plain, 'data.augment=["flip", "half"]')
+    assert found[0].endswith("images are torch.float32 [2, 1, 28, 14]; they must be torch.float32 [2, 1, 28, 28]")
+    found = problems(plain, 'data.augment=[{name="broken", size=2}]')
+    assert "augmentation 'broken' (" in found[0]
+    assert "failed: IndexError: no such pixel" in found[0]
+    found = problems(plain, 'data.augment=[{name="random-erasing", min_area=0.9}]')
+    assert "data.augment: random-erasing: min_area 0.9 is above max_area 0.4" in found[0]
+
+
+def test_a_loss_that_cannot_take_mixed_targets(plain):
+    @losses.register("indices-only")
+    def indices_only(logits, targets):
+        """Needs class indices."""
+        return -logits.mean(0).gather(1, targets[:, None]).mean()
+
+    objective = 'losses=[{name="indices-only"}]'
+    plan(plain, objective)
+    [line] = problems(plain, objective, 'data.augment=["mixup"]')
+    assert "losses.0: loss 'indices-only'" in line
+    assert "failed: RuntimeError" in line
+    plan(plain, 'data.augment=["flip", {name="cutmix", alpha=0.5}]')
 
 
 def test_a_gpu_without_triton_is_refused_before_anything_runs(monkeypatch):

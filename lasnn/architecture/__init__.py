@@ -1,4 +1,4 @@
-"""The built-in architectures, each written once and built as teacher or student."""
+"""The built-in architectures, each written once and built as teacher or student; `torchvision` only teaches."""
 
 from lasnn.architecture import resnet, vgg
 

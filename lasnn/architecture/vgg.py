@@ -1,8 +1,8 @@
 """VGG (Simonyan & Zisserman, ICLR 2015) in the form used on small images: batch norm and one linear classifier.
 
 A stage is the run of convolutions at one resolution; pooling stands at the start of the next stage, so that a tapped
-feature is what the stage's last unit emits (spikes, in a student). VGG-11 to 16 have the convolutions of the original
-configurations A, B and D; VGG-5 and 9 count their weight layers, 4 and 8 convolutions and the classifier.
+feature is what the stage's last unit emits (spikes, in a student). VGG-11 to 19 have the convolutions of the original
+configurations A, B, D and E; VGG-5 and 9 count their weight layers, 4 and 8 convolutions and the classifier.
 """
 
 from typing import Annotated, Literal
@@ -23,6 +23,7 @@ STAGES = {
     "vgg11": ((1,), (2,), (4, 4), (8, 8), (8, 8)),
     "vgg13": ((1, 1), (2, 2), (4, 4), (8, 8), (8, 8)),
     "vgg16": ((1, 1), (2, 2), (4, 4, 4), (8, 8, 8), (8, 8, 8)),
+    "vgg19": ((1, 1), (2, 2), (4, 4, 4, 4), (8, 8, 8, 8), (8, 8, 8, 8)),
 }
 
 
@@ -69,3 +70,9 @@ def vgg13(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, po
 def vgg16(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
     """VGG-16: 13 convolutions in 5 stages, up to 8 times width channels."""
     return _vgg("vgg16", act, in_channels, num_classes, width, pool)
+
+
+@architectures.register("vgg19")
+def vgg19(act: Act, *, in_channels: int, num_classes: int, width: Width = 64, pool: Pool = "avg") -> Staged:
+    """VGG-19: 16 convolutions in 5 stages, up to 8 times width channels."""
+    return _vgg("vgg19", act, in_channels, num_classes, width, pool)

@@ -6,8 +6,8 @@ the options that a recipe's `[data]` section may set.
 """
 
 from lasnn.data import fashion_mnist, tiny_imagenet  # noqa: F401  (importing a data set's file registers it)
-from lasnn.data.augment import AUGMENTATIONS
+from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Dataset, Images
 from lasnn.data.loader import Batches
 
-__all__ = ["AUGMENTATIONS", "Batches", "Dataset", "Images"]
+__all__ = ["Augmentation", "Batches", "Dataset", "Images"]

@@ -5,25 +5,25 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lasnn.data.augment import augment as apply_augmentation
+from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Images
 from lasnn.random import generator
 
 
 class Batches:
-    """The batches of one epoch: pairs of images [b, C, H, W], floats in [0, 1], and labels [b].
+    """The batches of one epoch: pairs of images [b, C, H, W], floats in [0, 1], and labels [b] (class probabilities
+    [b, K] where the augmentation mixes images).
 
     Every image comes once; the last batch may be short. The order is a function of (seed, epoch) alone, the
-    same on every device; batch k's augmentation is a function of (seed, epoch, k) and the device. So an epoch
-    that is taken up again with `start` yields exactly the batches that were left. Iterating again yields the
-    same.
+    same on every device; batch k's augmentation is a function of (seed, epoch, k). So an epoch that is taken up
+    again with `start` yields exactly the batches that were left. Iterating again yields the same.
 
     Args:
         images: all images, on the device that the batches shall be on.
         batch_size: images in a batch.
         seed: the run's seed.
         epoch: number of the epoch.
-        augment: names from `AUGMENTATIONS`, in the order of their use.
+        augment: the augmentation, or names of those that need nothing of the data set, in order.
         shuffle: False keeps the order of `images` (evaluation).
         start: number of the first batch to yield; `len` counts the batches from there on.
 
@@ -38,7 +38,7 @@ class Batches:
         *,
         seed: int,
         epoch: int,
-        augment: Sequence[str] = (),
+        augment: Augmentation | Sequence[str] = (),
         shuffle: bool = True,
         start: int = 0,
     ):
@@ -51,7 +51,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = epoch
-        self.augment = tuple(augment)
+        self.augment = augment if isinstance(augment, Augmentation) else Augmentation(augment)
         self.shuffle = shuffle
         self.start = start
 
@@ -69,7 +69,6 @@ class Batches:
             if self.shuffle:
                 chosen = order[chosen]
             batch = pixels[chosen].float() / 255
-            if self.augment:
-                key = (self.seed, "augment", self.epoch, step)
-                batch = apply_augmentation(batch, self.augment, generator(*key, device=pixels.device))
-            yield batch, labels[chosen]
+            # Drawn on the CPU, for the same reason.
+            draws = generator(self.seed, "augment", self.epoch, step)
+            yield self.augment(batch, labels[chosen], draws)

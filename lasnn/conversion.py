@@ -1,0 +1,343 @@
+"""Conversion of a trained ANN into a spiking network, without training: the baseline that distillation must beat.
+
+Each *normalise, (+ residual), activate* unit of the teacher becomes an integrate-and-fire neuron with soft reset behind
+the same batch norm (running statistics) and residual. Its threshold lambda is the layer's own, and its spikes carry the
+value lambda, so no weight is rescaled: the rescaling of the usual formulation, w·lambda_before/lambda, is the same
+network for a chain of layers and has no unique form where a shortcut joins.
+
+    h[t] = v[t-1] + x[t]     s[t] = 1 where h[t] >= lambda     v[t] = h[t] - lambda·s[t]     output lambda·s[t]
+
+The input is the teacher's normalised image at every step; the logits are the mean over the steps. For a constant x the
+mean output is lambda·clip(floor((T·x + v[0])/lambda)/T, 0, 1): the clipped ReLU in steps of lambda/T.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lasnn.activation import QCFS
+from lasnn.data import Batches, Images
+from lasnn.encoder import Direct
+from lasnn.errors import MachineError, UserError, unknown
+from lasnn.network import Clock, NormActivate, NormSpike, Staged, Student, Teacher
+from lasnn.neuron import IF
+
+Method = Literal["maxnorm", "percentile", "qcfs"]
+# Where the voltage starts, as a share of the threshold: rest in Diehl et al. (IJCNN 2015, maxnorm) and Rueckauer et al.
+# (Frontiers in Neuroscience 2017, percentile), one half in Bu et al. (ICLR 2022, qcfs).
+MEMBRANE_START = {"maxnorm": 0.0, "percentile": 0.0, "qcfs": 0.5}
+# Steps held in memory at once; the accuracy does not depend on it.
+CHUNK = 8
+CONVERTIBLE = (nn.ReLU, QCFS)
+
+# What may stand between the units: for a spike train it commutes with the mean over time.
+LINEAR = (
+    "convolution addmm mm linear native_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update "
+    "cudnn_batch_norm avg_pool2d _adaptive_avg_pool2d mean sum add sub neg mul div cat stack view _unsafe_view "
+    "_reshape_alias clone alias detach t transpose permute expand squeeze unsqueeze slice select split "
+    "split_with_sizes unbind flip roll constant_pad_nd reflection_pad2d replication_pad2d upsample_nearest2d "
+    "upsample_bilinear2d pixel_shuffle pixel_unshuffle _to_copy empty zeros ones new_zeros new_ones"
+)
+
+
+class BalancedIF(IF):
+    """Integrate-and-fire with soft reset whose spikes carry the value of its threshold.
+
+    It takes its voltage up where the last call left it if the clock says that the sequence is under way, so that a long
+    run can be made in pieces; a sequence that begins starts from `start` times the threshold.
+    """
+
+    def __init__(self, threshold: float, start: float, clock: Clock):
+        super().__init__(threshold=threshold, reset="soft")
+        self.start = start
+        self.clock = clock
+        self.voltage: Tensor | None = None
+
+    @property
+    def amplitude(self) -> float:
+        """The value of a spike."""
+        return self.options["threshold"]
+
+    def forward(self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None) -> tuple[Tensor, Tensor]:
+        if v0 is None:
+            begin = self.start * self.amplitude
+            v0 = self.voltage if self.clock.start else torch.full_like(current[0], begin, dtype=torch.float32)
+        spikes, self.voltage = super().forward(current, v0, timesteps)
+        return spikes * self.amplitude, self.voltage
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.amplitude:.4g}, start={self.start}"
+
+
+class Converted(Student):
+    """A converted teacher: images in, logits out, like a distilled student.
+
+    A run of T steps is made in pieces of `CHUNK` steps, so that its memory does not grow with T; only the logits of all
+    steps are kept. The layers before the first neuron, whose input is constant, run once a piece.
+
+    Args:
+        network: whose units hold a `BalancedIF`.
+        encoder: direct, with the teacher's mean and deviation.
+        timesteps: T; set the attribute to run with another.
+        description: method, `membrane_start` (in thresholds), `percentile` (None for other methods),
+            `calibration_images` and the `thresholds` by layer.
+    """
+
+    def __init__(self, network: Staged, encoder: nn.Module, timesteps: int, description: dict[str, Any]):
+        super().__init__(network, encoder, timesteps)
+        self.description = description
+
+    def steps(
+        self, images: Tensor, taps: Iterable[str] = (), generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features, of all T steps."""
+        x = self.encoder(images, 1, generator)
+        clock, pieces = self.network.clock, []
+        try:
+            for clock.start in range(0, self.timesteps, CHUNK):
+                pieces.append(self.network(x, min(CHUNK, self.timesteps - clock.start), taps))
+        finally:
+            clock.start = 0
+        logits, features = zip(*pieces, strict=True)
+        return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
+
+
+def convert(
+    teacher: Teacher,
+    method: Method,
+    images: Images,
+    *,
+    percentile: float = 99.9,
+    membrane_start: float | None = None,
+    timesteps: int = 128,
+    batch_size: int = 128,
+) -> Converted:
+    """Convert a trained teacher.
+
+    Args:
+        teacher: in eval mode.
+        method: where the thresholds come from. "maxnorm": the layer's largest activation (Diehl et al., IJCNN 2015).
+            "percentile": of its activations above 0 (Rueckauer et al., Frontiers in Neuroscience 2017; above 0 as in
+            code that follows theirs). "qcfs": what a teacher on the QCFS activation has learnt (Bu et al., ICLR 2022).
+            A layer that is silent on all images gets 1.
+        images: training images, on the teacher's device; "maxnorm" and "percentile" measure on all of them, without
+            augmentation, "qcfs" on none.
+        percentile: in (0, 100].
+        membrane_start: voltage before the first step, as a share of the threshold, in [0, 1); None is 0 for "maxnorm"
+            and "percentile", 1/2 for "qcfs".
+        timesteps: T of the result; it runs at any other.
+        batch_size: images measured at once.
+
+    Returns:
+        The spiking network, in eval mode, its weights frozen copies of the teacher's.
+
+    Raises:
+        UserError: the teacher cannot be converted, or an option does not fit; nothing has been run then.
+        MachineError: the teacher's activations or learnt thresholds are not finite, positive numbers.
+    """
+    check(teacher, method, images.pixels.shape[1:], percentile=percentile, membrane_start=membrane_start)
+    start = MEMBRANE_START[method] if membrane_start is None else membrane_start
+    thresholds = learnt_thresholds(teacher) if method == "qcfs" else None
+    if thresholds is None:
+        share = percentile if method == "percentile" else 100.0
+        thresholds = measured_thresholds(teacher, images, share, batch_size=batch_size)
+    network = copy.deepcopy(teacher.network).requires_grad_(False).eval()
+    for name, threshold in thresholds.items():
+        unit = network.get_submodule(name)
+        spiking = NormSpike(None, BalancedIF(threshold, start, network.clock), network.clock)
+        spiking.norm = unit.norm
+        network.set_submodule(name, spiking)
+    encoder = Direct(teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()).to(teacher.mean.device)
+    description = {
+        "method": method,
+        "membrane_start": start,
+        "percentile": percentile if method == "percentile" else None,
+        "calibration_images": 0 if method == "qcfs" else len(images),
+        "thresholds": thresholds,
+    }
+    return Converted(network, encoder, timesteps, description).eval()
+
+
+def check(
+    teacher: Teacher,
+    method: str,
+    image: tuple[int, int, int],
+    *,
+    percentile: float = 99.9,
+    membrane_start: float | None = None,
+) -> None:
+    """Check that a teacher can be converted; a forward pass on the meta device shows what stands between its units.
+
+    Args:
+        teacher, method, percentile, membrane_start: as for `convert`.
+        image: C, H, W.
+
+    Raises:
+        UserError: what cannot be converted, a line each.
+    """
+    check_options(method, percentile, membrane_start)
+    network = teacher.network
+    named = units(network) if isinstance(network, Staged) else {}
+    if not named:
+        found = not_linear(network, image) if isinstance(network, Staged) else []
+        names = ", ".join(dict.fromkeys(place for place, _ in found[:3])) or type(network).__name__
+        raise UserError(
+            f"the teacher cannot be converted: it is not made of the units that an architecture gets as `act` ({names}); "
+            "choose one of `lasnn list architectures`"
+        )
+    problems = [
+        f"{name} cannot be converted: it ends in {type(unit.activation).__name__}, not in ReLU or QCFS"
+        for name, unit in named.items()
+        if not isinstance(unit.activation, CONVERTIBLE)
+    ]
+    problems += [
+        f"{place} cannot be converted: {op} is not linear; between the units only convolutions, linear layers, batch "
+        "norm, average pools and sums commute with the mean over time"
+        + ('; train a teacher with average pools (teacher.pool = "avg" where the option is there)' * ("pool" in op))
+        for place, op in not_linear(network, image)
+    ]
+    if not problems and method == "qcfs" and not all(isinstance(unit.activation, QCFS) for unit in named.values()):
+        problems = [
+            '"qcfs" needs a teacher trained on the QCFS activation, this one has ReLU; make a run with one '
+            "(lasnn distill RECIPE --set teacher.activation=qcfs), or choose maxnorm or percentile"
+        ]
+    if problems:
+        raise UserError(*problems)
+
+
+def check_options(method: str, percentile: float = 99.9, membrane_start: float | None = None) -> None:
+    """Check the options alone.
+
+    Raises:
+        UserError: the first that does not fit.
+    """
+    if method not in get_args(Method):
+        raise UserError(unknown("conversion", method, get_args(Method)))
+    if not 0 < percentile <= 100:
+        raise UserError(f"percentile must be above 0 and at most 100, got {percentile}")
+    if membrane_start is not None and not 0 <= membrane_start < 1:
+        raise UserError(f"membrane_start is a share of the threshold, at least 0 and below 1, got {membrane_start}")
+
+
+def units(network: Staged) -> dict[str, NormActivate]:
+    """The activation units of an ANN, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, NormActivate)}
+
+
+class OutsideUnits(TorchDispatchMode):
+    """Collects the operations outside the units of a network that are not linear, with the module that runs them."""
+
+    def __init__(self, network: Staged):
+        super().__init__()
+        self.found: dict[tuple[str, str], None] = {}
+        self._running: list[tuple[str, nn.Module]] = []
+        for name, module in network.named_modules():
+            module.register_forward_pre_hook(lambda module, _, name=name: self._running.append((name, module)))
+            module.register_forward_hook(self._leave)
+
+    def _leave(self, *_: object) -> None:
+        self._running.pop()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not any(isinstance(module, NormActivate) for _, module in self._running):
+            name = op.overloadpacket.__name__.removesuffix("_")
+            # A product is linear where one side is a number or a weight.
+            tensors = sum(isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter) for arg in args)
+            if name not in LINEAR.split() or (name in ("mul", "div") and tensors > 1):
+                place, module = self._running[-1] if self._running else ("", None)
+                self.found[f"{place or 'the network'} ({type(module).__name__})", name] = None
+        return op(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def not_linear(network: Staged, image: tuple[int, int, int]) -> list[tuple[str, str]]:
+    """(module, operation) of everything between the units of a network that is not linear in eval mode."""
+    network = copy.deepcopy(network).to("meta").eval()
+    # Hooks stay on the copy.
+    outside = OutsideUnits(network)
+    x = torch.empty(1, 1, *image, device="meta")
+    with outside:
+        network(x)
+    return list(outside.found)
+
+
+def learnt_thresholds(teacher: Teacher) -> dict[str, float]:
+    """The thresholds that a QCFS teacher has learnt, by layer.
+
+    Raises:
+        MachineError: one is not a finite, positive number.
+    """
+    thresholds = {name: float(unit.activation.threshold.detach()) for name, unit in units(teacher.network).items()}
+    for name, threshold in thresholds.items():
+        if not (threshold > 0 and math.isfinite(threshold)):
+            raise MachineError(f"{name} has learnt the threshold {threshold:.4g}: train again, at a lower rate")
+    return thresholds
+
+
+@torch.no_grad()
+def measured_thresholds(teacher: Teacher, images: Images, percentile: float, *, batch_size: int) -> dict[str, float]:
+    """Percentile of each layer's activations above 0 over all images; 100 is the largest, and exact.
+
+    Raises:
+        MachineError: an activation is not a finite number.
+    """
+    seen = {name: Distribution(bins=1 if percentile == 100 else 2**14) for name in units(teacher.network)}
+    hooks = [
+        unit.register_forward_hook(lambda _, __, output, name=name: seen[name].add(output))
+        for name, unit in units(teacher.network).items()
+    ]
+    try:
+        for batch, _ in Batches(images, batch_size, seed=0, epoch=0, shuffle=False):
+            teacher(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, distribution in seen.items():
+        if not math.isfinite(distribution.largest):
+            raise MachineError(f"the teacher's activations in {name} are not finite numbers: its training diverged")
+    return {name: distribution.percentile(percentile) or 1.0 for name, distribution in seen.items()}
+
+
+class Distribution:
+    """The positive values of tensors that come one after another, as a histogram.
+
+    The bins' width is a power of two that doubles whenever a larger value comes, two bins becoming one: counts are
+    exact and do not depend on the order, and no value is kept. `largest` is exact.
+    """
+
+    def __init__(self, bins: int):
+        self.largest = 0.0
+        self.counts = torch.zeros(bins, dtype=torch.int64)
+        self.width = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of a tensor."""
+        top, bins = float(x.max()), len(self.counts)
+        # NaN is larger than any threshold, and stays.
+        self.largest = self.largest if top <= self.largest else top
+        if bins == 1 or not 0 < top < math.inf:
+            return
+        self.width = self.width or 2.0 ** math.ceil(math.log2(top)) / bins
+        while top > self.width * bins:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.cat([merged, torch.zeros_like(merged)])
+            self.width *= 2
+        index = (x[x > 0].float() / self.width).long().clamp_(max=bins - 1)
+        self.counts += torch.bincount(index, minlength=bins).cpu()
+
+    def percentile(self, percent: float) -> float:
+        """The value below which `percent` % of the positive values lie: a bin's upper edge, at most 2/bins of the
+        largest too high; 0 where there are none.
+        """
+        if percent == 100 or not self.counts.any():
+            return self.largest
+        wanted = percent / 100 * int(self.counts.sum())
+        number = int(torch.searchsorted(self.counts.cumsum(0).double(), wanted))
+        return min(self.largest, (number + 1) * self.width)
