@@ -163,6 +163,16 @@ def compare(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Further rows, each without one of the things the teacher gives.")
     ] = False,
+    against_conversion: Annotated[
+        bool,
+        typer.Option(
+            "--against-conversion", help="Convert the teachers too: the T that reaches the student's accuracy."
+        ),
+    ] = False,
+    longest: Annotated[
+        int | None,
+        typer.Option(metavar="T", help="With --against-conversion: where a conversion is given up.  [default: 1024]"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Runs and tables.  [default: runs/compare/<recipe>]")
     ] = None,
@@ -171,6 +181,8 @@ def compare(
     """Train the student with and without its teacher over seeds; what is done is not done again."""
     steps = [] if timesteps is None else parse_timesteps(timesteps)
     named = parse_variants(variants or [])
+    if longest is not None and not against_conversion:
+        raise UserError("--longest goes with --against-conversion")
     with json_alone(as_json) as answer:
         from lasnn.compare import Stopped
         from lasnn.compare import compare as compare_rows
@@ -185,13 +197,15 @@ def compare(
                 timesteps=steps,
                 variants=named,
                 ablation=ablation,
+                against_conversion=against_conversion,
+                **({} if longest is None else {"longest": longest}),
                 out=out,
                 tell=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             )
         except Stopped as stopped:
             say_error(f"{stopped}\nthe same command goes on")
             raise typer.Exit(128 + stopped.signum) from None
-        print_comparison(console, found.as_json(), found.folder)
+        print_comparison(console, found.as_json(), found.conversion_said(), found.folder)
         answer.update(found.as_json())
 
 

@@ -16,6 +16,18 @@ from lasnn import checkpoint
 from lasnn.display import Progress, Silent
 from lasnn.distillation import Stopped, distill
 from lasnn.errors import UserError
+from lasnn.matched import (
+    LONGEST,
+    METHODS,
+    accuracy_over_time,
+    check_convertible,
+    convert_until,
+    match,
+    qcfs_settings,
+    say_ratio,
+    say_reached,
+    sentence,
+)
 from lasnn.plan import Plan, read_plan
 from lasnn.recipe import LossTable, Recipe, find, toml_value
 from lasnn.registry import losses
@@ -38,6 +50,21 @@ class Arm:
 
 
 @dataclass
+class Conversion:
+    """The teacher's conversions beside its student: by method and seed, what `convert_until` measured."""
+
+    longest: int
+    # QCFS's own teacher; None where the recipe's teacher is on QCFS itself, or none can be trained.
+    qcfs: Arm | None
+    methods: tuple[str, ...]
+    curves: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+
+    def teacher_of(self, method: str) -> str:
+        """Whose conversion it is, in words."""
+        return "its own, trained on QCFS" if method == "qcfs" and self.qcfs else "the student's teacher"
+
+
+@dataclass
 class Comparison:
     """What a comparison ran and found; `as_json` and `as_markdown` say it."""
 
@@ -47,6 +74,7 @@ class Comparison:
     folder: Path
     summaries: dict[tuple[Arm, int], dict[str, Any]] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
+    conversion: "Conversion | None" = None
 
     def command(self, arm: Arm, seed: int | str) -> str:
         """The command that makes one of a row's runs."""
@@ -92,8 +120,34 @@ class Comparison:
                 found.append(paired_gain(DISTILLED, "its teacher", arm.timesteps, ours, teacher))
         return found
 
+    def matches(self) -> list[dict[str, Any]]:
+        """For each distilled row and method the T at which the conversion reaches the student's accuracy."""
+        if self.conversion is None:
+            return []
+        found = []
+        for arm in self.arms:
+            if arm.name == DISTILLED:
+                for method, curves in self.conversion.curves.items():
+                    ours = match(method, arm.timesteps, self.accuracies(arm), curves, self.conversion.longest)
+                    found.append(ours | {"teacher": self.conversion.teacher_of(method)})
+        return found
+
+    def conversion_said(self) -> list[str]:
+        """The matches in lines of text, and what a reader of them must know."""
+        return [] if self.conversion is None else [*map(sentence, self.matches()), *self.notes()]
+
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
+        conversion = {}
+        if self.conversion is not None:
+            conversion = {
+                "matched_accuracy": self.matches(),
+                "converted_accuracy": {
+                    method: {str(t): value for t, value in accuracy_over_time(curves.values()).items()}
+                    for method, curves in self.conversion.curves.items()
+                },
+                "conversion_notes": self.notes(),
+            }
         return {
             "recipe": self.recipe,
             "seeds": list(self.seeds),
@@ -101,7 +155,21 @@ class Comparison:
             "conditions": self.conditions,
             "arms": [self.row(arm) for arm in self.arms],
             "gains": self.gains(),
+            **conversion,
         }
+
+    def notes(self) -> list[str]:
+        """What a reader of the conversions must know."""
+        conversion = self.conversion
+        notes = []
+        if conversion.qcfs:
+            command = self.command(conversion.qcfs, "SEED").replace("'seed=SEED'", "seed=SEED")
+            notes.append(f"QCFS's own teacher is trained by `{command}`; the student of that run is of no use.")
+        elif "qcfs" not in conversion.methods:
+            notes.append(
+                "QCFS is left out: it needs a teacher trained on its activation, and this recipe's is read from a file."
+            )
+        return notes
 
     def as_markdown(self) -> str:
         """The tables, the conditions and the commands."""
@@ -136,9 +204,40 @@ class Comparison:
                 f"lasnn {where['lasnn']}, torch {where['torch']}, Python {where['python']}; {where['images']:,} test "
                 "images.",
             ]
+        if self.conversion is not None:
+            text += ["", *self._conversion_as_markdown(known)]
         text += ["", "The commands of the rows:", "", "```sh"]
         text += [row["command"].replace("seed=SEED", "seed=$seed") for row in known["arms"]]
         return "\n".join([*text, "```", ""])
+
+    def _conversion_as_markdown(self, known: Mapping[str, Any]) -> list[str]:
+        head = ["conversion", "ANN", "accuracy of the ANN", "student's T", "accuracy of the student"]
+        head += [f"smallest T, seeds {', '.join(map(str, known['seeds']))}", "ratio (median)"]
+        lines = [
+            [
+                found["method"],
+                found["teacher"],
+                number(found["teacher_accuracy"]),
+                str(found["timesteps"]),
+                number(found["accuracy"]),
+                say_reached(found),
+                say_ratio(found),
+            ]
+            for found in known["matched_accuracy"]
+        ]
+        intro = "The smallest T at which a conversion, without training, reaches the distilled student's accuracy."
+        curves = known["converted_accuracy"]
+        steps = sorted({int(t) for curve in curves.values() for t in curve})
+        over_time = [
+            [method, *("" if str(t) not in curve else number(curve[str(t)]) for t in steps)]
+            for method, curve in curves.items()
+        ]
+        return [
+            *(intro, "", table(head, lines), ""),
+            *("Accuracy of the conversions over T, mean of the seeds.", ""),
+            table(["conversion", *map(str, steps)], over_time),
+            *(line for note in known["conversion_notes"] for line in ("", note)),
+        ]
 
 
 def compare(
@@ -149,6 +248,8 @@ def compare(
     timesteps: Sequence[int] = (),
     variants: Mapping[str, Sequence[str]] | None = None,
     ablation: bool = False,
+    against_conversion: bool = False,
+    longest: int = LONGEST,
     out: str | Path | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -162,6 +263,9 @@ def compare(
         timesteps: T of each row; none is the recipe's.
         variants: further rows, name -> settings on top of the recipe's.
         ablation: further rows, each without one of the things that the teacher gives.
+        against_conversion: convert the teacher of each seed as well, and QCFS's own, and find the T at which the
+            conversions reach the distilled students' accuracy.
+        longest: T at which a conversion is given up.
         out: where the run folders and the tables go; None is `runs/compare/<recipe>`. What is done there is kept.
         progress: what is told about each run's progress; None is nobody.
         tell: gets a line as each run begins and ends.
@@ -174,8 +278,9 @@ def compare(
         Stopped: a signal came; the same call goes on.
     """
     name = str(recipe)
-    if seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {seeds}")
+    if seeds < 1 or longest < 1:
+        key, value = ("--seeds", seeds) if seeds < 1 else ("--longest", longest)
+        raise UserError(f"{key} must be at least 1, got {value}")
     base = read_plan(name, list(overrides)).recipe
     arms = rows(base, overrides, timesteps, variants or {}, ablation)
     numbers = tuple(range(base.seed, base.seed + seeds))
@@ -183,9 +288,12 @@ def compare(
     folder = RUNS / "compare" / find(name).stem if out is None else Path(out)
     found = Comparison(name, numbers, tuple(arms), folder)
     found.conditions = {**environment(plans[arms[0], numbers[0]].device), "images": base_images(plans)}
+    if against_conversion:
+        found.conversion = plan_conversion(base, name, overrides, arms, numbers, longest, plans)
 
     # Seed by seed, so that a comparison that is stopped early has pairs.
-    todo = [(arm, seed) for seed in numbers for arm in arms]
+    own = [found.conversion.qcfs] if found.conversion and found.conversion.qcfs else []
+    todo = [(arm, seed) for seed in numbers for arm in (*arms, *own)]
     done = {key: finished(plans[key].recipe, folder / key[0].folder(key[1])) for key in todo}
     for at, (arm, seed) in enumerate(todo, start=1):
         path = folder / arm.folder(seed)
@@ -196,8 +304,51 @@ def compare(
         summary = RunFolder(path).read_json("summary.json")
         found.summaries[arm, seed] = summary
         tell(f"{where}: accuracy {summary['accuracy']:.4f}" + (" (done before)" if done[arm, seed] else ""))
+        if found.conversion and arm == (*arms, *own)[-1]:
+            convert_teachers(found, seed, tell)
         write(found)
     return found
+
+
+def plan_conversion(
+    recipe: Recipe,
+    name: str,
+    overrides: Sequence[str],
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    longest: int,
+    plans: dict[tuple[Arm, int], Plan],
+) -> Conversion:
+    """What is to be converted; adds the plans of QCFS's own teacher.
+
+    Raises:
+        UserError: there is no teacher, or one that cannot be converted.
+    """
+    if recipe.teacher is None:
+        raise UserError(f"{recipe.name}: it has no [teacher] to convert; leave --against-conversion out")
+    settings = qcfs_settings(recipe)
+    qcfs = Arm("teacher on QCFS", (*overrides, *settings), 1) if settings else None
+    if qcfs:
+        plans |= plan_all(name, [qcfs], seeds)
+    methods = METHODS if settings is not None else tuple(method for method in METHODS if method != "qcfs")
+    first = plans[next(arm for arm in arms if arm.name == DISTILLED), seeds[0]]
+    check_convertible({method: plans[qcfs, seeds[0]] if method == "qcfs" and qcfs else first for method in methods})
+    return Conversion(longest, qcfs, methods)
+
+
+def convert_teachers(found: Comparison, seed: int, tell: Callable[[str], None]) -> None:
+    """Measure a seed's conversions until they reach its best student."""
+    conversion = found.conversion
+    students = [arm for arm in found.arms if arm.name == DISTILLED]
+    best = max(found.summaries[arm, seed]["accuracy"] for arm in students)
+    for method in conversion.methods:
+        arm = conversion.qcfs if method == "qcfs" and conversion.qcfs else students[0]
+        tell(f"the teacher of seed {seed}, converted by {method}, until it reaches {best:.4f}")
+        kept = found.folder / f"converted-{method}-seed{seed}.json"
+        curve = convert_until(found.folder / arm.folder(seed), method, best, conversion.longest, kept)
+        conversion.curves.setdefault(method, {})[seed] = curve
+        reached = curve["results"][-1]
+        tell(f"  accuracy {reached['accuracy']:.4f} at T = {reached['timesteps']}")
 
 
 def base_images(plans: Mapping[Any, Plan]) -> int:

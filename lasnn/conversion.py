@@ -189,8 +189,8 @@ def check(
         found = not_linear(network, image) if isinstance(network, Staged) else []
         names = ", ".join(dict.fromkeys(place for place, _ in found[:3])) or type(network).__name__
         raise UserError(
-            f"the teacher cannot be converted: it is not made of the units that an architecture gets as `act` ({names}); "
-            "choose one of `lasnn list architectures`"
+            "the teacher cannot be converted: it is not made of the units that an architecture gets as `act` "
+            f"({names}); choose one of `lasnn list architectures`"
         )
     problems = [
         f"{name} cannot be converted: it ends in {type(unit.activation).__name__}, not in ReLU or QCFS"

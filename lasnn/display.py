@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -211,8 +211,8 @@ def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:
     )
 
 
-def print_comparison(console: Console, known: Mapping[str, Any], folder: Path) -> None:
-    """The rows of a comparison, then the gains."""
+def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence[str], folder: Path) -> None:
+    """The rows of a comparison, then the gains and what else there is to say."""
 
     def digits(value: float | None, places: int = 4) -> str:
         return "" if value is None else f"{value:.{places}f}"
@@ -236,6 +236,8 @@ def print_comparison(console: Console, known: Mapping[str, Any], folder: Path) -
             interval = "one seed, no interval" if half is None else f"± {half:.4f} (95 %, paired)"
             line = f"{gain['name']} over {gain['over']}, T = {gain['timesteps']}: {gain['mean']:+.4f} {interval}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in notes:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"tables: {folder / 'compare.md'}, {folder / 'compare.json'}", highlight=False, soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ from lasnn.cli import parse_variants
 from lasnn.compare import Arm, Comparison, paired_gain, student_t
 from lasnn.compare import compare as compare_rows
 from lasnn.errors import UserError
+from lasnn.matched import accuracy_over_time, match, say_ratio, say_reached
 
 SHORT = ("--set", "teacher.epochs=1", "--set", "distill.epochs=1")
 
@@ -136,6 +137,73 @@ def test_a_folder_of_another_comparison_is_refused(lasnn, tiny):
     lasnn("compare", tiny, "--seeds", 1, *SHORT, "--out", "c")
     wrong = lasnn("compare", tiny, "--seeds", 1, *SHORT, "--set", "distill.lr=0.01", "--out", "c", code=2)
     assert "holds a run of another recipe" in wrong.stderr
+
+
+def test_against_conversion(lasnn, tiny):
+    """The figures are those of `evaluate --converted`, and a second call measures nothing again."""
+    command = ("compare", tiny, "--seeds", 2, "--timesteps", "1,2", *SHORT, "--out", "c")
+    arguments = (*command, "--against-conversion", "--longest", 24)
+    found = lasnn.json(*arguments)
+    assert [(match["method"], match["timesteps"]) for match in found["matched_accuracy"]] == [
+        (method, steps) for steps in (1, 2) for method in ("maxnorm", "percentile", "qcfs")
+    ]
+    students = {student["timesteps"]: student for student in found["arms"] if student["name"] == "distilled"}
+    for row in found["matched_accuracy"]:
+        method, student = row["method"], students[row["timesteps"]]
+        assert row["accuracy"] == pytest.approx(student["mean"])
+        assert (row["teacher"] == "the student's teacher") == (method != "qcfs")
+        if method != "qcfs":
+            assert row["teacher_accuracy"] == pytest.approx(student["teacher_mean"])
+        for seed, steps in row["reached"].items():
+            kept = json.loads((lasnn.folder / f"c/converted-{method}-seed{seed}.json").read_text())
+            accuracy = [result["accuracy"] for result in kept["results"]]
+            assert len(accuracy) in (16, 24)
+            below = accuracy[: 24 if steps is None else steps - 1]
+            assert all(value < student["accuracy"][seed] for value in below)
+            assert steps is None or accuracy[steps - 1] >= student["accuracy"][seed]
+            assert (row["energy_uj"][seed] is None) == (steps is None)
+    kept = json.loads((lasnn.folder / "c/converted-qcfs-seed1.json").read_text())
+    again = lasnn.json("evaluate", kept["run"], "--converted", "qcfs", "--timesteps", "1,8")
+    assert [result["accuracy"] for result in again["results"]] == [kept["results"][t - 1]["accuracy"] for t in (1, 8)]
+    files = {path: path.stat().st_mtime_ns for path in (lasnn.folder / "c").glob("converted-*.json")}
+    assert len(files) == 6
+    assert lasnn.json(*arguments) == found
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    text = (lasnn.folder / "c/compare.md").read_text()
+    assert "| qcfs | its own, trained on QCFS |" in text
+    assert "teacher.activation=qcfs" in text
+    assert "maxnorm (ANN: the student's teacher" in lasnn(*arguments).stdout
+
+
+def test_a_match_by_hand():
+    def curve(*accuracy):
+        results = [{"timesteps": t, "accuracy": value, "energy_uj": t} for t, value in enumerate(accuracy, start=1)]
+        return {"teacher_accuracy": 0.9, "results": results}
+
+    curves = {0: curve(0.1, 0.5, 0.8, 0.7), 1: curve(0.1, 0.2, 0.3, 0.8), 2: curve(0.1, 0.1, 0.1, 0.1)}
+    found = match("maxnorm", 2, {0: 0.7, 1: 0.7, 2: 0.7}, curves, 4)
+    assert found["reached"] == {"0": 3, "1": 4, "2": None}
+    assert found["ratio"] == 2
+    assert say_reached(found) == "3, 4, > 4"
+    found = match("maxnorm", 2, {0: 0.85, 1: 0.7, 2: 0.7}, curves, 4)
+    assert (found["ratio"], say_ratio(found)) == (None, "> 2")
+    found = match("maxnorm", 2, {0: 0.95, 1: 0.95, 2: 0.95}, curves, 4)
+    assert say_reached(found) == "not reached by T = 4"
+    assert accuracy_over_time(curves.values()) == {
+        1: pytest.approx(0.1),
+        2: pytest.approx(0.8 / 3),
+        4: pytest.approx(1.6 / 3),
+    }
+
+
+def test_what_cannot_be_compared_with_its_conversion(lasnn, tiny):
+    wrong = ("compare", tiny, "--against-conversion", "--out", "c")
+    assert "max_pool2d_with_indices is not linear" in lasnn(*wrong, "--set", "teacher.pool=max", code=2).stderr
+    assert "--longest must be at least 1" in lasnn(*wrong, "--longest", 0, code=2).stderr
+    assert "--longest goes with --against-conversion" in lasnn("compare", tiny, "--longest", 4, code=2).stderr
+    alone = lasnn(*wrong, "--set", "teacher=", "--variant", "x:distill.lr=0.1", code=2)
+    assert "it has no [teacher] to convert" in alone.stderr
+    assert not (lasnn.folder / "c").exists()
 
 
 def test_variants_are_parsed():

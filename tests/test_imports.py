@@ -19,6 +19,7 @@ LAYERS = [
     {"run"},
     {"display"},
     {"distillation", "evaluation", "bench"},
+    {"matched"},
     {"compare"},
     {"cli", "__main__"},
 ]

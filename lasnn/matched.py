@@ -1,0 +1,147 @@
+"""How many steps a conversion of the same ANN needs for the accuracy of the distilled student: the ratio.
+
+Threshold balancing converts the very teacher that taught the student. QCFS needs one that was trained on its own
+activation; that teacher is trained in a run of its own, which is as short as a run can be.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from lasnn import checkpoint
+from lasnn.conversion import Method, check
+from lasnn.errors import UserError
+from lasnn.evaluation import evaluate, smallest_match
+from lasnn.plan import Plan, make_teacher
+from lasnn.recipe import Recipe, toml_value
+from lasnn.run import RunFolder
+
+METHODS: tuple[Method, ...] = ("maxnorm", "percentile", "qcfs")
+LONGEST = 1024
+# A run of T steps costs T passes, and one of 4 T gives the shorter one too: few are made in vain.
+GROWTH, SHORTEST = 4, 16
+
+
+def qcfs_settings(recipe: Recipe) -> tuple[str, ...] | None:
+    """Settings of the run that trains QCFS's own teacher, () where the recipe's is one; None where it is not trained.
+
+    The student of that run is of no use: one step, one epoch, cross-entropy.
+    """
+    if recipe.teacher.activation == "qcfs":
+        return ()
+    if recipe.teacher.checkpoint is not None:
+        return None
+    short = ("student.timesteps=1", "distill.epochs=1", "distill.warmup_epochs=0.0")
+    return ("teacher.activation=qcfs", *short, f"losses={toml_value([{'name': 'cross-entropy'}])}")
+
+
+def check_convertible(plans: Mapping[str, Plan]) -> None:
+    """Check that each method can convert the teacher of its plan; nothing is run.
+
+    Raises:
+        UserError: what cannot be converted, once for each method.
+    """
+    problems = []
+    for method, plan in plans.items():
+        data = plan.data
+        with torch.device("meta"):
+            teacher = make_teacher(plan.recipe, data).eval()
+        try:
+            check(teacher, method, (data.channels, data.height, data.width))
+        except UserError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept: Path) -> dict[str, Any]:
+    """Convert a run's teacher and measure it at every T, until an accuracy is reached or T is `longest`.
+
+    What is measured is kept in a file, and taken from there where it goes far enough for the same teacher.
+
+    Returns:
+        `method`, `run`, `teacher` (digest of its weights), `teacher_accuracy`, `converted` (see `evaluate`) and
+        `results`: `timesteps`, `accuracy`, `firing_rate` and `energy_uj` for T = 1, 2, 3, ...
+    """
+    weights, _ = checkpoint.load_weights(run / "teacher.safetensors")
+    teacher = checkpoint.digest(weights)
+    folder = RunFolder(kept.parent)
+    found = folder.read_json(kept.name)
+    if found.get("teacher") != teacher:
+        found = {"results": []}
+    while len(found["results"]) < longest and smallest_match(found["results"], accuracy) is None:
+        steps = min(longest, max(SHORTEST, GROWTH * len(found["results"])))
+        results = evaluate(run, range(1, steps + 1), converted=method)
+        figures = ("timesteps", "accuracy", "firing_rate", "energy_uj")
+        found = {
+            "method": method,
+            "run": str(run),
+            "teacher": teacher,
+            "teacher_accuracy": results[0]["teacher_accuracy"],
+            "converted": results[0]["converted"],
+            "results": [{key: result[key] for key in figures} for result in results],
+        }
+        folder.write_json(kept.name, found)
+    return found
+
+
+def match(
+    method: Method, timesteps: int, students: Mapping[int, float], curves: Mapping[int, dict], longest: int
+) -> dict[str, Any]:
+    """The smallest T at which conversions reach the accuracy of students, by seed, and its ratio to the students' T.
+
+    Args:
+        timesteps: T of the students.
+        students: {seed: accuracy}.
+        curves: {seed: what `convert_until` returned}.
+    """
+    seeds = [seed for seed in students if seed in curves]
+    reached = {seed: smallest_match(curves[seed]["results"][:longest], students[seed]) for seed in seeds}
+    needed = [math.inf if reached[seed] is None else reached[seed]["timesteps"] for seed in seeds]
+    middle = median(needed) if needed else math.inf
+    return {
+        "method": method,
+        "timesteps": timesteps,
+        "longest": longest,
+        "accuracy": mean(students[seed] for seed in seeds) if seeds else None,
+        "teacher_accuracy": mean(curves[seed]["teacher_accuracy"] for seed in seeds) if seeds else None,
+        "reached": {str(seed): result and result["timesteps"] for seed, result in reached.items()},
+        "energy_uj": {str(seed): result and result["energy_uj"] for seed, result in reached.items()},
+        "ratio": middle / timesteps if math.isfinite(middle) else None,
+    }
+
+
+def accuracy_over_time(curves: Iterable[dict]) -> dict[int, float]:
+    """Mean accuracy of conversions over seeds at T = 1, 2, 4, ..., as far as all of them were measured."""
+    results = [curve["results"] for curve in curves]
+    furthest = min(map(len, results), default=0)
+    powers = [2**power for power in range(furthest.bit_length())]
+    return {t: mean(result[t - 1]["accuracy"] for result in results) for t in powers}
+
+
+def say_reached(found: Mapping[str, Any]) -> str:
+    """The T of each seed, or that it is not reached."""
+    steps = found["reached"].values()
+    if steps and all(step is None for step in steps):
+        return f"not reached by T = {found['longest']}"
+    return ", ".join(f"> {found['longest']}" if step is None else str(step) for step in steps)
+
+
+def say_ratio(found: Mapping[str, Any]) -> str:
+    """The median ratio; a bound where the median seed does not reach the accuracy."""
+    if found["ratio"] is None:
+        return f"> {found['longest'] / found['timesteps']:g}"
+    return f"{found['ratio']:g}"
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """A match in a line of text."""
+    who = f"{found['method']} (ANN: {found['teacher']}, {found['teacher_accuracy']:.4f})"
+    what = f"the distilled student's {found['accuracy']:.4f} of T = {found['timesteps']}"
+    if all(step is None for step in found["reached"].values()):
+        return f"{who} does not reach {what} by T = {found['longest']}: ratio {say_ratio(found)}"
+    return f"{who} reaches {what} at T = {say_reached(found)}: ratio {say_ratio(found)}"
