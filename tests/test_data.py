@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lasnn.data import Batches, Images, fashion_mnist
+from lasnn.data import Batches, Images
 from lasnn.data.fashion_mnist import DEBIAN, MINI, FashionMnist
 from lasnn.data.make_mini import make_mini
 from lasnn.errors import MachineError, UserError
@@ -57,7 +57,7 @@ def small(monkeypatch, tmp_path):
     """Fashion-MNIST shrunk to 30 and 20 images, on a machine without Debian's package."""
     monkeypatch.setattr(FashionMnist, "train_size", TRAIN)
     monkeypatch.setattr(FashionMnist, "test_size", TEST)
-    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(FashionMnist, "elsewhere", (tmp_path / "debian",))
     return tmp_path
 
 

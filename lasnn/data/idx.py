@@ -6,15 +6,99 @@ significant byte first (http://yann.lecun.com/exdb/mnist, "The IDX file format")
 
 import gzip
 import os
+import sys
 import zlib
+from contextlib import redirect_stdout
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from lasnn.data.dataset import Images
+from lasnn.data.dataset import Dataset, Images
 from lasnn.errors import MachineError, UserError
+
+
+class IdxDataset(Dataset):
+    """A data set of four idx files that torchvision can fetch: MNIST and its kin."""
+
+    channels, height, width = 1, 28, 28
+    train_size, test_size = 60_000, 10_000
+    title: str
+    torchvision_name: str
+    # Further folders to look into, and how to fill them.
+    elsewhere: tuple[Path, ...] = ()
+    remedy = ""
+    # Of the training images: all these sets have the same file names and sizes, and one is easily taken for another.
+    first_labels: tuple[int, ...]
+    kin: ClassVar[dict[tuple[int, ...], str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.kin[cls.first_labels] = cls.title
+
+    def __init__(self, root: Path | str = "data", *, download: bool = False):
+        self.root = Path(root)
+        self.download = download
+
+    def load(self) -> tuple[Images, Images]:
+        """Read the training and the test images, on the CPU.
+
+        Raises:
+            UserError: the data is not there, a file is broken, or they are another set's; one line that names it.
+            MachineError: the download failed.
+        """
+        raw = self.root / self.torchvision_name / "raw"
+        places = (self.root, raw, *self.elsewhere)
+        folder = next((place for place in places if _holds_any_file(place)), None)
+        if folder is None and self.download:
+            _download(self, raw)
+            folder = raw
+        if folder is None:
+            raise UserError(
+                f"{self.title} is in none of {', '.join(map(str, places))}; put its four gz files into "
+                f"data.root (the first), {self.remedy}or set data.download = true"
+            )
+        images = read_splits(self, folder)
+        found = self.kin.get(tuple(images[0].labels[: len(self.first_labels)].tolist()), self.title)
+        if found != self.title:
+            raise UserError(f"{folder} holds {found}, not {self.title}; give another data.root")
+        self.source = str(folder)
+        return images
+
+
+def read_splits(data: Dataset, folder: Path) -> tuple[Images, Images]:
+    """The training and the test images of a data set in `folder`; errors as for `read_split`."""
+    train, test = (
+        read_split(folder, split, (size, data.height, data.width), len(data.classes))
+        for split, size in (("train", data.train_size), ("t10k", data.test_size))
+    )
+    return train, test
+
+
+def _holds_any_file(folder: Path) -> bool:
+    names = (*images_and_labels("train"), *images_and_labels("t10k"))
+    return any(os.path.exists(folder / f"{name}{ending}") for name in names for ending in (".gz", ""))
+
+
+def _download(data: IdxDataset, raw: Path) -> None:
+    """Fetch the files with torchvision, which verifies their checksums, into the folder `raw`."""
+    from torchvision import datasets as published
+
+    root = raw.parents[1]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # Beside its place and then renamed: an interrupted download must not look like a data set.
+        with TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            # Standard output belongs to the command's results.
+            with redirect_stdout(sys.stderr):
+                getattr(published, data.torchvision_name)(folder, download=True)
+            raw.parent.mkdir(exist_ok=True)
+            os.replace(Path(folder, data.torchvision_name, "raw"), raw)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise MachineError(f"{data.title} could not be downloaded into {root}: {reason}") from error
 
 
 def images_and_labels(split: str) -> tuple[str, str]:

@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lasnn.data.archive import Archive
 from lasnn.data.dataset import Dataset, Images
 from lasnn.errors import MachineError, UserError
 from lasnn.registry import datasets
 
 FOLDER = "tiny-imagenet-200"
 URL = f"http://cs231n.stanford.edu/{FOLDER}.zip"
+# As public loaders know it; not verified here, for lack of the file.
+ARCHIVE = Archive("Tiny ImageNet", URL, "90528d7ca1a48142e341f4ef8d21d0de", FOLDER)
 
 Content = TypeVar("Content")
 
@@ -25,9 +28,9 @@ Content = TypeVar("Content")
 class TinyImageNet(Dataset):
     """Tiny ImageNet: 100,000 training images and 10,000 validation images as test, 64 x 64, 200 classes.
 
-    The unpacked archive tiny-imagenet-200.zip is read from `root`/tiny-imagenet-200 or, where that holds no
-    wnids.txt, from `root` itself. The labels of its own test images were never published; as is usual, its
-    validation images take their place.
+    It is read from `root`/tiny-imagenet-200 or, where that holds no wnids.txt, from `root` itself; the archive
+    tiny-imagenet-200.zip in `root` is unpacked, and with `download` fetched. The labels of its own test images were
+    never published; as is usual, its validation images take their place.
 
     The names of the classes stand only on disk: `classes` holds the labels as text ("0" to "199") until `load`
     replaces them by the WordNet ids of wnids.txt, whose line number is the label. (The words of words.txt are
@@ -45,23 +48,18 @@ class TinyImageNet(Dataset):
     mean, std = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
     augment = ("crop", "flip")
 
-    def __init__(self, root: Path | str = "data"):
+    def __init__(self, root: Path | str = "data", *, download: bool = False):
         self.root = Path(root)
+        self.download = download
 
     def load(self) -> tuple[Images, Images]:
         """Read the training and the validation images, on the CPU: pixels [N, 3, 64, 64], greyscale as RGB.
 
         Raises:
             UserError: the data is not there, or a file is broken; one line that names it.
-            MachineError: the machine failed to read a file.
+            MachineError: the machine failed to read a file, or the download failed.
         """
-        places = (self.root / FOLDER, self.root)
-        folder = next((place for place in places if os.path.exists(place / "wnids.txt")), None)
-        if folder is None:
-            raise UserError(
-                f"Tiny ImageNet is in neither {places[0]} nor {places[1]} (no wnids.txt there); "
-                f"download {URL} and unzip it in data.root (the second)"
-            )
+        folder = ARCHIVE.find(self.root, "wnids.txt", download=self.download)
         classes = self._read_classes(folder / "wnids.txt")
         # All names before the first image: what is missing shows at once.
         train, test = self._find_train(folder / "train", classes), self._find_test(folder / "val", classes)
