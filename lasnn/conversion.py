@@ -142,7 +142,7 @@ def convert(
         UserError: the teacher cannot be converted, or an option does not fit; nothing has been run then.
         MachineError: the teacher's activations or learnt thresholds are not finite, positive numbers.
     """
-    check(teacher, method, images.pixels.shape[1:], percentile=percentile, membrane_start=membrane_start)
+    check(teacher, method, images.shape[1:], percentile=percentile, membrane_start=membrane_start)
     start = MEMBRANE_START[method] if membrane_start is None else membrane_start
     thresholds = learnt_thresholds(teacher) if method == "qcfs" else None
     if thresholds is None:

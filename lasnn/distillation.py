@@ -74,9 +74,10 @@ def distill(
     progress = progress or Silent()
     plan = read_plan(recipe, list(overrides))
     recipe = plan.recipe
-    train, test = (images.to(plan.device) for images in load_data(recipe, plan.data))
+    train, test, placed = load_data(recipe, plan.data, plan.device)
     run = open_run(recipe, None if out is None else Path(out), resume)
     progress.start(plan, run.path)
+    progress.note(placed)
     for plugin in recipe.plugin_files:
         progress.note(f"plugin: {plugin}")
     if run.read_json("summary.json"):
@@ -420,10 +421,10 @@ def learning_rate(table: Training, step: int, steps_per_epoch: int) -> float:
 
 def teacher_key(recipe: Recipe, device: torch.device, train: Images) -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
-    data = recipe.data.model_dump(exclude={"root"})
+    data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
     teacher = recipe.teacher.model_dump(exclude={"checkpoint"})
     # Not where the images lie, but what they are.
-    images = checkpoint.digest({"pixels": train.pixels.cpu(), "labels": train.labels.cpu()})
+    images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
     defines = [__version__, recipe.seed, recipe.precision, device.type, data, images, teacher, plugins]
     return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]

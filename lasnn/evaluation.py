@@ -56,12 +56,11 @@ def evaluate(
     options = {"percentile": percentile, "membrane_start": membrane_start}
     if converted is not None:
         check_conversion(run, converted, **options)
-    train, test = load_data(run.recipe, run.data)
-    test = test.to(run.device)
+    train, test, _ = load_data(run.recipe, run.data, run.device)
     batch_size = run.recipe.data.batch_size
     student = run.student
     if converted is not None:
-        student = convert(run.teacher, converted, train.to(run.device), batch_size=batch_size, **options)
+        student = convert(run.teacher, converted, train, batch_size=batch_size, **options)
     results = measure(student, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)
     teacher = {}
     if run.teacher is not None:

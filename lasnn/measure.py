@@ -253,7 +253,7 @@ def teacher_energy_uj(teacher: Teacher, image: tuple[int, int, int]) -> float:
 @torch.no_grad()
 def images_per_second(student: Student, images: Images, *, batch_size: int, seconds: float = 1.0) -> float:
     """Throughput of inference at the student's T, nothing else running: after one batch to warm up, for `seconds`."""
-    cuda = images.pixels.is_cuda
+    cuda = images.device.type == "cuda"
     done, start = 0, None
     while True:
         for batch, _ in _batches(images, batch_size, 0):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from lasnn.checkpoint import TORCH_SAVED, weight_shapes
-from lasnn.data import Augmentation, Dataset, Images
+from lasnn.data import Augmentation, Dataset, Images, Streamed
+from lasnn.data.stream import check_labels, place
 from lasnn.encoder import Encoder
 from lasnn.errors import UserError, unknown
 from lasnn.kernels.ops import require_triton
@@ -57,7 +58,6 @@ class Plan:
     student_parameters: int
     teacher_parameters: int | None
     teacher_checkpoint: Path | None
-    steps_per_epoch: int
     memory_bytes: int
 
     def summary(self) -> dict:
@@ -95,6 +95,11 @@ class Plan:
             "student_steps": epochs * self.steps_per_epoch,
             "memory_bytes": self.memory_bytes,
         }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the images that are there; once they are loaded, of those that could be read."""
+        return math.ceil(self.data.train_size / self.recipe.data.batch_size)
 
     @property
     def _teacher_steps(self) -> int:
@@ -216,7 +221,6 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         student_parameters=count_parameters(student.network),
         teacher_parameters=count_parameters(teacher.network) if teacher else None,
         teacher_checkpoint=checkpoint,
-        steps_per_epoch=math.ceil(data.train_size / recipe.data.batch_size),
         memory_bytes=_memory(recipe, data, student, teacher),
     )
 
@@ -244,16 +248,21 @@ def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int,
 
 
 def make_data(recipe: Recipe) -> Dataset:
-    """The recipe's data set; nothing is read yet."""
+    """The recipe's data set; no image is read yet."""
     data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
     if not isinstance(data, Dataset):
         where = datasets[recipe.data.name].where
         raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
+    # One that has to look at its folders for them finds their faults now.
+    _ = data.classes, data.train_size, data.test_size
     return data
 
 
-def load_data(recipe: Recipe, data: Dataset) -> tuple[Images, Images]:
-    """Read a data set's training and test images and check them against what it says of itself.
+def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Images | Streamed, Images | Streamed, str]:
+    """Read a data set's training and test images, check them against what it says of itself, and place them.
+
+    Returns:
+        Training and test images, on the device or streamed to it, and a line that says which and why.
 
     Raises:
         UserError: a file is missing or broken, or the images are not what was announced.
@@ -261,18 +270,16 @@ def load_data(recipe: Recipe, data: Dataset) -> tuple[Images, Images]:
     entry = datasets[recipe.data.name]
     with blaming(entry):
         splits = data.load()
-    for what, images, size in zip(("training", "test"), splits, (data.train_size, data.test_size), strict=True):
-        found, wanted = tuple(images.pixels.shape), (size, data.channels, data.height, data.width)
+        sizes = (data.train_size, data.test_size)
+    for what, images, size in zip(("training", "test"), splits, sizes, strict=True):
+        found, wanted = tuple(images.shape), (size, data.channels, data.height, data.width)
         if found != wanted or size < 1:
             raise UserError(
                 f"data set {entry.name!r}: its {what} images are {list(found)}; it announced {list(wanted)}"
             )
-        low, high = int(images.labels.min()), int(images.labels.max())
-        if low < 0 or high >= len(data.classes):
-            raise UserError(
-                f"data set {entry.name!r}: {what} labels run from {low} to {high}; {len(data.classes)} classes"
-            )
-    return splits
+        check_labels(images.labels, len(data.classes), f"data set {entry.name!r}: {what}")
+    (train, test), said = place(splits, device, residence=recipe.data.residence, workers=recipe.data.workers)
+    return train, test, said
 
 
 def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:

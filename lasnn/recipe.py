@@ -103,6 +103,10 @@ class DataTable(Part):
     """Folder of the data set's files, relative to the working directory."""
     batch_size: Count = 128
     """Images a step, over all processes."""
+    residence: Literal["auto", "device", "stream"] = "auto"
+    """Images on the device, or streamed to it; "auto" streams what takes more than half of its free memory."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that read ahead where images are streamed."""
     augment: list[str | AugmentTable] | None = None
     """Augmentations in order, by name or as tables with their options; left out, those of the data set."""
 

@@ -75,7 +75,8 @@ def message(error) -> str:
 # Every data set
 
 
-@pytest.mark.parametrize("name", datasets.names())
+# What image-folder is depends on the folder.
+@pytest.mark.parametrize("name", [name for name in datasets.names() if name != "image-folder"])
 def test_describes_itself_without_touching_a_file(name, monkeypatch):
     for opener in ("builtins.open", "gzip.open", "os.path.exists", "os.stat", "os.listdir"):
         monkeypatch.setattr(opener, lambda *_, **__: pytest.fail("touched the disk"))

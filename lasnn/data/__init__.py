@@ -5,9 +5,10 @@ import the file below. Its first positional parameter is the folder `root`; its 
 the options that a recipe's `[data]` section may set.
 """
 
-from lasnn.data import cifar, fashion_mnist, mnist, tiny_imagenet  # noqa: F401  (importing a data set's file registers it)
+from lasnn.data import cifar, fashion_mnist, image_folder, mnist, tiny_imagenet  # noqa: F401  (importing a data set's file registers it)
 from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Dataset, Images
 from lasnn.data.loader import Batches
+from lasnn.data.stream import Streamed
 
-__all__ = ["Augmentation", "Batches", "Dataset", "Images"]
+__all__ = ["Augmentation", "Batches", "Dataset", "Images", "Streamed"]

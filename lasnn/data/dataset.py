@@ -1,10 +1,13 @@
 """What every data set is: a description that costs nothing, and images in memory once it is loaded."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lasnn import checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,25 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, C, H, W."""
+        return tuple(self.pixels.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    def fingerprint(self) -> str:
+        """What tells these images from others: of their content, not of where they lie."""
+        return checkpoint.digest({"pixels": self.pixels.cpu(), "labels": self.labels.cpu()})
+
+    def batches(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels uint8 [b, C, H, W] and labels [b] of each of several choices of images, given on the CPU."""
+        for index in chosen:
+            index = index.to(self.device, non_blocking=True)
+            yield self.pixels[index], self.labels[index]
 
 
 class Dataset(ABC):

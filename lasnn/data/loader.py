@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Images
+from lasnn.data.stream import Streamed
 from lasnn.random import generator
 
 
@@ -19,7 +20,7 @@ class Batches:
     again with `start` yields exactly the batches that were left. Iterating again yields the same.
 
     Args:
-        images: all images, on the device that the batches shall be on.
+        images: all images, on the device that the batches shall be on, or streamed to it.
         batch_size: images in a batch.
         seed: the run's seed.
         epoch: number of the epoch.
@@ -33,7 +34,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Images,
+        images: Images | Streamed,
         batch_size: int,
         *,
         seed: int,
@@ -59,16 +60,12 @@ class Batches:
         return self.total - self.start
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        pixels, labels = self.images.pixels, self.images.labels
-        if self.shuffle:
-            # Drawn on the CPU: generators of different devices give different orders.
-            order = torch.randperm(len(labels), generator=generator(self.seed, "order", self.epoch))
-            order = order.to(pixels.device)
-        for step in range(self.start, self.total):
-            chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            if self.shuffle:
-                chosen = order[chosen]
-            batch = pixels[chosen].float() / 255
+        # Drawn on the CPU: generators of different devices give different orders.
+        draws = generator(self.seed, "order", self.epoch)
+        count = len(self.images)
+        order = torch.randperm(count, generator=draws) if self.shuffle else torch.arange(count)
+        chosen = order.split(self.batch_size)[self.start :]
+        for step, (pixels, labels) in enumerate(self.images.batches(chosen), start=self.start):
             # Drawn on the CPU, for the same reason.
             draws = generator(self.seed, "augment", self.epoch, step)
-            yield self.augment(batch, labels[chosen], draws)
+            yield self.augment(pixels.float() / 255, labels, draws)

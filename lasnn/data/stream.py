@@ -1,0 +1,150 @@
+"""Images that do not fit the device: they stay in memory or on disk, and batches come to the device ahead of their use.
+
+Worker processes gather or decode the next batches, pinned memory lets their copy run beside the computation. What is
+streamed is what would have been resident, byte for byte: order and augmentation are those of `Batches`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lasnn.data.dataset import Images
+from lasnn.errors import UserError
+
+# Of the memory that is free: the rest is for activations, which need most of it.
+SHARE = 0.5
+
+
+class Source(Protocol):
+    """Images that can be read a few at a time."""
+
+    labels: Tensor
+    shape: tuple[int, int, int, int]
+
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        """The pixels of some images, uint8 [n, C, H, W], on the CPU."""
+
+    def fingerprint(self) -> str:
+        """What tells these images from others, at little cost."""
+
+
+class InMemory:
+    """Images in the host's memory."""
+
+    def __init__(self, images: Images):
+        self.images = images
+        self.labels = images.labels
+        self.shape = images.shape
+
+    def read(self, chosen: Sequence[int]) -> Tensor:
+        return self.images.pixels[list(chosen)]
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+
+class Streamed:
+    """Images that come to the device batch by batch; it stands in for `Images`.
+
+    Args:
+        source: where they are.
+        device: where the batches shall be.
+        workers: processes that read ahead; 0 reads when a batch is needed.
+    """
+
+    def __init__(self, source: Source, device: torch.device, workers: int):
+        self.source = source
+        self.device = device
+        self.workers = workers
+        self.labels = source.labels
+        self.shape = source.shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def batches(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels uint8 [b, C, H, W] and labels [b] of each of several choices of images, on the device."""
+        pinned = self.device.type == "cuda"
+        loader = DataLoader(
+            _Choices(self.source, [index.tolist() for index in chosen]),
+            batch_size=None,
+            num_workers=min(self.workers, len(chosen)),
+            pin_memory=pinned,
+        )
+        for pixels, labels in loader:
+            yield pixels.to(self.device, non_blocking=pinned), labels.to(self.device, non_blocking=pinned)
+
+
+class _Choices(torch.utils.data.Dataset):
+    """Whole batches as the items of a data loader."""
+
+    def __init__(self, source: Source, chosen: list[list[int]]):
+        self.source = source
+        self.chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
+        index = self.chosen[batch]
+        return self.source.read(index), self.source.labels[index]
+
+
+def place(
+    splits: Sequence[Images | Source], device: torch.device, *, residence: str, workers: int
+) -> tuple[list[Images | Streamed], str]:
+    """Put the splits of a data set on the device if they fit, otherwise stream them.
+
+    Args:
+        residence: "auto" keeps them on the device if they take at most half of its free memory; "device", "stream".
+
+    Returns:
+        The splits, and a line that says what was chosen and why.
+
+    Raises:
+        UserError: an image that cannot be read any more.
+    """
+    needed = sum(prod(split.shape) for split in splits)
+    free = free_bytes(device)
+    size = f"{needed / 2**20:,.0f} MiB of images, {free / 2**20:,.0f} MiB free on {device}"
+    if residence == "device" or (residence == "auto" and needed <= SHARE * free):
+        why = "" if residence == "auto" else ', as data.residence = "device" says'
+        return [_resident(split).to(device) for split in splits], f"images   on the device{why} ({size})"
+    why = f", as more than {SHARE:.0%} would be taken" if residence == "auto" else ', as data.residence = "stream" says'
+    streamed = [Streamed(InMemory(split) if isinstance(split, Images) else split, device, workers) for split in splits]
+    return streamed, f"images   streamed by {workers} worker processes{why} ({size})"
+
+
+def _resident(split: Images | Source) -> Images:
+    return split if isinstance(split, Images) else Images(split.read(range(len(split.labels))), split.labels)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; on a CPU what the system says is available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def check_labels(labels: Tensor, classes: int, what: str) -> None:
+    """Check that labels are from 0 to `classes` - 1.
+
+    Raises:
+        UserError: they are not.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(f"{what} labels run from {low} to {high}; {classes} classes")
