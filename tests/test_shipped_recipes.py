@@ -1,9 +1,22 @@
-"""Every shipped recipe says where it comes from, dry-runs without data, and its objective trains."""
+"""Every shipped recipe says where it comes from, dry-runs without data, and trains on files in its data format."""
 
+import pickle
+
+import numpy as np
 import pytest
+from PIL import Image
+from torchvision import datasets as published
 
+from lasnn.data.archive import md5
+from lasnn.data.cifar import Cifar10, Cifar100
+from lasnn.data.fashion_mnist import FashionMnist, FashionMnistMini
+from lasnn.data.idx import write_idx
+from lasnn.data.tiny_imagenet import TinyImageNet
+from lasnn.distillation import distill
 from lasnn.plan import make_plan
 from lasnn.recipe import Recipe, shipped, summary
+
+TRAIN, TEST, BATCH = 100, 20, 50
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -18,12 +31,77 @@ def test_dry_run(name, lasnn):
 def test_header(name):
     path = shipped()[name]
     assert 20 < len(summary(path)) < 120
-    assert "T = 4" in summary(path) or name == "quickstart"
+    recipe = Recipe.load(name)
+    assert f"T = {recipe.student.timesteps}" in summary(path) or name == "quickstart"
+    assert name == "quickstart" or f"{recipe.student.encoder_table.name} encoding" in summary(path)
     header = path.read_text().partition("\nseed")[0]
     assert "measured" in header, "the header says what was measured with the recipe, or that nothing was"
+    assert "Where the settings come from" in header
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_pairs_have_equal_resolution(name):
     for pair in make_plan(Recipe.load(name, ["device=cpu"])).pairs:
         assert pair.student_shape[1:] == pair.teacher_shape[1:]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with small files in the formats of all data sets, and the sizes and checksums changed to theirs."""
+    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    patch = pytest.MonkeyPatch()
+    for kind in (Cifar10, Cifar100, FashionMnist, FashionMnistMini, TinyImageNet):
+        patch.setattr(kind, "train_size", 200 if kind is TinyImageNet else TRAIN)
+        patch.setattr(kind, "test_size", 200 if kind is TinyImageNet else TEST)
+    for kind in (Cifar10, Cifar100):
+        known = getattr(published, kind.torchvision_name)
+        (root / known.base_folder).mkdir()
+        for which, size in (("train_list", TRAIN), ("test_list", TEST)):
+            files = []
+            for file, _ in getattr(known, which):
+                count = size // len(getattr(known, which))
+                labels = (np.arange(count) % len(kind.classes)).tolist()
+                batch = {"data": draws.integers(0, 256, (count, 3072), np.uint8), kind.labels_key: labels}
+                path = root / known.base_folder / file
+                path.write_bytes(pickle.dumps(batch, protocol=2))
+                files.append([file, md5(path)])
+            patch.setattr(known, which, files)
+    for folder in (root, root / "mini"):
+        folder.mkdir(exist_ok=True)
+        for split, count in (("train", TRAIN), ("t10k", TEST)):
+            write_idx(folder / f"{split}-images-idx3-ubyte.gz", draws.integers(0, 256, (count, 28, 28), np.uint8))
+            write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
+    patch.setattr("lasnn.data.fashion_mnist.MINI", root / "mini")
+    tiny = root / "tiny-imagenet-200"
+    wnids = [f"n{number:08}" for number in range(200)]
+    (tiny / "val/images").mkdir(parents=True)
+    (tiny / "wnids.txt").write_text("\n".join(wnids))
+    lines = []
+    for number, wnid in enumerate(wnids):
+        (tiny / "train" / wnid / "images").mkdir(parents=True)
+        image = Image.fromarray(draws.integers(0, 256, (64, 64, 3), np.uint8))
+        image.save(tiny / "train" / wnid / "images" / f"{wnid}_0.JPEG", "JPEG")
+        image.convert("L").save(tiny / "val/images" / f"val_{number}.JPEG", "JPEG")
+        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t62\n")
+    (tiny / "val/val_annotations.txt").write_text("".join(lines))
+    yield root
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_two_steps_of_training(name, data, tmp_path, monkeypatch):
+    """Narrow networks, and one epoch of two steps for teacher and student each; all else as the recipe says."""
+    monkeypatch.chdir(tmp_path)
+    size = 100 if "tinyimagenet" in name else BATCH
+    settings = [f"data.root={data}", f"data.batch_size={size}", "device=cpu", "precision=fp32"]
+    for table in ("teacher", "student"):
+        settings.append(f"{table}.width=4")
+    for table in ("teacher", "distill"):
+        settings += [f"{table}.epochs=1", f"{table}.warmup_epochs=0.0", f"{table}.lr=0.01"]
+    run = distill(name, tmp_path / "run", overrides=settings)
+    found = run.read_json("summary.json")
+    assert 0 <= found["accuracy"] <= 1
+    assert found["firing_rate"] > 0
+    phases = {epoch["phase"]: epoch for epoch in run.metrics()}
+    assert phases.keys() == {"teacher", "student"}
+    assert {"cross-entropy", "attention"} <= phases["student"]["losses"].keys()
