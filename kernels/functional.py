@@ -239,6 +239,24 @@ def norm_lif(
     return spikes, running
 
 
+def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """What `norm_lif`'s neuron sees of y in evaluation, in the state's type: its sums and products in its order.
+
+    Plain operators, for runs in pieces and for exports: the spikes of `lif` on it are those of `norm_lif`.
+
+    Args:
+        y: [N, C, H, W].
+        norm: with running statistics.
+    """
+    state = state_dtype(y.dtype)
+    mean, var = norm.running_mean.to(state), norm.running_var.to(state)
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight.to(state) * scale
+    x = (y.to(state) - mean[:, None, None]) * scale[:, None, None]
+    return x if norm.bias is None else x + norm.bias.to(state)[:, None, None]
+
+
 def updated(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> RunningStatistics:
     """`norm`'s running statistics after a batch, by nn.BatchNorm2d's rule: the variance over n - 1."""
     mean, var = statistics.to(norm.running_mean.dtype)

@@ -119,6 +119,13 @@ def evaluate(
             help="With --converted: the voltage at first, in thresholds.  [default: 0; for qcfs 0.5]",
         ),
     ] = None,
+    early_exit: Annotated[
+        float | None,
+        typer.Option("--exit", metavar="P", help="Also stop each image once a class reaches this probability."),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(metavar="N", help="Seeds of an encoder that draws, as poisson.  [default: 3]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, firing rate, energy and speed of a trained student at any T, or of its teacher, converted."""
@@ -133,7 +140,7 @@ def evaluate(
         from lasnn.evaluation import evaluate as measure_run
 
         loaded = load_run(run, device="auto")
-        results = measure_run(loaded, steps, converted=converted, **options)
+        results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
         known = conditions(loaded)
         if converted:
             # The same at every T.

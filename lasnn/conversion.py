@@ -26,7 +26,7 @@ from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
 from lasnn.errors import MachineError, UserError, unknown
-from lasnn.network import Clock, NormActivate, NormSpike, Staged, Student, Teacher
+from lasnn.network import NormActivate, NormSpike, Staged, Student, Teacher
 from lasnn.neuron import IF
 
 Method = Literal["maxnorm", "percentile", "qcfs"]
@@ -50,15 +50,12 @@ LINEAR = (
 class BalancedIF(IF):
     """Integrate-and-fire with soft reset whose spikes carry the value of its threshold.
 
-    It takes its voltage up where the last call left it if the clock says that the sequence is under way, so that a long
-    run can be made in pieces; a sequence that begins starts from `start` times the threshold.
+    Without a voltage to go on from it starts at `start` times the threshold.
     """
 
-    def __init__(self, threshold: float, start: float, clock: Clock):
+    def __init__(self, threshold: float, start: float):
         super().__init__(threshold=threshold, reset="soft")
         self.start = start
-        self.clock = clock
-        self.voltage: Tensor | None = None
 
     @property
     def amplitude(self) -> float:
@@ -67,10 +64,9 @@ class BalancedIF(IF):
 
     def forward(self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None) -> tuple[Tensor, Tensor]:
         if v0 is None:
-            begin = self.start * self.amplitude
-            v0 = self.voltage if self.clock.start else torch.full_like(current[0], begin, dtype=torch.float32)
-        spikes, self.voltage = super().forward(current, v0, timesteps)
-        return spikes * self.amplitude, self.voltage
+            v0 = torch.full_like(current[0], self.start * self.amplitude, dtype=torch.float32)
+        spikes, voltage = super().forward(current, v0, timesteps)
+        return spikes * self.amplitude, voltage
 
     def extra_repr(self) -> str:
         return f"threshold={self.amplitude:.4g}, start={self.start}"
@@ -99,12 +95,10 @@ class Converted(Student):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features, of all T steps."""
         x = self.encoder(images, 1, generator)
-        clock, pieces = self.network.clock, []
-        try:
-            for clock.start in range(0, self.timesteps, CHUNK):
-                pieces.append(self.network(x, min(CHUNK, self.timesteps - clock.start), taps))
-        finally:
-            clock.start = 0
+        pieces, voltages = [], {}
+        for start in range(0, self.timesteps, CHUNK):
+            with self.network.clock.carried(voltages, start) as voltages:
+                pieces.append(self.network(x, min(CHUNK, self.timesteps - start), taps))
         logits, features = zip(*pieces, strict=True)
         return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
 
@@ -151,8 +145,8 @@ def convert(
     network = copy.deepcopy(teacher.network).requires_grad_(False).eval()
     for name, threshold in thresholds.items():
         unit = network.get_submodule(name)
-        spiking = NormSpike(None, BalancedIF(threshold, start, network.clock), network.clock)
-        spiking.norm = unit.norm
+        spiking = NormSpike(None, BalancedIF(threshold, start), network.clock)
+        spiking.norm, spiking.name = unit.norm, name
         network.set_submodule(name, spiking)
     encoder = Direct(teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()).to(teacher.mean.device)
     description = {

@@ -172,29 +172,89 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     if converted:
         _say_converted(console, converted)
     table = Table(box=None, pad_edge=False)
-    for title in ("T", "accuracy", "spikes/neuron/step", "µJ/image", *([] if converted else ["images/s"])):
+    drawn = "accuracy_deviation" in first
+    titles = ("T", "accuracy", *(["sd"] if drawn else []), "ECE", "spikes per\nneuron, step", "silent")
+    for title in (*titles, "µJ/image", "images/s", "ms at\nbatch 1", "MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for result in results:
         table.add_row(
             str(result["timesteps"]),
             f"{result['accuracy']:.4f}",
+            *([f"{result['accuracy_deviation']:.4f}"] if drawn else []),
+            f"{result['calibration_error']:.4f}",
             f"{result['firing_rate']:.4f}",
+            f"{result['silent']:.1%}",
             f"{result['energy_uj']:.3f}",
-            *([] if converted else [f"{result['images_per_second']:.0f}"]),
+            f"{result['images_per_second']:.0f}",
+            f"{result['latency_ms']:.2f}",
+            f"{result['peak_memory_mib']:.0f}",
         )
     console.print(table)
+    if "exit" in first:
+        early = Table(box=None, pad_edge=False)
+        titles = ("at most T", "mean steps", "accuracy", "µJ/image")
+        for title in titles:
+            early.add_column(title, justify="right", no_wrap=True)
+        for result in results:
+            found = result["exit"]
+            early.add_row(
+                str(result["timesteps"]),
+                f"{found['mean_steps']:.3f}",
+                f"{found['accuracy']:.4f}",
+                f"{found['energy_uj']:.3f}",
+            )
+        console.print(f"early exit at a confidence of {first['exit']['threshold']:g}:", highlight=False)
+        console.print(early)
     # A conversion is asked for many T, more than there is room for beside each other.
     shown = [results[-1]] if converted else results
     layers = Table(box=None, pad_edge=False)
-    layers.add_column("spikes/neuron/step by layer", no_wrap=True)
-    for title in [f"T = {result['timesteps']}" for result in shown] + (["threshold"] if converted else []):
-        layers.add_column(title, justify="right", no_wrap=True)
+    layers.add_column("layer", no_wrap=True)
+    for result in shown:
+        layers.add_column(f"spikes, T = {result['timesteps']}", justify="right")
+    layers.add_column(f"silent, T = {shown[-1]['timesteps']}", justify="right")
+    if converted:
+        layers.add_column("threshold", justify="right", no_wrap=True)
     for name in first["firing_rate_by_layer"]:
-        threshold = [f"{converted['thresholds'][name]:.4g}"] if converted else []
-        layers.add_row(name, *(f"{result['firing_rate_by_layer'][name]:.4f}" for result in shown), *threshold)
+        layers.add_row(
+            name,
+            *(f"{result['firing_rate_by_layer'][name]:.4f}" for result in shown),
+            f"{shown[-1]['silent_by_layer'][name]:.1%}",
+            *([f"{converted['thresholds'][name]:.4g}"] if converted else []),
+        )
     console.print(layers)
-    note = "µJ: 45 nm operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition); memory access is not in them"
-    console.print(note, markup=False, highlight=False, soft_wrap=True)
+    _say_classes(console, known["classes"], results[-1])
+    _say_operations(console, results[-1])
+    for note in (
+        "ECE: expected calibration error. silent: the share of neurons that spike on no test image. µJ: 45 nm operation "
+        "counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy without memory access.",
+        "MiB: of the GPU's memory, during a batch"
+        if known["device"].startswith("cuda")
+        else "MiB: of this whole process, during a batch",
+        *([f"means of {len(first['accuracies'])} draws of the encoder; sd is their deviation"] if drawn else []),
+    ):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_classes(console: Console, classes: Sequence[str], result: Mapping[str, Any]) -> None:
+    """The accuracy of each class, of the worst ten where there are many."""
+    known = [pair for pair in zip(classes, result["accuracy_by_class"], strict=True) if pair[1] is not None]
+    which = "by class"
+    if len(known) > 20:
+        known, which = sorted(known, key=lambda pair: pair[1])[:10], "of the ten worst classes"
+    text = "  ".join(f"{name} {accuracy:.3f}" for name, accuracy in known)
+    line = f"accuracy {which}, T = {result['timesteps']}: {text}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
+    """What was counted for an image, on a line."""
+    counted = result["operations"]
+    line = (
+        f"operations an image, T = {result['timesteps']}: {counted['additions']:,.0f} additions by spikes, "
+        f"{counted['multiply_additions']:,.0f} multiply-additions in layers fed by real values; "
+        f"{counted['dense']:,.0f} multiply-additions if computed densely"
+    )
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:

@@ -22,7 +22,8 @@ class Encoder(nn.Module, ABC):
     - `constant`: all steps are the same, and the output's leading dimension is 1;
     - `causal`: the first t steps of a longer run are those of a run of t steps (with equal generators), so
       that one pass of T steps gives the result after every step up to T;
-    - `spiking`: the output holds only 0 and 1.
+    - `spiking`: the output holds only 0 and 1;
+    - `random`: the output is drawn, so that two runs of the same images differ.
 
     The range of the images is the caller's promise, which the loader keeps: a check here would stall a GPU
     and could not be exported. `check_images` is that check, for images from outside. Beyond the range, a
@@ -39,6 +40,7 @@ class Encoder(nn.Module, ABC):
     constant = False
     causal = False
     spiking = False
+    random = False
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -108,6 +110,7 @@ class Poisson(Encoder):
 
     causal = True
     spiking = True
+    random = True
 
     def encode(self, images: Tensor, timesteps: int, generator: Generator | None) -> Tensor:
         spikes = images.new_empty(timesteps, *images.shape)

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from lasnn.conversion import Converted, Method, check, check_options, convert
 from lasnn.errors import UserError
-from lasnn.measure import images_per_second, measure, teacher_energy_uj
+from lasnn.measure import dense_operations, measure, speed, teacher_energy_uj
 from lasnn.plan import load_data
 from lasnn.run import Run, environment, load_run
 
@@ -14,6 +15,8 @@ __all__ = ["Run", "evaluate", "load_run"]
 
 # Where a conversion is measured unless told otherwise; one run of the longest gives them all.
 CONVERTED_TIMESTEPS = tuple(2**power for power in range(9))
+# How often an encoder that draws is measured.
+DRAWS = 3
 
 
 def evaluate(
@@ -23,6 +26,8 @@ def evaluate(
     converted: Method | None = None,
     percentile: float = 99.9,
     membrane_start: float | None = None,
+    early_exit: float | None = None,
+    draws: int | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a run's student on its test images, or its teacher, converted.
 
@@ -31,19 +36,24 @@ def evaluate(
         timesteps: T, or several; None is the T of the training, for a conversion 1, 2, 4, ..., 256.
         converted: measure the run's teacher, converted by this method, in the student's place.
         percentile, membrane_start: of the conversion, as for `lasnn.conversion.convert`.
+        early_exit: also stop each image once the largest class probability reaches this, in (0, 1].
+        draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
 
     Returns:
-        One dict for each T: `accuracy` (a fraction), `timesteps`, `firing_rate` (spikes per neuron and step),
-        `firing_rate_by_layer`, `energy_uj` (per image; an operation-count proxy, see `lasnn.measure`), `operations`,
-        `images`, `images_per_second`, and of the teacher `teacher_accuracy` and `teacher_energy_uj`. A conversion has
-        no `images_per_second` but `converted`: its method, options, thresholds and number of calibration images.
+        One dict for each T, as `lasnn.measure.measure` returns it, and in it `operations.dense`, `images_per_second`,
+        `latency_ms` and `peak_memory_mib` (see `lasnn.measure.speed`), of the teacher `teacher_accuracy` and
+        `teacher_energy_uj`. Where the encoder draws, every figure is the mean over the draws, `accuracies` has each and
+        `accuracy_deviation` their standard deviation. A conversion has `converted`: its method, options, thresholds and
+        number of calibration images.
 
     Raises:
-        UserError: the folder holds no finished run, T is below 1, the data is missing or broken, or there is no teacher
-            or one that cannot be converted.
+        UserError: the folder holds no finished run, an option is out of its range or does not fit the encoder, the data
+            is missing or broken, or there is no teacher or one that cannot be converted.
     """
     if converted is not None:
         check_options(converted, percentile, membrane_start)
+    if early_exit is not None and not 0 < early_exit <= 1:
+        raise UserError(f"early exit: the confidence must be above 0 and at most 1, got {early_exit}")
     if not isinstance(run, Run):
         run = load_run(run, device="auto")
     if timesteps is None:
@@ -53,6 +63,16 @@ def evaluate(
     wrong = [t for t in timesteps if not isinstance(t, int) or isinstance(t, bool) or t < 1]
     if wrong or not timesteps:
         raise UserError(f"timesteps must be whole numbers of at least 1, not {', '.join(map(repr, wrong)) or 'none'}")
+    encoder = run.student.encoder
+    if early_exit is not None and converted is None and not encoder.causal:
+        raise UserError(
+            f"early exit: the encoder {run.recipe.student.encoder_table.name!r} decides the spikes of all T steps at "
+            "once, so no shorter run is part of a longer one; it takes a causal encoder, as direct or poisson"
+        )
+    if draws is not None and draws < 1:
+        raise UserError(f"draws must be at least 1, got {draws}")
+    if draws is not None and draws > 1 and (converted is not None or not encoder.random):
+        raise UserError("draws: nothing is drawn here; they go with a student whose encoder draws, as poisson")
     options = {"percentile": percentile, "membrane_start": membrane_start}
     if converted is not None:
         check_conversion(run, converted, **options)
@@ -61,21 +81,51 @@ def evaluate(
     student = run.student
     if converted is not None:
         student = convert(run.teacher, converted, train, batch_size=batch_size, **options)
-    results = measure(student, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)
-    teacher = {}
-    if run.teacher is not None:
-        data = run.data
-        teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
-        teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, (data.channels, data.height, data.width))
-    for result in results:
-        if isinstance(student, Converted):
-            result["converted"] = student.description
-        else:
+    count = (draws or DRAWS) if student.encoder.random else 1
+    try:
+        measured = [
+            measure(
+                student,
+                test,
+                timesteps,
+                batch_size=batch_size,
+                seed=run.recipe.seed,
+                draw=draw,
+                early_exit=early_exit,
+            )
+            for draw in range(count)
+        ]
+        results = [merge(same) for same in zip(*measured, strict=True)]
+        image = (run.data.channels, run.data.height, run.data.width)
+        for result in results:
             student.timesteps = result["timesteps"]
-            result["images_per_second"] = images_per_second(student, test, batch_size=batch_size)
-        result.update(teacher)
-    run.student.timesteps = run.recipe.student.timesteps
+            result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
+            result.update(speed(student.steps, test, batch_size=batch_size))
+            if isinstance(student, Converted):
+                result["converted"] = student.description
+            if run.teacher is not None:
+                result["teacher_accuracy"] = run.summary.get("teacher_accuracy")
+                result["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
+    finally:
+        run.student.timesteps = run.recipe.student.timesteps
     return results
+
+
+def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of several measurements of the same; with the accuracy of each and its standard deviation."""
+    if len(draws) == 1:
+        return dict(draws[0])
+    accuracies = [draw["accuracy"] for draw in draws]
+    return {**_mean(draws), "accuracies": accuracies, "accuracy_deviation": stdev(accuracies)}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    if isinstance(first, list):
+        return [_mean(each) for each in zip(*values, strict=True)]
+    return first if all(value == first for value in values) else mean(values)
 
 
 def check_conversion(run: Run, method: str, **options: Any) -> None:
@@ -112,5 +162,6 @@ def conditions(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.folder.path),
         "data": run.recipe.data.name,
+        "classes": list(run.data.classes),
         **{name: known[name] for name in ("device", "device_name", "lasnn", "torch")},
     }

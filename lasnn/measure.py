@@ -1,17 +1,19 @@
 """What a spiking network does on images: accuracy, firing rate and operations, after every time step.
 
-Shapes: T time steps, B batch, K classes.
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 """
 
 import math
+import statistics
+import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +25,8 @@ from lasnn.random import generator
 # Energy of one 32-bit operation in a 45 nm process, in pJ (Horowitz, ISSCC 2014), as SNN papers count it.
 PJ_ADD = 0.9
 PJ_MULTIPLY_ADD = 4.6
+# Of the calibration error, as in Guo et al. (ICML 2017).
+CONFIDENCE_BINS = 15
 
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 SAME = (nn.Identity, nn.Flatten, nn.Dropout)
@@ -42,9 +46,13 @@ class Counter:
         self.timesteps = timesteps
         self.images = 0
         self.spikes: dict[str, Tensor] = {}
-        self.neurons: dict[str, int] = {}
-        self.additions = torch.zeros(timesteps, dtype=torch.float64)
-        self.multiply_additions = torch.zeros(timesteps, dtype=torch.float64)
+        # The step at which each neuron first spiked, on any image; `timesteps` where it never did.
+        self.first: dict[str, Tensor] = {}
+        # Of each layer, by step.
+        self.additions: dict[str, Tensor] = {}
+        self.multiply_additions: dict[str, Tensor] = {}
+        # Additions of all layers for each step and image of the current batch, [T, B].
+        self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
         # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass. The reference
         # is weak, so that features are freed as ever; it also tells a tensor from a later one with the same identity.
         self._marked: dict[int, tuple[float, weakref.ref]] = {}
@@ -58,7 +66,7 @@ class Counter:
             if isinstance(module, NormSpike):
                 hook = self._count_spikes(name)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                hook = self._count_operations
+                hook = self._count_operations(name)
             elif isinstance(module, (*POOLS, *SAME)):
                 hook = self._pass_on
             else:
@@ -73,8 +81,10 @@ class Counter:
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._marked.clear()
         clock = self.student.network.clock
-        # A run that is made in pieces sees its images in each of them.
-        self.images += clock.batch if clock.start == 0 else 0
+        if clock.start == 0:
+            # A run that is made in pieces sees its images in each of them.
+            self.images += clock.batch
+            self.batch_additions = torch.zeros(self.timesteps, clock.batch, dtype=torch.float64)
         if getattr(self.student.encoder, "spiking", False):
             self._mark(inputs[0], 1.0)
 
@@ -92,7 +102,9 @@ class Counter:
             spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
             count[self._now] += spikes_per_one * self._by_step(spikes)
-            self.neurons[name] = spikes[0].numel()
+            fired = self.student.network.clock.unfold(spikes).detach().ne(0).any(1)
+            step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
+            self.first[name] = torch.minimum(self.first.get(name, step), step)
             self._mark(spikes, spikes_per_one)
 
         return hook
@@ -108,23 +120,32 @@ class Counter:
             scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
         self._mark(output, scale)
 
-    def _count_operations(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0]
-        spikes = self._spikes_per_one(x)
-        if spikes is not None:
-            fanout = self._fanout_of(layer, x, output)
-            # Summed over images and channels first, so that nothing of the feature's size is made.
-            by_pixel = self.student.network.clock.unfold(x).sum((1, 2), dtype=torch.float64)
-            if by_pixel.ndim == 1:
-                by_pixel = by_pixel[:, None]
-            self.additions[self._now] += spikes * (by_pixel * fanout).flatten(1).sum(1).cpu()
-            return
-        weight = layer.weight[0].numel()
-        clock = self.student.network.clock
-        if x.shape[0] != clock.batch:
-            self.multiply_additions[self._now] += output.numel() * weight / clock.steps
-        elif clock.start == 0:
-            self.multiply_additions[0] += output.numel() * weight
+    def _count_operations(self, name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0]
+            clock = self.student.network.clock
+            spikes = self._spikes_per_one(x)
+            if spikes is not None:
+                fanout = self._fanout_of(layer, x, output)
+                # Summed over channels first, so that nothing of the feature's size is made.
+                by_pixel = clock.unfold(x).sum(2, dtype=torch.float64)
+                if by_pixel.ndim == 2:
+                    by_pixel = by_pixel[..., None]
+                by_image = spikes * (by_pixel * fanout).flatten(2).sum(2).cpu()
+                self.batch_additions[self._now] += by_image
+                self._count(self.additions, name)[self._now] += by_image.sum(1)
+                return
+            multiply_additions = output.numel() * layer.weight[0].numel()
+            count = self._count(self.multiply_additions, name)
+            if x.shape[0] != clock.batch:
+                count[self._now] += multiply_additions / clock.steps
+            elif clock.start == 0:
+                count[0] += multiply_additions
+
+        return hook
+
+    def _count(self, counts: dict[str, Tensor], name: str) -> Tensor:
+        return counts.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
 
     def _fanout_of(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """Connections that each input of a layer has: [H, W] for a convolution, [] for a linear layer."""
@@ -160,25 +181,113 @@ class Counter:
         return slice(clock.start, clock.start + clock.steps)
 
     def after(self, steps: int) -> dict[str, Any]:
-        """Firing rates and energy of a run of the first `steps` steps."""
-        rates = {
-            name: float(count[:steps].sum()) / (steps * self.images * self.neurons[name])
-            for name, count in self.spikes.items()
+        """Firing rates, silent fractions and energy of a run of the first `steps` steps."""
+        spikes = {name: float(count[:steps].sum()) for name, count in self.spikes.items()}
+        neurons = {name: first.numel() for name, first in self.first.items()}
+        silent = {name: int((first >= steps).sum()) for name, first in self.first.items()}
+        operations = {
+            kind: {name: float(count[:steps].sum()) / self.images for name, count in counts.items()}
+            for kind, counts in (("additions", self.additions), ("multiply_additions", self.multiply_additions))
         }
-        spikes = sum(float(count[:steps].sum()) for count in self.spikes.values())
-        additions = float(self.additions[:steps].sum()) / self.images
-        multiply_additions = float(self.multiply_additions[:steps].sum()) / self.images
+        pj = dict.fromkeys([*operations["multiply_additions"], *operations["additions"]], 0.0)
+        for kind, each in (("additions", PJ_ADD), ("multiply_additions", PJ_MULTIPLY_ADD)):
+            for name, count in operations[kind].items():
+                pj[name] += each * count
+        total = max(1, sum(neurons.values()))
         return {
-            "firing_rate": spikes / (steps * self.images * max(1, sum(self.neurons.values()))),
-            "firing_rate_by_layer": rates,
-            "energy_uj": 1e-6 * (PJ_ADD * additions + PJ_MULTIPLY_ADD * multiply_additions),
-            "operations": {"additions": additions, "multiply_additions": multiply_additions},
+            "firing_rate": sum(spikes.values()) / (steps * self.images * total),
+            "firing_rate_by_layer": {name: spikes[name] / (steps * self.images * neurons[name]) for name in spikes},
+            "silent": sum(silent.values()) / total,
+            "silent_by_layer": {name: silent[name] / neurons[name] for name in silent},
+            "energy_uj": 1e-6 * sum(pj.values()),
+            "energy_uj_by_layer": {name: 1e-6 * value for name, value in pj.items()},
+            "operations": {kind: sum(counts.values()) for kind, counts in operations.items()},
+        }
+
+    def energy_by_image(self) -> Tensor:
+        """Energy in µJ of the first 1, 2, ..., T steps of each image of the current batch, [T, B]."""
+        analog = sum(self.multiply_additions.values(), torch.zeros(self.timesteps, dtype=torch.float64)) / self.images
+        pj = PJ_ADD * self.batch_additions + PJ_MULTIPLY_ADD * analog[:, None]
+        return 1e-6 * pj.cumsum(0)
+
+
+class Tally:
+    """Right and wrong answers after a number of steps, as they come in batch by batch."""
+
+    def __init__(self, classes: int):
+        # Rows are the true classes, columns the answers.
+        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        # Answers, sum of their confidence, right ones.
+        self.bins = torch.zeros(3, CONFIDENCE_BINS, dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits [B, K] and labels [B]."""
+        confidence, answer = logits.softmax(-1).max(-1)
+        labels, answer, confidence = labels.cpu(), answer.cpu(), confidence.double().cpu()
+        self.confusion += (
+            (labels * len(self.confusion) + answer).bincount(minlength=self.confusion.numel()).view_as(self.confusion)
+        )
+        # A bin holds its upper end, as in the paper.
+        bins = (confidence * CONFIDENCE_BINS).ceil().long().clamp(1, CONFIDENCE_BINS) - 1
+        for row, weights in zip(self.bins, (torch.ones_like(confidence), confidence, answer == labels), strict=True):
+            row.index_add_(0, bins, weights.double())
+
+    def result(self) -> dict[str, Any]:
+        """Accuracy, by class too (None for a class without images), calibration error and confusion."""
+        images, right = self.confusion.sum(1), self.confusion.diagonal()
+        _, confidence, correct = self.bins
+        return {
+            "accuracy": int(right.sum()) / int(images.sum()),
+            "accuracy_by_class": [
+                int(r) / int(n) if n else None for r, n in zip(right.tolist(), images.tolist(), strict=True)
+            ],
+            "calibration_error": float((confidence - correct).abs().sum() / images.sum()),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+class Exit:
+    """Early exit: an image is done at the first step after which the student's confidence is at least `threshold`.
+
+    The steps after it are not counted, though they were made: accuracy and energy are those of a run that stops.
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.images = self.correct = self.steps = 0
+        self.energy_uj = 0.0
+
+    def add(self, mean_logits: Tensor, labels: Tensor, energy_uj: Tensor) -> None:
+        """Count a batch: logits [T, B, K], the mean of the first 1 to T steps; labels [B]; energy [T, B]."""
+        confidence, answer = mean_logits.softmax(-1).max(-1)
+        sure = confidence >= self.threshold
+        sure[-1] = True
+        last = sure.int().argmax(0)[None]
+        self.images += len(labels)
+        self.correct += int((answer.gather(0, last)[0] == labels).sum())
+        self.steps += int(last.sum()) + len(labels)
+        self.energy_uj += float(energy_uj.gather(0, last.cpu()).sum())
+
+    def result(self) -> dict[str, float]:
+        """Threshold, mean steps used, accuracy, energy an image."""
+        return {
+            "threshold": self.threshold,
+            "mean_steps": self.steps / self.images,
+            "accuracy": self.correct / self.images,
+            "energy_uj": self.energy_uj / self.images,
         }
 
 
 @torch.no_grad()
 def measure(
-    student: Student, images: Images, timesteps: Sequence[int], *, batch_size: int, seed: int
+    student: Student,
+    images: Images,
+    timesteps: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    draw: int = 0,
+    early_exit: float | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy, firing rate and energy of a student at each of several T.
 
@@ -190,26 +299,39 @@ def measure(
         timesteps: the values of T.
         batch_size: images a batch.
         seed: keys the encoder's random numbers.
+        draw: further random numbers of the same seed, for an encoder that draws.
+        early_exit: stop an image as soon as the largest class probability reaches this; for causal encoders.
 
     Returns:
-        One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `firing_rate` (spikes
-        per neuron and step), `firing_rate_by_layer`, `energy_uj` (per image), `operations` (per image).
+        One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `accuracy_by_class`,
+        `calibration_error` (expected, 15 bins), `confusion` (rows: true classes), `firing_rate` (spikes per neuron and
+        step), `silent` (the fraction of neurons that spike on no image) and both by layer, `energy_uj` (per image; also
+        by layer), `operations` (per image), with `early_exit` also `exit`: its `threshold`, `mean_steps`, `accuracy`
+        and `energy_uj`.
 
     Raises:
+        ValueError: `early_exit` with an encoder that is not causal.
         MachineError: the spikes are not finite numbers.
     """
     causal = student.encoder.causal
+    if early_exit is not None and not causal:
+        raise ValueError("early exit needs a causal encoder")
     results: dict[int, dict[str, Any]] = {}
     for longest in [max(timesteps)] if causal else sorted(set(timesteps)):
         steps = sorted(set(timesteps)) if causal else [longest]
         student.timesteps = longest
-        correct = torch.zeros(longest, dtype=torch.int64)
+        tallies: dict[int, Tally] = {}
+        exits = {} if early_exit is None else {t: Exit(early_exit) for t in steps}
         with Counter(student, longest) as counter:
             for index, (batch, labels) in enumerate(_batches(images, batch_size, seed)):
-                draws = generator(seed, "evaluate", index, device=batch.device)
-                logits, _ = student.steps(batch, generator=draws)
-                after = logits.float().cumsum(0)
-                correct += reduce((after.argmax(-1) == labels).long(), "t b -> t", "sum").cpu()
+                logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device, draw))
+                counted = torch.arange(1, longest + 1, device=batch.device)[:, None, None]
+                means = logits.float().cumsum(0) / counted
+                for t in steps:
+                    tallies.setdefault(t, Tally(logits.shape[-1])).add(means[t - 1], labels)
+                energy = counter.energy_by_image() if exits else None
+                for t, early in exits.items():
+                    early.add(means[:t], labels, energy[:t])
         total = counter.after(longest)["firing_rate"]
         if not math.isfinite(total):
             raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
@@ -217,10 +339,16 @@ def measure(
             results[t] = {
                 "timesteps": t,
                 "images": len(images),
-                "accuracy": int(correct[t - 1]) / len(images),
+                **tallies[t].result(),
                 **counter.after(t),
+                **({"exit": exits[t].result()} if exits else {}),
             }
     return [results[t] for t in timesteps]
+
+
+def _draws(seed: int, index: int, device: torch.device, draw: int = 0) -> torch.Generator:
+    """The random numbers of a batch in evaluation; draw 0 is that of the training's own evaluations."""
+    return generator(seed, "evaluate", index, *([draw] if draw else []), device=device)
 
 
 @torch.no_grad()
@@ -228,8 +356,7 @@ def accuracy(student: Student, images: Images, *, batch_size: int, seed: int) ->
     """Fraction of the images that the student classifies correctly at its T; the same draws as `measure`."""
     correct = 0
     for index, (batch, labels) in enumerate(_batches(images, batch_size, seed)):
-        draws = generator(seed, "evaluate", index, device=batch.device)
-        logits, _ = student.steps(batch, generator=draws)
+        logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device))
         correct += int((logits.float().sum(0).argmax(-1) == labels).sum())
     return correct / len(images)
 
@@ -242,31 +369,102 @@ def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> fl
 
 
 @torch.no_grad()
+def dense_operations(run: Callable[[Tensor], Any], image: tuple[int, int, int], device: torch.device) -> float:
+    """Multiply-additions of all convolutions and linear layers for one image, as if no value were 0.
+
+    Args:
+        run: what takes the image, as a teacher or a student's `steps`.
+        image: C, H, W.
+        device: where it runs.
+    """
+    with FlopCounterMode(display=False) as flops:
+        run(torch.zeros(1, *image, device=device))
+    return flops.get_total_flops() / 2
+
+
 def teacher_energy_uj(teacher: Teacher, image: tuple[int, int, int]) -> float:
     """Energy of the teacher's multiply-additions for one image, in µJ; an operation count, without memory access."""
-    device = next(teacher.parameters()).device
-    with FlopCounterMode(display=False) as flops:
-        teacher(torch.zeros(1, *image, device=device))
-    return 1e-6 * PJ_MULTIPLY_ADD * flops.get_total_flops() / 2
+    return 1e-6 * PJ_MULTIPLY_ADD * dense_operations(teacher, image, next(teacher.parameters()).device)
 
 
 @torch.no_grad()
-def images_per_second(student: Student, images: Images, *, batch_size: int, seconds: float = 1.0) -> float:
-    """Throughput of inference at the student's T, nothing else running: after one batch to warm up, for `seconds`."""
+def speed(run: Callable[[Tensor], Any], images: Images, *, batch_size: int, seconds: float = 1.0) -> dict[str, float]:
+    """How fast a network is on this machine, nothing else running.
+
+    Args:
+        run: what takes images [B, C, H, W] in [0, 1].
+        images: those that are run, on the network's device.
+        batch_size: images a batch, for the throughput and the memory.
+        seconds: how long the throughput, and then the latency, is measured for, at least one run each.
+
+    Returns:
+        `images_per_second`; `latency_ms`, the median at batch 1; `peak_memory_mib` during one batch: what PyTorch had
+        allocated on a GPU, otherwise the memory of this whole process.
+    """
     cuda = images.device.type == "cuda"
-    done, start = 0, None
-    while True:
-        for batch, _ in _batches(images, batch_size, 0):
-            student.steps(batch)
-            if cuda:
-                torch.cuda.synchronize()
-            if start is None:
-                start = time.perf_counter()
-                continue
+
+    def timed(batch: Tensor) -> float:
+        begin = time.perf_counter()
+        run(batch)
+        if cuda:
+            torch.cuda.synchronize(images.device)
+        return time.perf_counter() - begin
+
+    batches = [
+        batch for batch, _ in Batches(_first(images, 4 * batch_size), batch_size, seed=0, epoch=0, shuffle=False)
+    ]
+    forget_peak(images.device)
+    timed(batches[0])
+    memory = peak_memory(images.device)
+    done, spent = 0, 0.0
+    while spent < seconds:
+        for batch in batches:
+            spent += timed(batch)
             done += len(batch)
-            spent = time.perf_counter() - start
             if spent >= seconds:
-                return done / spent
+                break
+    one, latencies = batches[0][:1], []
+    timed(one)
+    while sum(latencies) < seconds and len(latencies) < 100:
+        latencies.append(timed(one))
+    return {
+        "images_per_second": done / spent,
+        "latency_ms": 1e3 * statistics.median(latencies),
+        "peak_memory_mib": memory / 2**20,
+    }
+
+
+def _first(images: Images, count: int) -> Images:
+    """The first images, on the device, whether all are resident or not."""
+    count = min(count, len(images))
+    [(pixels, labels)] = images.batches([torch.arange(count)])
+    return Images(pixels, labels)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            # A container may forbid it: the peak is then that of the process so far, which the bound still holds for.
+            return
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that PyTorch had allocated, otherwise the most that this process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    # macOS counts bytes, other systems kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _batches(images: Images, batch_size: int, seed: int) -> Batches:

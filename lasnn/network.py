@@ -4,7 +4,8 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes. Inside a net
 dimension, T-major, so that convolution, pooling and linear layers are plain `torch.nn`; only the neuron unfolds it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
+from lasnn.kernels.functional import normalised
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
 
@@ -23,14 +25,28 @@ class Clock:
     """How many time steps and images the current forward pass folds together.
 
     One clock is shared by a network and its units. `Staged.forward` sets it and the units read it, which is what
-    lets everything between them be plain `torch.nn` modules that know nothing of time. It holds no neuron state.
+    lets everything between them be plain `torch.nn` modules that know nothing of time.
 
-    `start` is above 0 only while a caller that carries the voltages on runs a sequence in pieces: the steps before.
+    It holds neuron state only while a caller runs a sequence in pieces (see `carried`): `voltages` of the units, by
+    name, which each unit takes up and replaces, and `start`, the number of steps before this piece.
     """
 
     steps: int = 1
     batch: int = 0
     start: int = 0
+    voltages: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def carried(self, voltages: Mapping[str, Tensor], start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Within the block the units go on from `voltages` (from rest where there is none) instead of from rest.
+
+        Yields the dict that holds the voltages after the last step once the network has run; `voltages` is not changed.
+        """
+        self.voltages, self.start = dict(voltages), start
+        try:
+            yield self.voltages
+        finally:
+            self.voltages, self.start = None, 0
 
     def unfold(self, x: Tensor) -> Tensor:
         """[T*B, ...] -> [T, B, ...]; a tensor that is constant in time, [B, ...] -> [1, B, ...]."""
@@ -69,9 +85,12 @@ class NormSpike(nn.Module):
         self.neuron = neuron
         self.clock = clock
         self.fused = channels is not None and getattr(type(neuron), "forward", None) is Neuron.forward
+        # In its network; the network sets it.
+        self.name = ""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.fused:
+        voltages = self.clock.voltages
+        if self.fused and voltages is None:
             steps = self.clock.steps
             constant = steps > 1 and x.shape[0] == self.clock.batch
             spikes, running = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
@@ -80,11 +99,15 @@ class NormSpike(nn.Module):
                 self.norm.running_var.copy_(running.var)
                 self.norm.num_batches_tracked.add_(1)
             return spikes
-        current = self.clock.unfold(self.norm(x))
+        # What carries its voltages on is inference, where the kernel's arithmetic can be had step by step.
+        current = self.clock.unfold(normalised(x, self.norm) if self.fused else self.norm(x))
         if residual is not None:
             current = current + self.clock.unfold(residual)
-        spikes, _ = self.neuron(current, timesteps=self.clock.steps)
-        return rearrange(spikes, "t b ... -> (t b) ...")
+        before = {} if voltages is None else {"v0": voltages.get(self.name)}
+        spikes, after = self.neuron(current, timesteps=self.clock.steps, **before)
+        if voltages is not None:
+            voltages[self.name] = after
+        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ...")
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.
@@ -123,7 +146,10 @@ class Staged(nn.Module):
                 raise ValueError(f"a stage cannot be named {name!r}; name the stages stage1, stage2, ...")
             self.add_module(name, stage)
         self.head = head
-        clocks = {id(module.clock): module.clock for module in self.modules() if isinstance(module, NormSpike)}
+        units = {name: module for name, module in self.named_modules() if isinstance(module, NormSpike)}
+        for name, unit in units.items():
+            unit.name = name
+        clocks = {id(unit.clock): unit.clock for unit in units.values()}
         if len(clocks) > 1:
             raise ValueError("the units of one network must come from one `act` factory")
         self.clock = next(iter(clocks.values()), Clock())
@@ -262,6 +288,36 @@ class Student(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features."""
         return self.network(self.encoder(images, self.timesteps, generator), self.timesteps, taps)
+
+    @torch.no_grad()
+    def step(
+        self, images: Tensor, voltages: Mapping[str, Tensor] | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One time step, for streams: the state comes in and goes out, the student keeps none.
+
+        The mean of the logits of T such steps is what a run of T steps returns, from the same spikes.
+
+        Args:
+            images: [B, C, H, W] in [0, 1], what is seen at this step.
+            voltages: what the step before returned; None starts from rest.
+            generator: of the encoder's draws; one for all steps.
+
+        Returns:
+            Logits of this step [B, K], and the voltage [B, ...] of each layer by name.
+
+        Raises:
+            ValueError: the student is in training mode, or its encoder cannot go step by step.
+        """
+        if self.training:
+            raise ValueError("batch statistics belong to all steps at once; call .eval() before step()")
+        if not self.encoder.causal:
+            raise ValueError(
+                f"the encoder {type(self.encoder).__name__} decides the spikes of all steps at once; step() needs a "
+                "causal one, as direct or poisson"
+            )
+        with self.network.clock.carried(voltages or {}) as after:
+            logits, _ = self.network(self.encoder(images, 1, generator))
+        return logits[0], after
 
 
 class Teacher(nn.Module):
