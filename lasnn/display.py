@@ -225,8 +225,8 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     _say_classes(console, known["classes"], results[-1])
     _say_operations(console, results[-1])
     for note in (
-        "ECE: expected calibration error. silent: the share of neurons that spike on no test image. µJ: 45 nm operation "
-        "counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy without memory access.",
+        "ECE: expected calibration error. silent: the share of neurons that spike on no test image. µJ: 45 nm "
+        "operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy without memory access.",
         "MiB: of the GPU's memory, during a batch"
         if known["device"].startswith("cuda")
         else "MiB: of this whole process, during a batch",
