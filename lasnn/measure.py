@@ -223,7 +223,7 @@ class Tally:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits [B, K] and labels [B]."""
         confidence, answer = logits.softmax(-1).max(-1)
-        labels, answer, confidence = labels.cpu(), answer.cpu(), confidence.double().cpu()
+        labels, answer, confidence = labels.cpu(), answer.cpu(), confidence.cpu()
         self.confusion += (
             (labels * len(self.confusion) + answer).bincount(minlength=self.confusion.numel()).view_as(self.confusion)
         )
