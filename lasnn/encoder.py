@@ -58,6 +58,43 @@ class Encoder(nn.Module, ABC):
     def encode(self, images: Tensor, timesteps: int, generator: Generator | None) -> Tensor:
         """Images -> [T, B, C, H, W], or [1, B, C, H, W] where `constant`."""
 
+    def part(
+        self,
+        images: Tensor,
+        timesteps: int,
+        generator: Generator | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Steps `start` to `stop` of what images are encoded to within a larger batch: a part of the same numbers.
+
+        So that what an image becomes does not depend on how a batch is split, over processes or in time. One that
+        draws may override it, to draw no more than it needs.
+
+        Args:
+            images: [B, C, H, W], those from number `first` on of a batch of `total` (None: of `first` + B).
+            timesteps: T of the whole run.
+            generator: as it was before the run where `start` is 0; afterwards as the stretch of steps before left it.
+            start, stop: the stretch of time; None is T.
+
+        Returns:
+            [stop - start, B, C, H, W], or [1, B, C, H, W] where `constant`.
+        """
+        whole, count = images, len(images)
+        if self.random and generator is not None:
+            # Whatever it draws depends on the shape alone. The generator stays where it is: the next stretch is cut
+            # from the same draws.
+            generator = Generator(generator.device).set_state(generator.get_state())
+            whole = images.new_zeros(first + count if total is None else total, *images.shape[1:])
+            whole[first : first + count] = images
+        encoded = self(whole, timesteps, generator)
+        if whole is not images:
+            encoded = encoded[:, first : first + count]
+        return encoded if self.constant else encoded[start:stop]
+
 
 @encoders.register("direct")
 class Direct(Encoder):
@@ -89,8 +126,22 @@ class Rate(Encoder):
     spiking = True
 
     def encode(self, images: Tensor, timesteps: int, generator: Generator | None) -> Tensor:
+        return self.part(images, timesteps)
+
+    def part(
+        self,
+        images: Tensor,
+        timesteps: int,
+        generator: Generator | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
         count = (images.clamp(0, 1) * timesteps).round().int()
-        steps = torch.arange(timesteps + 1, device=images.device).int().view(-1, 1, 1, 1, 1)
+        last = timesteps if stop is None else stop
+        steps = torch.arange(start, last + 1, device=images.device).int().view(-1, 1, 1, 1, 1)
         # Integers, so that no rounding error can add or lose a spike.
         spiked = (2 * steps * count + timesteps) // (2 * timesteps)
         return spiked.diff(dim=0).to(images.dtype)
@@ -113,10 +164,25 @@ class Poisson(Encoder):
     random = True
 
     def encode(self, images: Tensor, timesteps: int, generator: Generator | None) -> Tensor:
-        spikes = images.new_empty(timesteps, *images.shape)
+        return self.part(images, timesteps, generator)
+
+    def part(
+        self,
+        images: Tensor,
+        timesteps: int,
+        generator: Generator | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        last = first + len(images)
+        drawn = (last if total is None else total, *images.shape[1:])
+        spikes = images.new_empty((timesteps if stop is None else stop) - start, *images.shape)
         for step in spikes:
             # In single precision, whatever the images' type: half precision has too few values below 1.
-            step.copy_(torch.rand(images.shape, generator=generator, device=images.device) < images)
+            step.copy_(torch.rand(drawn, generator=generator, device=images.device)[first:last] < images)
         return spikes
 
 

@@ -284,10 +284,23 @@ class Student(nn.Module):
         return self.steps(images)[0].mean(0)
 
     def steps(
-        self, images: Tensor, taps: Iterable[str] = (), generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        taps: Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features."""
-        return self.network(self.encoder(images, self.timesteps, generator), self.timesteps, taps)
+        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features.
+
+        They may be a part of a batch, from number `first` of `total`: the encoder then draws as it does for the whole.
+        """
+        if total in (None, len(images)):
+            encoded = self.encoder(images, self.timesteps, generator)
+        else:
+            encoded = self.encoder.part(images, self.timesteps, generator, first=first, total=total)
+        return self.network(encoded, self.timesteps, taps)
 
     @torch.no_grad()
     def step(

@@ -55,6 +55,33 @@ def test_repeats_with_the_same_generator(name, images):
     assert torch.equal(encoder(images, 4, generator(7)), encoder(images, 4, generator(7)))
 
 
+class Noisy(Encoder):
+    """As a user would write one: it draws all steps at once."""
+
+    random = True
+
+    def encode(self, images, timesteps, generator):
+        return images + torch.randn(timesteps, *images.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", [*encoders.names(), "noisy"])
+def test_a_part_of_a_batch_in_stretches_of_time_is_that_of_the_whole(name):
+    encoder = Noisy(MEAN, STD) if name == "noisy" else build(name)
+    images = random_images(5, 3, 4, 4)
+    whole = encoder(images, 7, generator(3))
+    for first, last in ((0, 2), (2, 5)):
+        draws = generator(3)
+        parts = [
+            encoder.part(images[first:last], 7, draws, first=first, total=5, start=start, stop=min(7, start + 3))
+            for start in (0, 3, 6)
+        ]
+        if encoder.constant:
+            assert all(torch.equal(part, whole[:, first:last]) for part in parts)
+        else:
+            assert [len(part) for part in parts] == [3, 3, 1]
+            assert torch.equal(torch.cat(parts), whole[:, first:last])
+
+
 @pytest.mark.parametrize("name", encoders.names())
 @pytest.mark.parametrize("timesteps", [0, -1])
 def test_too_few_steps(name, timesteps, images):
