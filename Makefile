@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # The quickstart's run folder and further options, for example: make quickstart OUT=runs/mine ARGS="--set seed=1"
 OUT ?=
 ARGS ?=
+# Processes that run the tests; a file's tests stay together, since they share what one of them trained.
+JOBS ?= 2
 
 .PHONY: help quickstart test test-all lint format install clean
 
@@ -22,11 +24,11 @@ quickstart: $(READY)
 	$(VENV)/bin/lasnn evaluate $(OUT) --timesteps 1,2,4,8
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: $(READY) lint
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]'
-	$(VENV)/bin/python -m pytest -m ''
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
