@@ -4,5 +4,6 @@ This package knows nothing of the rest of lasnn. README.md derives the formulas 
 """
 
 from lasnn.kernels.functional import SURROGATES, attention_map, lif, norm_lif
+from lasnn.kernels.norm import BatchNorm2d
 
-__all__ = ["SURROGATES", "attention_map", "lif", "norm_lif"]
+__all__ = ["SURROGATES", "BatchNorm2d", "attention_map", "lif", "norm_lif"]

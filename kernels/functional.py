@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lasnn.kernels import ops
 from lasnn.kernels.layout import memory_format, state_dtype
+from lasnn.kernels.norm import BatchNorm2d, NormLif, merged, updated
 
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid")
 TEMPORAL = ("rate", "step", "map")
@@ -144,7 +145,8 @@ def norm_lif(
     Args:
         y: the convolution's output, [T*B, C, H, W] with time outermost, contiguous or channels_last; fp32, bf16 or
             fp16; on the CPU also fp64.
-        norm: gives weight, bias, eps, momentum, the running statistics, and by its mode whether to use them.
+        norm: gives weight, bias, eps, momentum, the running statistics, and by its mode whether to use them. A
+            `lasnn.kernels.BatchNorm2d` with a group has mean and var of all the group's processes, n-weighted.
         residual: added before the neuron, like y in shape, type and memory order; or [B, C, H, W] if only one of the
             two is constant in time, which costs a copy of that one for each step.
         timesteps: T.
@@ -166,7 +168,7 @@ def norm_lif(
     check_tensor("norm_lif", y, "y")
     order = check_images("norm_lif", y, "y")
     timesteps = whole_steps("norm_lif", timesteps)
-    if type(norm) is not nn.BatchNorm2d:
+    if type(norm) not in (nn.BatchNorm2d, BatchNorm2d):
         raise TypeError(f"norm_lif: norm must be an nn.BatchNorm2d, got {type(norm).__name__}")
     if y.shape[1] != norm.num_features:
         raise ValueError(f"norm_lif: y has {y.shape[1]} channels but norm has {norm.num_features}")
@@ -220,22 +222,24 @@ def norm_lif(
     )
 
     own = norm.training or norm.running_mean is None
+    # Of the processes that share a batch.
+    group = getattr(norm, "group", None) if own else None
     running = None
     if own:
-        if count == 1:
+        if count == 1 and group is None:
             raise ValueError("norm_lif: the variance of one value a channel is not defined; give more than one image")
         statistics = ops.norm_statistics(y.detach())
-        # Where several processes share a batch, their statistics and counts are merged here.
-        if norm.running_mean is not None and count:
-            running = updated(norm, statistics, count)
+        if group is not None:
+            statistics, count = merged(statistics, count, group)
+        if norm.running_mean is not None and (group is not None or count):
+            running = RunningStatistics(*updated(norm, statistics, count))
     else:
         statistics = torch.stack([norm.running_mean, norm.running_var]).to(state)
     weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
     # A repeated y counts as often as it is read, whatever its variance was over.
     n = y.shape[0] * y.shape[2] * y.shape[3] if own else 0
-    spikes, _ = ops.norm_lif(
-        y, residual, statistics, weight, bias, learnt_decay, n, norm.eps, timesteps, bool(constant), *options
-    )
+    inputs = (y, residual, statistics, weight, bias, learnt_decay, n, norm.eps, timesteps, bool(constant), *options)
+    spikes, _ = ops.norm_lif(*inputs) if group is None else NormLif.apply(*inputs, group)
     return spikes, running
 
 
@@ -255,18 +259,6 @@ def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         scale = norm.weight.to(state) * scale
     x = (y.to(state) - mean[:, None, None]) * scale[:, None, None]
     return x if norm.bias is None else x + norm.bias.to(state)[:, None, None]
-
-
-def updated(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> RunningStatistics:
-    """`norm`'s running statistics after a batch, by nn.BatchNorm2d's rule: the variance over n - 1."""
-    mean, var = statistics.to(norm.running_mean.dtype)
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 1 / (norm.num_batches_tracked + 1).to(mean.dtype)
-    return RunningStatistics(
-        torch.lerp(norm.running_mean, mean, momentum),
-        torch.lerp(norm.running_var, var * (count / (count - 1)), momentum),
-    )
 
 
 def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: float = 1e-3) -> Tensor:

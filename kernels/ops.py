@@ -391,8 +391,10 @@ def norm_lif_gradient(ctx, grad_spikes, _):
     sums, g, grad_decay = norm_lif_sums(
         grad_spikes, y, residual, *parameters, write, ctx.eps, ctx.timesteps, ctx.constant, *ctx.dynamics
     )
-    # Where the statistics are those of several processes, their sums are added up here.
     means = sums / ctx.count if ctx.count else None
+    # Where the statistics are those of several processes, of which this one may have no image.
+    if mean_over := getattr(ctx, "mean_over", None):
+        means = mean_over(sums, ctx.count)
     if not ctx.needs_input_grad[0]:
         grad_y = None
     elif residual is None and write:

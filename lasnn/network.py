@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
+from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import normalised
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
@@ -62,7 +63,7 @@ class NormActivate(nn.Module):
 
     def __init__(self, channels: int | None, activation: nn.Module | None = None):
         super().__init__()
-        self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
+        self.norm = nn.Identity() if channels is None else BatchNorm2d(channels)
         self.activation = activation or nn.ReLU()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -76,12 +77,12 @@ class NormSpike(nn.Module):
     `channels=None` leaves the normalisation out. Input [T*B, C, H, W], or [B, C, H, W] where it is constant in time
     (it is then normalised once, with the statistics of the unrepeated tensor); output: spikes [T*B, C, H, W].
 
-    A registered neuron with a `forward` of its own runs behind `torch.nn.BatchNorm2d`, not in the kernel.
+    A registered neuron with a `forward` of its own runs behind `lasnn.kernels.BatchNorm2d`, not in the kernel.
     """
 
     def __init__(self, channels: int | None, neuron: nn.Module, clock: Clock):
         super().__init__()
-        self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
+        self.norm = nn.Identity() if channels is None else BatchNorm2d(channels)
         self.neuron = neuron
         self.clock = clock
         self.fused = channels is not None and getattr(type(neuron), "forward", None) is Neuron.forward

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
+from lasnn.kernels import BatchNorm2d
 from lasnn.network import Act, Staged
 from lasnn.registry import architectures
 
@@ -55,7 +56,7 @@ class Bottleneck(nn.Module):
 def _shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == channels:
         return nn.Identity()
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), BatchNorm2d(channels))
 
 
 def _resnet(
