@@ -246,19 +246,24 @@ def norm_lif(
 def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """What `norm_lif`'s neuron sees of y in evaluation, in the state's type: its sums and products in its order.
 
-    Plain operators, for runs in pieces and for exports: the spikes of `lif` on it are those of `norm_lif`.
+    Plain operators, for runs in pieces: the spikes of `lif` on it are those of `norm_lif`.
 
     Args:
         y: [N, C, H, W].
         norm: with running statistics.
     """
     state = state_dtype(y.dtype)
-    mean, var = norm.running_mean.to(state), norm.running_var.to(state)
-    scale = (var + norm.eps).rsqrt()
+    mean, scale, bias = folded(norm, state)
+    return (y.to(state) - mean) * scale + bias
+
+
+def folded(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, scale and bias, each [C, 1, 1], with which `norm_lif` in evaluation computes (y - mean) * scale + bias."""
+    mean, scale = norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = norm.weight.to(state) * scale
-    x = (y.to(state) - mean[:, None, None]) * scale[:, None, None]
-    return x if norm.bias is None else x + norm.bias.to(state)[:, None, None]
+        scale = norm.weight.to(dtype) * scale
+    bias = torch.zeros_like(mean) if norm.bias is None else norm.bias.to(dtype)
+    return mean[:, None, None], scale[:, None, None], bias[:, None, None]
 
 
 def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: float = 1e-3) -> Tensor:

@@ -13,6 +13,7 @@ _HOMES = {
     "augmentations": "lasnn.registry",
     "datasets": "lasnn.registry",
     "encoders": "lasnn.registry",
+    "exporters": "lasnn.registry",
     "losses": "lasnn.registry",
     "neurons": "lasnn.registry",
     "teachers": "lasnn.registry",

@@ -154,6 +154,39 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="onnx, pt2, safetensors; `lasnn list exporters`.")
+    ] = ...,
+    timesteps: Annotated[
+        int | None, typer.Option(metavar="T", help="Time steps.  [default: those of the training]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file.  [default: student-t<T>.<format> in the run folder]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a student to a file that other programs read, and verify it there on test images."""
+    with json_alone(as_json) as answer:
+        from lasnn.export import Disagreement
+        from lasnn.export import export as export_run
+
+        try:
+            answer.update(export_run(run, form, timesteps=timesteps, out=out, force=force))
+        except Disagreement as disagreement:
+            answer.update(disagreement.result)
+            raise
+    if not as_json:
+        from lasnn.display import print_export, to_stdout
+
+        print_export(to_stdout(), answer)
+
+
+@app.command()
 def compare(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
     seeds: Annotated[int, typer.Option(metavar="N", help="How many seeds, from the recipe's own on.")] = 5,
@@ -222,12 +255,12 @@ def list_parts(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="architectures, teachers, encoders, neurons, losses, datasets, augmentations or recipes.",
+            help="architectures, teachers, encoders, neurons, losses, datasets, augmentations, exporters or recipes.",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a recipe can name, each with a line of description and its options."""
+    """What a recipe or a command can name, each with a line of description and its options."""
     from lasnn.errors import unknown
     from lasnn.registry import REGISTRIES, REQUIRED
 

@@ -301,6 +301,25 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
     console.print(f"tables: {folder / 'compare.md'}, {folder / 'compare.json'}", highlight=False, soft_wrap=True)
 
 
+def print_export(console: Console, result: Mapping[str, Any]) -> None:
+    """What was written, and how far each reader agrees."""
+    lines = [
+        f"{result['file']}: {result['format']}, T = {result['timesteps']}, {result['bytes']:,} bytes",
+        f"takes    {result['takes']}",
+        f"gives    logits [B, {result['num_classes']}], the mean over the steps",
+    ]
+    for found in result["agreements"]:
+        spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"
+        if found["margin"] is not None:
+            spikes += f" (first in {found['first_layer']}, |h - threshold| <= {found['margin']:.1e} there)"
+        lines.append(
+            f"verified in {found['reader']}: {found['images']} test images, arg-max equal on {found['same_class']}/"
+            f"{found['images']}, largest logit difference {found['logit_difference']:.2g}, {spikes}"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """The registered parts by kind: name, description, options with types and defaults."""
     for number, (kind, parts) in enumerate(found.items()):

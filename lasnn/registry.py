@@ -1,4 +1,5 @@
-"""Named parts that a recipe can choose: architectures, teachers, encoders, neurons, losses, data sets, augmentations.
+"""Named parts that a recipe can choose: architectures, teachers, encoders, neurons, losses, data sets, augmentations;
+and the formats of `lasnn export`.
 
     from lasnn import architectures
 
@@ -263,6 +264,7 @@ neurons = Registry("neuron", "lasnn.neuron")
 losses = Registry("loss", "lasnn.loss", check=_check_loss)
 datasets = Registry("data set", "lasnn.data")
 augmentations = Registry("augmentation", "lasnn.data.augment", check=_check_augmentation)
+exporters = Registry("format", "lasnn.export")
 REGISTRIES = {
     "architectures": architectures,
     "teachers": teachers,
@@ -271,4 +273,5 @@ REGISTRIES = {
     "losses": losses,
     "datasets": datasets,
     "augmentations": augmentations,
+    "exporters": exporters,
 }

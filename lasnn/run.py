@@ -14,6 +14,7 @@ import os
 import platform
 import shlex
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,7 @@ WRITTEN = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run."""
+    """The files of one run; a student's own file, as `lasnn export` writes it, counts as a run without others."""
 
     path: Path
 
@@ -116,8 +117,8 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
             raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
         _check_plugins(recipe, run)
         for name in WRITTEN:
-            # What a kill left of a file that was being written (see checkpoint.write).
-            for stray in run.path.glob(f".{name}.????????"):
+            # What a kill left of a file that was being written (see checkpoint.replacing).
+            for stray in run.path.glob(f".{name}.????????{Path(name).suffix}"):
                 stray.unlink()
         return run
     if used:
@@ -228,13 +229,15 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def find_run(run: str | Path | None) -> RunFolder:
-    """The run folder that the user means; None is the newest one under `runs/`.
+    """The run folder, or the student's .safetensors file, that the user means; None is the newest folder under `runs/`.
 
     Raises:
-        UserError: it is not a run folder, or there is none.
+        UserError: it is neither, or there is none.
     """
     if run is not None:
         path = Path(run)
+        if path.is_file() and path.suffix == ".safetensors":
+            return RunFolder(path)
         if not path.exists():
             raise UserError(f"no folder {path}; give a run folder{_known_runs()}")
         if not (path / "recipe.toml").is_file():
@@ -290,25 +293,43 @@ def load_run(run: str | Path | None = None, device: str = "cpu") -> Run:
     """Read a run folder.
 
     Args:
-        run: the folder; None is the newest one under `runs/`.
+        run: the folder, or a student's .safetensors file, whose metadata has the recipe (the run's own, or an export);
+            the recipe's plugins must then lie beside the file. None is the newest folder under `runs/`.
         device: where the networks go; "auto" takes CUDA if present.
 
     Returns:
         The run; `.student` is an `nn.Module` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
 
     Raises:
-        UserError: it is not a run folder, or has no trained student.
+        UserError: it is no run, or has no trained student.
     """
     folder = find_run(run)
-    recipe = Recipe.load(folder / "recipe.toml")
+    if folder.path.is_file():
+        recipe, weights = _recipe_in(folder.path), folder.path
+    else:
+        recipe, weights = Recipe.load(folder / "recipe.toml"), folder / "student.safetensors"
     data = make_data(recipe)
-    weights = folder / "student.safetensors"
     if not weights.is_file():
         raise UserError(f"{folder.path} has no student yet; finish it with `{resume_command(folder.path)}`")
     where = pick_device(device)
     student = make_student(recipe, data)
     load_into(student.network, weights)
     return Run(folder, recipe, data, where, student.to(where).eval())
+
+
+def _recipe_in(path: Path) -> Recipe:
+    """The recipe in the metadata of a student's file; plugins that are files are looked for beside it."""
+    _, description = checkpoint.weight_shapes(path)
+    text = description.get("recipe")
+    if not isinstance(text, str):
+        raise UserError(
+            f"{path} has no recipe in its metadata; give a run folder, or what `lasnn export --format safetensors` "
+            "wrote"
+        )
+    try:
+        return Recipe.from_tables(tomllib.loads(text), source=str(path))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: the recipe in its metadata is damaged: {error}") from error
 
 
 def resume_command(folder: Path) -> str:

@@ -18,7 +18,7 @@ LAYERS = [
     {"measure", "conversion"},
     {"run"},
     {"display"},
-    {"distillation", "evaluation", "bench"},
+    {"distillation", "evaluation", "export", "bench"},
     {"matched"},
     {"compare"},
     {"cli", "__main__"},

@@ -1,0 +1,122 @@
+"""Exports: a student in a file that other programs read, verified in them before it is called done."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lasnn.checkpoint import replacing
+from lasnn.errors import MachineError, UserError, unknown
+from lasnn.export import pt2, safetensors
+from lasnn.export.exporter import Exporter, Reader, Sample
+from lasnn.export.verification import RULE, Agreement, Verification, samples
+from lasnn.plan import load_data
+from lasnn.registry import blaming, exporters
+from lasnn.run import Run, load_run
+
+__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "pt2", "safetensors"]
+
+
+class Disagreement(MachineError):
+    """A reader makes something else of the exported file than the student does; `result` has the figures."""
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
+
+
+def export(
+    run: str | Path | Run | None,
+    form: str,
+    *,
+    timesteps: int | None = None,
+    out: str | Path | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a run's student to a file, and verify the file in its readers on test images.
+
+    The file is written under another name beside its place and takes it once every reader agrees.
+
+    Args:
+        run: a run folder, a student's .safetensors file, or what `load_run` returned; None is the newest folder under
+            `runs/`.
+        form: the name of a registered exporter.
+        timesteps: T; None is the T of the training.
+        out: the file; None is `student-t<T>` with the format's ending, in the run folder.
+        force: replace a file that exists.
+
+    Returns:
+        `file`, `format`, `timesteps`, `bytes`, `takes` (the input, in words), `num_classes`, `verified` and
+        `agreements`, an `Agreement` for each reader.
+
+    Raises:
+        UserError: everything that is wrong with the arguments, or what the format cannot say of this student.
+        Disagreement: a reader does not agree by `RULE`; the file is kept as `<file>.unverified`.
+    """
+    # The readers run on the CPU, and equality bit for bit is promised for it alone.
+    if not isinstance(run, Run) or run.device.type != "cpu":
+        run = load_run(run.folder.path if isinstance(run, Run) else run)
+    exporter, path = _prepare(run, form, timesteps, None if out is None else Path(out), force)
+    with blaming(exporters[form]):
+        exporter.check()
+    _, test, _ = load_data(run.recipe, run.data, run.device)
+    with replacing(path) as temporary:
+        with blaming(exporters[form]):
+            exporter.write(temporary)
+            readers = exporter.readers(temporary)
+        checks = [Verification(reader, exporter.student) for reader in readers]
+        for sample in samples(exporter.student, test, run.recipe.seed):
+            for check in checks:
+                check.add(sample)
+        agreements = [check.agreement() for check in checks]
+        result = {
+            "file": str(path),
+            "format": form,
+            "timesteps": exporter.timesteps,
+            "bytes": temporary.stat().st_size,
+            "takes": exporter.takes,
+            "num_classes": len(run.data.classes),
+            "verified": not any(found.problem for found in agreements),
+            "agreements": [found.as_json() for found in agreements],
+        }
+        if not result["verified"]:
+            kept = path.with_name(f"{path.name}.unverified")
+            temporary.replace(kept)
+            found = next(found for found in agreements if found.problem)
+            raise Disagreement(
+                f"{found.reader} does not agree with the student: {found.problem}; the first layer that differs is "
+                f"{found.first_layer or 'not known'} ({found.flipped:,} of {found.spikes:,} spikes, arg-max equal on "
+                f"{found.same_class}/{found.images}, logits up to {found.logit_difference:.2g} apart); the file is "
+                f"kept as {kept}",
+                {**result, "file": str(kept)},
+            )
+    return result
+
+
+def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force: bool) -> tuple[Exporter, Path]:
+    """The exporter and the file's place, checked; all that is wrong is reported at once."""
+    problems = []
+    if timesteps is None:
+        timesteps = run.recipe.student.timesteps
+    elif not isinstance(timesteps, int) or isinstance(timesteps, bool) or timesteps < 1:
+        problems.append(f"timesteps must be a whole number of at least 1, not {timesteps!r}")
+    if form not in exporters:
+        raise UserError(*problems, unknown("format", form, exporters))
+    kind = exporters[form].function
+    missing = [package for package in kind.packages if find_spec(package) is None]
+    if missing:
+        fix = f"pip install 'lasnn[{kind.extra}]'" if kind.extra else "install them"
+        problems.append(f"format {form!r} needs {', '.join(missing)}, not installed here: {fix}")
+    if out is None:
+        folder = run.folder.path.parent if run.folder.path.is_file() else run.folder.path
+        out = folder / f"student-t{timesteps}{kind.suffix}"
+    if out.is_dir():
+        problems.append(f"{out} is a folder; name a file")
+    elif out.suffix != kind.suffix:
+        problems.append(f"{out}: a file of format {form!r} ends in {kind.suffix}")
+    elif out.exists() and not force:
+        problems.append(f"{out} exists; --force replaces it, --out names another file")
+    elif not out.parent.is_dir():
+        problems.append(f"{out}: there is no folder {out.parent}; make it first")
+    if problems:
+        raise UserError(*problems)
+    return exporters.build(form, run, timesteps), out

@@ -1,0 +1,149 @@
+"""What every format is: a file that is written, and the readers that it is verified in."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasnn import __version__
+from lasnn.errors import UserError
+from lasnn.registry import architectures, encoders, neurons
+from lasnn.run import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A batch of test images and what the student makes of them: what a reader is held against.
+
+    Shapes: T time steps, B batch, K classes.
+    """
+
+    images: Tensor
+    """[B, C, H, W] in [0, 1]."""
+    encoded: Tensor
+    """What the first layer sees, [T, B, C, H, W], or [1, B, C, H, W] where it is constant in time."""
+    logits: Tensor
+    """[B, K], the mean over the steps."""
+    spikes: dict[str, Tensor]
+    """Of each layer, in the order in which they run: [T, B, ...]."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A program with the exported file loaded."""
+
+    name: str
+    """With its version."""
+    run: Callable[[Sample], tuple[Tensor, dict[str, Tensor]]]
+    """From a sample (its images or its encoded images, as the file takes them) to logits [B, K] and, by the student's
+    names, the spikes [T, B, ...] of those layers that the program shows."""
+    exact: bool = False
+    """Whether logits and spikes must be the student's bit for bit."""
+
+
+class Exporter(ABC):
+    """One format: writes a student to a file and loads it in the programs that the file is for.
+
+    A subclass is registered with `exporters.register(name)`; lasnn calls `check`, `write` and `readers`, in this order.
+    Packages that are not among lasnn's own dependencies are imported within the methods, never with the module.
+
+    Args:
+        run: a finished run, on the CPU.
+        timesteps: T.
+    """
+
+    suffix: str
+    """What the file's name ends in, with the dot."""
+    extra: str = ""
+    """The optional dependency of lasnn that brings `packages`."""
+    packages: Sequence[str] = ()
+    """Modules that must be there."""
+
+    def __init__(self, run: Run, timesteps: int):
+        self.run = run
+        # A view with its own T; the run's student keeps its own.
+        self.student = copy.copy(run.student)
+        self.student.timesteps = timesteps
+        self.timesteps = timesteps
+
+    def check(self) -> None:  # noqa: B027
+        """Find what the format cannot say of this student, before anything is written.
+
+        Raises:
+            UserError: the reasons, a line each.
+        """
+
+    @abstractmethod
+    def write(self, path: Path) -> None:
+        """Write the file; `path` ends in `suffix`, and what is there is replaced."""
+
+    @abstractmethod
+    def readers(self, path: Path) -> Sequence[Reader]:
+        """The file, loaded in each of its readers; at least one."""
+
+    def fed(self, sample: Sample) -> Tensor:
+        """What the file takes of a sample: images, or what an encoder that draws has drawn."""
+        return sample.encoded if self.student.encoder.random else sample.images
+
+    def example(self) -> tuple[Tensor, int]:
+        """An input of two images, as the file takes it, and the axis of the batch."""
+        data = self.run.data
+        images = torch.rand(2, data.channels, data.height, data.width)
+        if not self.student.encoder.random:
+            return images, 0
+        return self.student.encoder(images, self.timesteps), 1
+
+    @contextmanager
+    def blaming_parts(self) -> Iterator[None]:
+        """Turn an error in a network with the user's own parts into one line that names them; otherwise it is a bug."""
+        student = self.run.recipe.student
+        entries = (
+            architectures[student.architecture],
+            neurons[student.neuron.name],
+            encoders[student.encoder_table.name],
+        )
+        own = [entry for entry in entries if not entry.function.__module__.startswith("lasnn.")]
+        try:
+            yield
+        except Exception as error:
+            if not own:
+                raise
+            names = " with ".join(f"{entry.kind} {entry.name!r} ({entry.where})" for entry in own)
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UserError(f"{names} cannot be exported: {reason}") from error
+
+    @property
+    def takes(self) -> str:
+        """What the file takes, for people."""
+        shape = f"C, H, W] = [{self.run.data.channels}, {self.run.data.height}, {self.run.data.width}]"
+        if self.student.encoder.random:
+            name = self.run.recipe.student.encoder_table.name
+            return f"encoded images [T, B, {shape}, T = {self.timesteps}; the {name} encoder's draws are the caller's"
+        return f"images in [0, 1], [B, {shape}"
+
+    def description(self) -> dict[str, Any]:
+        """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""
+        table = self.run.recipe.student.model_copy(update={"timesteps": self.timesteps})
+        data = self.run.data
+        return {
+            "lasnn": __version__,
+            "architecture": table.architecture,
+            "options": table.options,
+            "in_channels": data.channels,
+            "num_classes": len(data.classes),
+            "data": self.run.recipe.data.name,
+            "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "timesteps": self.timesteps,
+            "encoder": table.encoder_table.name,
+            "neuron": table.neuron.name,
+            "takes": self.takes,
+            "recipe": self.run.recipe.model_copy(update={"student": table}).to_toml(),
+        }

@@ -1,0 +1,124 @@
+"""A student in plain PyTorch operators, unrolled over T: what ONNX and pt2 files hold.
+
+The arithmetic is that of the CPU kernels, operation by operation (kernels/cpu.py), so that its logits and spikes are
+the student's bit for bit at the same batch size and number of threads.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from lasnn.kernels.functional import folded
+from lasnn.network import Clock, NormSpike, Student
+from lasnn.neuron import Neuron
+
+
+@dataclass
+class Trace:
+    """What the units of one forward pass did, by name in the order in which they ran."""
+
+    spikes: dict[str, Tensor] = field(default_factory=dict)
+    """Folded, [T*B, ...]."""
+    potentials: dict[str, Tensor] = field(default_factory=dict)
+    """h, [T, B, ...]."""
+
+
+class PlainUnit(nn.Module):
+    """What a `NormSpike` does in evaluation, from rest, in plain operators.
+
+    A neuron with a `forward` of its own is called as it is.
+    """
+
+    def __init__(self, unit: NormSpike, clock: Clock, trace: Trace):
+        super().__init__()
+        self.name, self.clock, self.trace = unit.name, clock, trace
+        self.own = getattr(type(unit.neuron), "forward", None) is not Neuron.forward
+        if unit.fused:
+            for name, value in zip(("mean", "scale", "bias"), folded(unit.norm), strict=True):
+                self.register_buffer(name, value.detach())
+        else:
+            self.norm = unit.norm
+        self.fused = unit.fused
+        if self.own:
+            self.neuron = unit.neuron
+            return
+        tau = unit.neuron.time_constant
+        self.decay = tau.reciprocal().item() if isinstance(tau, Tensor) else 1 / tau
+        self.decay_input = unit.neuron.options.get("decay_input", False)
+        self.threshold, self.v_reset = unit.neuron.options["threshold"], unit.neuron.options["v_reset"]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        current = self.clock.unfold((x - self.mean) * self.scale + self.bias if self.fused else self.norm(x))
+        if residual is not None:
+            current = current + self.clock.unfold(residual)
+        spikes = self.neuron(current, timesteps=self.clock.steps)[0] if self.own else self.fire(current)
+        self.trace.spikes[self.name] = spikes = spikes.to(x.dtype).flatten(0, 1)
+        return spikes
+
+    def fire(self, current: Tensor) -> Tensor:
+        """[T, B, ...], or [1, B, ...] where constant in time -> spikes [T, B, ...]."""
+        v_rest = self.v_reset or 0.0
+        v, spikes, potentials = None, [], []
+        for t in range(self.clock.steps):
+            x = current[t if len(current) > 1 else 0]
+            if self.decay_input:
+                x = x * self.decay
+            if v is None:
+                # From rest nothing leaks.
+                h = x + v_rest if v_rest else x
+            elif self.decay:
+                h = v - (v - v_rest if v_rest else v) * self.decay + x
+            else:
+                h = v + x
+            fired = h >= self.threshold
+            s = fired.to(h.dtype)
+            v = h - s * self.threshold if self.v_reset is None else torch.where(fired, self.v_reset, h)
+            spikes.append(s)
+            potentials.append(h)
+        self.trace.potentials[self.name] = potentials
+        return torch.stack(spikes)
+
+
+class Plain(nn.Module):
+    """A student in plain operators: images [B, C, H, W] in [0, 1] -> logits [B, K], the mean over its T steps.
+
+    An encoder that draws is left out: the input is then what it returns, [T, B, C, H, W].
+
+    Args:
+        student: in evaluation mode; weights are shared, not copied.
+    """
+
+    def __init__(self, student: Student):
+        super().__init__()
+        self.timesteps, self.trace = student.timesteps, Trace()
+        self.encoder = None if student.encoder.random else student.encoder
+        network = student.network
+        shared = {id(value): value for value in chain(network.parameters(), network.buffers())}
+        self.network = copy.deepcopy(network, shared)
+        self.units: dict[str, PlainUnit] = {}
+        for name, unit in list(self.network.named_modules(remove_duplicate=False)):
+            if isinstance(unit, NormSpike):
+                plain = self.units.setdefault(unit.name, PlainUnit(unit, self.network.clock, self.trace))
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), attribute, plain)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x if self.encoder is None else self.encoder(x, self.timesteps))
+
+    def run(self, encoded: Tensor) -> Tensor:
+        """What the encoder returns, [T, B, C, H, W] or [1, B, C, H, W] -> logits [B, K]."""
+        self.trace.spikes.clear()
+        self.trace.potentials.clear()
+        return self.network(encoded, self.timesteps)[0].mean(0)
+
+    @torch.no_grad()
+    def potentials(self, encoded: Tensor) -> dict[str, Tensor]:
+        """The potential h of each layer just before it is compared with the threshold, [T, B, ...]."""
+        self.run(encoded)
+        return {name: torch.stack(h) for name, h in self.trace.potentials.items()}

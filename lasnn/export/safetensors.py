@@ -1,0 +1,35 @@
+"""safetensors: the weights, and the recipe that they belong to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lasnn import checkpoint
+from lasnn.export.exporter import Exporter, Reader, Sample
+from lasnn.export.verification import observe
+from lasnn.registry import exporters
+from lasnn.run import load_run
+
+
+@exporters.register("safetensors")
+class SafetensorsExporter(Exporter):
+    """The weights, with the recipe in the metadata; `lasnn.load_run(FILE)` gives the student back."""
+
+    suffix = ".safetensors"
+
+    def write(self, path: Path) -> None:
+        checkpoint.save_weights(path, self.student.network.state_dict(), self.description())
+
+    def readers(self, path: Path) -> Sequence[Reader]:
+        loaded = load_run(path).student
+        # As a program would that has never heard of lasnn.
+        loaded.network.load_state_dict(load_file(path))
+
+        def run(sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+            encoder = loaded.encoder
+            return observe(loaded, sample.encoded if encoder.random else encoder(sample.images, loaded.timesteps))
+
+        return [Reader(f"safetensors {safetensors.__version__}", run, exact=True)]
