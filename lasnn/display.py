@@ -208,10 +208,10 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     # A conversion is asked for many T, more than there is room for beside each other.
     shown = [results[-1]] if converted else results
     layers = Table(box=None, pad_edge=False)
-    layers.add_column("layer", no_wrap=True)
+    layers.add_column("spikes per neuron, step", no_wrap=True)
     for result in shown:
-        layers.add_column(f"spikes, T = {result['timesteps']}", justify="right")
-    layers.add_column(f"silent, T = {shown[-1]['timesteps']}", justify="right")
+        layers.add_column(f"T = {result['timesteps']}", justify="right", no_wrap=True)
+    layers.add_column("silent", justify="right", no_wrap=True)
     if converted:
         layers.add_column("threshold", justify="right", no_wrap=True)
     for name in first["firing_rate_by_layer"]:
