@@ -306,7 +306,7 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
     lines = [
         f"{result['file']}: {result['format']}, T = {result['timesteps']}, {result['bytes']:,} bytes",
         f"takes    {result['takes']}",
-        f"gives    logits [B, {result['num_classes']}], the mean over the steps",
+        f"gives    {result['gives']}",
     ]
     for found in result["agreements"]:
         spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"

@@ -6,14 +6,14 @@ from typing import Any
 
 from lasnn.checkpoint import replacing
 from lasnn.errors import MachineError, UserError, unknown
-from lasnn.export import pt2, safetensors
+from lasnn.export import nir, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import RULE, Agreement, Verification, samples
 from lasnn.plan import load_data
 from lasnn.registry import blaming, exporters
 from lasnn.run import Run, load_run
 
-__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "pt2", "safetensors"]
+__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "pt2", "safetensors"]
 
 
 class Disagreement(MachineError):
@@ -45,7 +45,7 @@ def export(
         force: replace a file that exists.
 
     Returns:
-        `file`, `format`, `timesteps`, `bytes`, `takes` (the input, in words), `num_classes`, `verified` and
+        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `verified` and
         `agreements`, an `Agreement` for each reader.
 
     Raises:
@@ -74,7 +74,7 @@ def export(
             "timesteps": exporter.timesteps,
             "bytes": temporary.stat().st_size,
             "takes": exporter.takes,
-            "num_classes": len(run.data.classes),
+            "gives": exporter.gives,
             "verified": not any(found.problem for found in agreements),
             "agreements": [found.as_json() for found in agreements],
         }

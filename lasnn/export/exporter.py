@@ -127,6 +127,11 @@ class Exporter(ABC):
             return f"encoded images [T, B, {shape}, T = {self.timesteps}; the {name} encoder's draws are the caller's"
         return f"images in [0, 1], [B, {shape}"
 
+    @property
+    def gives(self) -> str:
+        """What the file gives, for people."""
+        return f"logits [B, {len(self.run.data.classes)}], the mean over the steps"
+
     def description(self) -> dict[str, Any]:
         """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""
         table = self.run.recipe.student.model_copy(update={"timesteps": self.timesteps})
