@@ -60,6 +60,9 @@ def distill(
         typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished one."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; no data.")] = False,
+    detect_anomaly: Annotated[
+        bool, typer.Option("--detect-anomaly", help="Find the operation at which a training breaks; slow.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
@@ -82,7 +85,8 @@ def distill(
 
         progress = Shown(console)
         try:
-            run = run_recipe(recipe, out, overrides=overrides or [], resume=resume, progress=progress)
+            options = {"overrides": overrides or [], "resume": resume, "detect_anomaly": detect_anomaly}
+            run = run_recipe(recipe, out, progress=progress, **options)
         except Stopped as stopped:
             progress.close()
             say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")

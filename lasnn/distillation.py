@@ -9,10 +9,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lasnn import __version__, checkpoint
+from lasnn.anomaly import Watch, largest, layers_watched
 from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
 from lasnn.errors import MachineError, UserError
@@ -35,6 +38,8 @@ from lasnn.run import RUNS, RunFolder, environment, load_into, open_run
 
 CACHE = "teachers"
 STATE = "last.pt"
+# A scaler halves its scale at each overflow: from 65,536 forty in a row come here, and no further one would help.
+SMALLEST_SCALE = 2.0**-24
 
 
 class Stopped(Exception):
@@ -53,6 +58,7 @@ def distill(
     overrides: Iterable[str] = (),
     resume: bool = False,
     progress: Progress | None = None,
+    detect_anomaly: bool = False,
 ) -> RunFolder:
     """Run a recipe: train or load the teacher, distil it into the student, leave a run folder.
 
@@ -62,13 +68,14 @@ def distill(
         overrides: `key.path=value` settings, as for `Recipe.load`.
         resume: go on with the run in `out`, from its last saved state.
         progress: what is told about the progress; None is nobody.
+        detect_anomaly: look at every step, and name the operation whose gradient is the first not to be a number; slow.
 
     Returns:
         The run folder; its `summary.json` holds the result.
 
     Raises:
         UserError: something in the recipe or the data cannot work; raised before the first batch.
-        MachineError: the disk is full, or the loss is no longer a finite number.
+        MachineError: the disk is full, or the loss or its gradient is no longer a finite number.
         Stopped: a signal came; the state is saved.
     """
     progress = progress or Silent()
@@ -93,12 +100,22 @@ def distill(
 
     # The caller's random state is as it was when the run is over.
     forked = torch.random.fork_rng(devices=[plan.device] if plan.device.type == "cuda" else [])
-    with stop_on_signals() as stop, forked:
-        session = Session(plan, run, train, test, progress, stop)
+    with stop_on_signals() as stop, forked, torch.autograd.set_detect_anomaly(detect_anomaly):
+        session = Session(plan, run, train, test, progress, stop, detect_anomaly)
         teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
         student = session.student(teacher, state if state and state["phase"] == "student" else None)
         session.finish(student)
     return run
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where images stand in a run: from number `first` on in the batch of `total` of a step; all count from 0."""
+
+    epoch: int
+    step: int
+    first: int
+    total: int
 
 
 @dataclass
@@ -111,6 +128,7 @@ class Session:
     test: Images
     progress: Progress
     stop: Callable[[], int | None]
+    detect_anomaly: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -153,7 +171,7 @@ class Session:
     def _train_teacher(self, teacher: Teacher, state: dict[str, Any] | None) -> dict[str, float]:
         smoothing = self.recipe.teacher.label_smoothing
 
-        def objective(images: Tensor, targets: Tensor, _: int, __: int) -> dict[str, Tensor]:
+        def objective(images: Tensor, targets: Tensor, _: Place) -> dict[str, Tensor]:
             logits = teacher(images).float()
             return {"cross-entropy": nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)}
 
@@ -161,7 +179,8 @@ class Session:
             return teacher_accuracy(teacher, self.test, batch_size=self.batch_size)
 
         weights = {"cross-entropy": 1.0}
-        return self._fit("teacher", teacher, self.recipe.teacher, objective, weights, evaluate, state)
+        networks = {"teacher": teacher}
+        return self._fit("teacher", networks, self.recipe.teacher, objective, weights, evaluate, state)
 
     def _keep_teacher(self, teacher: Teacher, result: dict[str, float]) -> None:
         self.run.write_json("teacher.json", result)
@@ -207,14 +226,15 @@ class Session:
         asked = {name for _, entry, _ in terms for name in entry.inputs}
         pairs = self.plan.pairs if "student_features" in asked else ()
 
-        def objective(images: Tensor, targets: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
+        def objective(images: Tensor, targets: Tensor, place: Place) -> dict[str, Tensor]:
             given: dict[str, Any] = {"targets": targets}
             if asked & {"teacher_logits", "teacher_features"}:
                 with torch.no_grad():
                     given["teacher_logits"], features = teacher.taps(images, [pair.teacher for pair in pairs])
                 given["teacher_features"] = [features[pair.teacher] for pair in pairs]
-            draws = generator(recipe.seed, "encode", epoch, step, device=images.device)
-            given["logits"], features = student.steps(images, [pair.student for pair in pairs], draws)
+            draws = generator(recipe.seed, "encode", place.epoch, place.step, device=images.device)
+            part = {"first": place.first, "total": place.total}
+            given["logits"], features = student.steps(images, [pair.student for pair in pairs], draws, **part)
             given["student_features"] = [features[pair.student] for pair in pairs]
             return {
                 name: entry.function(*(given[tensor] for tensor in entry.inputs), **options)
@@ -225,7 +245,8 @@ class Session:
             return accuracy(student, self.test, batch_size=self.batch_size, seed=recipe.seed)
 
         weights = {loss.name: loss.weight for loss in recipe.losses}
-        self.fitted = self._fit("student", student, recipe.distill, objective, weights, evaluate, state)
+        networks = {"student": student} | ({"teacher": teacher} if teacher else {})
+        self.fitted = self._fit("student", networks, recipe.distill, objective, weights, evaluate, state)
         return student.eval()
 
     def finish(self, student: Student) -> None:
@@ -266,16 +287,25 @@ class Session:
     def _fit(
         self,
         phase: str,
-        module: nn.Module,
+        networks: dict[str, nn.Module],
         table: Training,
-        objective: Callable[[Tensor, Tensor, int, int], dict[str, Tensor]],
+        objective: Callable[[Tensor, Tensor, Place], dict[str, Tensor]],
         weights: dict[str, float],
         evaluate: Callable[[], float],
         state: dict[str, Any] | None,
     ) -> dict[str, float]:
-        """Train `module`, from `state` if there is one; returns its last accuracy, the seconds and the throughput."""
-        optimizer = make_optimizer(module, table)
+        """Train the phase's network, from `state` if there is one; `networks` are all that run in its objective.
+
+        Returns the last accuracy, the seconds and the throughput.
+        """
+        module = networks[phase]
         scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.recipe.precision == "fp16")
+        # A fused optimiser can leave a step out on the device (`found_inf`), as a scaler does itself; PyTorch's fused
+        # SGD must not go on after that, for its momentum would begin with what lies in unused memory.
+        optimizer = make_optimizer(module, table, fused=not scaler.is_enabled())
+        # Under a scaler a gradient that overflows is expected: the scaler leaves the step out, and lowers the scale.
+        watched = [*weights, "loss"] if scaler.is_enabled() else [*weights, "loss", "gradient"]
+        interval = self._interval()
         first_epoch, first_step, spent, sums = 0, 0, 0.0, None
         latest: dict[str, Any] = {}
         trained, epoch_spent = 0, 0.0
@@ -294,7 +324,42 @@ class Session:
         augmentation = make_augmentation(self.recipe, self.plan.data)
         begin = time.perf_counter() - spent
 
+        def micro_batches(images: Tensor, targets: Tensor, epoch: int, step: int) -> Iterator[tuple[dict, int]]:
+            """The terms of each of the parts that a batch is computed in, and the images in it."""
+            # For layers that draw of their own accord, as dropout does.
+            torch.manual_seed(key_to_seed(self.recipe.seed, phase, epoch, step))
+            parts, first = self.plan.micro_batches(len(targets)), 0
+            for some, theirs in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
+                with self._autocast():
+                    terms = objective(some, theirs, Place(epoch, step, first, len(targets)))
+                terms["loss"] = sum(weights[name] * term for name, term in terms.items())
+                yield terms, len(theirs)
+                first += len(theirs)
+
+        def check(watch: Watch, epoch: int, step: int) -> None:
+            if (found := watch.found()) is None:
+                if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+                    raise MachineError(
+                        f"the {phase}'s gradient overflows fp16 at every scale of the loss by epoch {epoch + 1}, step "
+                        f'{step + 1}: lower the weights of the losses, or set precision = "bf16".{self._kept()}'
+                    )
+                return
+            step, names = found
+            # The weights are those from before that step: the optimiser, or the scaler, left it and those after it out.
+            module.train()
+            again = next(iter(make_batches(epoch, step)))
+            with layers_watched(networks) as layers, torch.autograd.set_detect_anomaly(False):
+                for terms, _ in micro_batches(*again, epoch, step):
+                    if "forward" not in layers and terms["loss"].isfinite():
+                        terms["loss"].backward()
+            self._broken(phase, epoch, step, names, layers)
+
+        def make_batches(epoch: int, start: int) -> Batches:
+            options = {"seed": self.recipe.seed, "epoch": epoch, "augment": augmentation}
+            return Batches(self.train, self.batch_size, start=start, **options)
+
         def save(epoch: int, step: int) -> None:
+            self._check_weights(module, phase, epoch, step)
             kept = {
                 "phase": phase,
                 "epoch": epoch,
@@ -312,14 +377,7 @@ class Session:
 
         for epoch in range(first_epoch, table.epochs):
             module.train()
-            batches = Batches(
-                self.train,
-                self.batch_size,
-                seed=self.recipe.seed,
-                epoch=epoch,
-                augment=augmentation,
-                start=first_step,
-            )
+            batches, watch = make_batches(epoch, first_step), Watch(watched, self.plan.device)
             self.progress.epoch(phase, epoch, table.epochs, steps)
             if not first_step:
                 sums = dict.fromkeys(["loss", *weights], 0.0)
@@ -328,31 +386,42 @@ class Session:
             for step, (images, targets) in enumerate(batches, start=first_step):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(table, epoch * steps + step, steps)
-                # For layers that draw of their own accord, as dropout does.
-                torch.manual_seed(key_to_seed(self.recipe.seed, phase, epoch, step))
-                with self._autocast():
-                    terms = objective(images, targets, epoch, step)
-                loss = sum(weights[name] * term for name, term in terms.items())
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
+                # Sums stay on the device: reading one would wait for it.
+                batch = dict.fromkeys([*weights, "loss"], 0.0)
+                for terms, count in micro_batches(images, targets, epoch, step):
+                    for name, term in terms.items():
+                        batch[name] = batch[name] + term.detach().double() * count
+                    if self.detect_anomaly:
+                        watch.see(step, {**batch, "gradient": terms["loss"]})
+                        check(watch, epoch, step)
+                    with anomaly_named(phase, epoch, step):
+                        scaler.scale(terms["loss"] * (count / len(targets))).backward()
+                if scaler.is_enabled():
+                    watch.see(step, batch)
+                else:
+                    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+                    watch.see(step, {**batch, "gradient": largest(gradients)})
+                    # From here on steps are left out, and the weights stay what they were.
+                    optimizer.found_inf = watch.broken()
                 if table.clip_norm:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(module.parameters(), table.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
-                # Sums stay on the device: reading one would wait for it.
-                for name, term in {"loss": loss, **terms}.items():
-                    sums[name] = sums[name] + term.detach().double() * len(targets)
+                for name, value in batch.items():
+                    sums[name] = sums[name] + value
                 trained += len(targets)
+                if step % interval == 0 or step + 1 == steps:
+                    check(watch, epoch, step)
                 if step % 20 == 0 or step + 1 == steps:
-                    self._check_finite(sums, phase, epoch, step)
                     self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
                 epoch_spent = time.perf_counter() - epoch_begin
                 if signum := self.stop():
-                    self._check_finite(sums, phase, epoch, step, module)
+                    check(watch, epoch, step)
                     save(epoch, step + 1)
                     raise Stopped(signum, self.run.path)
-            self._check_finite(sums, phase, epoch, steps - 1, module)
+            self._check_weights(module, phase, epoch, steps)
             module.eval()
             latest = {
                 "phase": phase,
@@ -376,29 +445,68 @@ class Session:
             "images_per_second": latest["images_per_second"],
         }
 
+    def _interval(self) -> int:
+        """After how many steps the watch is read: it waits for the device, as fp16's scaler does at each step."""
+        rarely = self.plan.device.type == "cuda" and self.recipe.precision != "fp16" and not self.detect_anomaly
+        return 20 if rarely else 1
+
     def _autocast(self):
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
         return torch.autocast(self.plan.device.type, dtype=kind, enabled=kind != torch.float32)
 
-    def _check_finite(
-        self, sums: dict[str, Tensor], phase: str, epoch: int, step: int, module: nn.Module | None = None
-    ) -> None:
-        """Stop a run whose loss, or after the last update whose weights (`module`), are not finite numbers."""
-        broken = [name for name, value in sums.items() if name != "loss" and not math.isfinite(float(value))]
-        if not broken and not math.isfinite(float(sums["loss"])):
-            broken = ["the weighted sum"]
-        if not broken and module is not None:
-            states = module.state_dict().items()
-            broken = [name for name, value in states if value.is_floating_point() and not value.isfinite().all()][:1]
+    def _broken(self, phase: str, epoch: int, step: int, names: list[str], layers: dict[str, str]) -> None:
+        """Stop a run: which numbers of a step were not finite, and where that began."""
+        terms = [name for name in names if name not in ("loss", "gradient")]
+        what = "gradient" if names == ["gradient"] else "loss"
+        which = ", ".join(terms) or ("the weighted sum" if what == "loss" else "after a finite loss")
+        if "forward" in layers:
+            where = f"it began in the layer {layers['forward']}"
+        elif what == "gradient" and "backward" in layers:
+            where = f"it began in the gradient of what the layer {layers['backward']} gives on"
+        elif what == "gradient":
+            where = "it began in the gradient of a weight, or did not occur again when the batch was repeated"
+        else:
+            where = "every layer's values are finite, so that it began in the loss itself"
+        raise MachineError(
+            f"the {phase}'s {what} is not a finite number in epoch {epoch + 1}, step {step + 1} ({which}); {where}; "
+            f"lower the learning rate or set clip_norm; --detect-anomaly finds more.{self._kept()}"
+        )
+
+    def _check_weights(self, module: nn.Module, phase: str, epoch: int, step: int) -> None:
+        """Stop a run whose weights are not finite numbers: no saved state, and no accuracy, shall come of them."""
+        states = module.state_dict().items()
+        broken = [name for name, value in states if value.is_floating_point() and not value.isfinite().all()]
         if broken:
-            kept = f" The last good state is in {self.run / STATE}." if (self.run / STATE).is_file() else ""
             raise MachineError(
-                f"the {phase}'s loss is not a finite number in epoch {epoch + 1}, by step {step + 1} "
-                f"({', '.join(broken)}); lower the learning rate or set clip_norm.{kept}"
+                f"the {phase}'s weights are not finite numbers in epoch {epoch + 1}, after step {step} ({broken[0]}, "
+                f"{len(broken)} in all); lower the learning rate or set clip_norm.{self._kept()}"
             )
 
+    def _kept(self) -> str:
+        return f" The last good state is in {self.run / STATE}." if (self.run / STATE).is_file() else ""
 
-def make_optimizer(module: nn.Module, table: Training) -> torch.optim.Optimizer:
+
+@contextmanager
+def anomaly_named(phase: str, epoch: int, step: int):
+    """Turn what autograd's anomaly detection raises into a line: the operation, and the line of code it came from."""
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            yield
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):
+            raise
+        # The warning has the stack of the forward call; its last lines outside of PyTorch are what the reader knows.
+        stack = "".join(str(warning.message) for warning in said)
+        frames = [f for f in re.findall(r'File "(.+?)", line (\d+), in (\w+)', stack) if "/torch/" not in f[0]]
+        where = f", computed in {frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
+        reason = str(error).rstrip(".")
+        raise MachineError(
+            f"the {phase}'s gradient breaks in epoch {epoch + 1}, step {step + 1}: {reason}{where}"
+        ) from error
+
+
+def make_optimizer(module: nn.Module, table: Training, fused: bool = False) -> torch.optim.Optimizer:
     """SGD or AdamW; one-dimensional parameters (batch norm, biases, tau) do not decay."""
     learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -406,8 +514,8 @@ def make_optimizer(module: nn.Module, table: Training) -> torch.optim.Optimizer:
         {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if table.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=table.lr, momentum=table.momentum)
-    return torch.optim.AdamW(groups, lr=table.lr, betas=(table.momentum, 0.999))
+        return torch.optim.SGD(groups, lr=table.lr, momentum=table.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=table.lr, betas=(table.momentum, 0.999), fused=fused)
 
 
 def learning_rate(table: Training, step: int, steps_per_epoch: int) -> float:

@@ -101,10 +101,19 @@ class Plan:
         """Of the images that are there; once they are loaded, of those that could be read."""
         return math.ceil(self.data.train_size / self.recipe.data.batch_size)
 
+    def micro_batches(self, images: int) -> int:
+        """How many parts a batch of so many images is computed in, one after the other: of even sizes."""
+        return parts_of(images, self.recipe)
+
     @property
     def _teacher_steps(self) -> int:
         teacher = self.recipe.teacher
         return 0 if teacher is None or self.teacher_checkpoint else teacher.epochs * self.steps_per_epoch
+
+
+def parts_of(images: int, recipe: Recipe) -> int:
+    """How many micro-batches `data.accumulate` makes of a batch of so many images."""
+    return math.ceil(images / math.ceil(recipe.data.batch_size / recipe.data.accumulate))
 
 
 def read_plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Plan:
@@ -201,13 +210,18 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
             attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     elif recipe.distill.pairs and recipe.teacher is None:
         report("distill.pairs", "there is no [teacher] to pair with")
-    last = data.train_size % recipe.data.batch_size or recipe.data.batch_size
-    if last == 1:
+    if recipe.data.accumulate > recipe.data.batch_size:
+        parts, images = recipe.data.accumulate, recipe.data.batch_size
+        report("data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size")
+    full = min(recipe.data.batch_size, data.train_size)
+    last = data.train_size % full or full
+    if 1 in (images // parts_of(images, recipe) for images in (full, last)):
         single = [shape for shape in teacher_shapes.values() if not checkpoint and shape[1:] == (1, 1)]
         single += [shape for shape in shapes.values() if table.timesteps == 1 and shape[1:] == (1, 1)]
         if single:
-            message = "the last batch has one image, and a stage one pixel: batch norm has nothing to average over"
-            report("data.batch_size", message)
+            what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
+            message = f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
+            report(f"data.{key}", message)
     if not problems and not reported:
         for index, loss in enumerate(recipe.losses):
             attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps, mixed))
@@ -502,7 +516,8 @@ def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | 
             saved[id(storage)] = storage.nbytes()
         return tensor
 
-    images = torch.empty(recipe.data.batch_size, data.channels, data.height, data.width, device="meta")
+    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
+    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
     student.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student.steps(images)

@@ -103,6 +103,8 @@ class DataTable(Part):
     """Folder of the data set's files, relative to the working directory."""
     batch_size: Count = 128
     """Images a step, over all processes."""
+    accumulate: Count = 1
+    """Parts that a batch is computed in, one after the other, to need less memory; batch statistics are each part's."""
     residence: Literal["auto", "device", "stream"] = "auto"
     """Images on the device, or streamed to it; "auto" streams what takes more than half of its free memory."""
     workers: Annotated[int, Field(ge=0)] = 2

@@ -1,0 +1,171 @@
+"""A training that breaks: the step, the term and the layer are named, and the last good state stays."""
+
+import dataclasses
+import re
+import signal
+
+import pytest
+import torch
+from test_distillation import StopAt, digest, without_times
+
+from lasnn import distill, distillation
+from lasnn.anomaly import Watch
+from lasnn.checkpoint import load_state
+from lasnn.distillation import Session, Stopped
+from lasnn.errors import MachineError
+
+BREAKS = '''
+import torch
+from torch import nn
+from lasnn import Staged, architectures, losses
+
+
+class Breaks(nn.Module):
+    """From its call number `at` on (in training) it breaks, `forward` or `backward`."""
+
+    def __init__(self, how, at):
+        super().__init__()
+        self.how, self.at = how, at
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        self.calls += self.training
+        whole = (self.calls <= self.at).float()
+        return x / whole if self.how == "forward" else x + (0 * x + whole).sqrt() - whole
+
+
+@architectures.register("breaks")
+def breaks(act, *, in_channels: int, num_classes: int, how: str = "forward", at: int = 10) -> Staged:
+    """One stage that breaks."""
+    stage = nn.Sequential(nn.Conv2d(in_channels, 4, 3, stride=2), act(4), Breaks(how, at), nn.Conv2d(4, 4, 1))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    return Staged({"stage1": stage}, head)
+
+
+@losses.register("bad-log")
+def bad_log(logits):
+    """Not finite, whatever it is given."""
+    return (logits * 0).sum().log()
+'''
+SETTINGS = ['plugins=["tiny_clothes.py","breaks.py"]', "teacher=", "student.architecture=breaks", "student.width="]
+
+
+@pytest.fixture
+def breaks(tiny):
+    """The tiny recipe, without a teacher: 8 steps an epoch."""
+    (tiny.parent / "breaks.py").write_text(BREAKS)
+    return tiny
+
+
+@pytest.mark.parametrize("interval", [1, 20])
+def test_the_step_the_term_and_the_layer(breaks, monkeypatch, interval):
+    # 20 is what a GPU gets: the break is found steps later, in the same epoch, and yet named exactly.
+    monkeypatch.setattr(Session, "_interval", lambda *_: interval)
+    with pytest.raises(MachineError) as caught:
+        distill(breaks, "out", overrides=SETTINGS)
+    message = str(caught.value)
+    assert "the student's loss is not a finite number in epoch 2, step 3 (cross-entropy)" in message
+    assert "it began in the layer student stage1.2 (Breaks), " in message
+    assert "The last good state is in out/last.pt." in message
+    state = load_state(breaks.parent / "out" / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 0)
+    assert all(value.isfinite().all() for value in state["module"].values())
+
+
+def test_nothing_is_learnt_from_a_broken_step(breaks, monkeypatch):
+    """The weights are still those from before it when it is found."""
+    seen, heads = {}, []
+    monkeypatch.setattr(Session, "_interval", lambda *_: 20)
+    monkeypatch.setattr(Session, "_broken", lambda self, *_: seen.update(self.watched.state_dict()) or 1 / 0)
+    kept = Session._fit
+
+    def fit(self, phase, networks, *rest):
+        self.watched = networks[phase]
+        return kept(self, phase, networks, *rest)
+
+    monkeypatch.setattr(Session, "_fit", fit)
+    for at in (10, 13):
+        with pytest.raises(ZeroDivisionError):
+            distill(breaks, overrides=[*SETTINGS, f"student.at={at}", "data.augment=[]"])
+        assert all(value.isfinite().all() for name, value in seen.items() if "weight" in name)
+        heads.append(seen["network.head.2.weight"].clone())
+    assert not torch.equal(*heads), "three more steps were learnt from"
+
+
+def test_a_gradient_that_breaks(breaks):
+    settings = [*SETTINGS, "student.how=backward"]
+    with pytest.raises(MachineError) as caught:
+        distill(breaks, overrides=settings)
+    message = str(caught.value)
+    assert "the student's gradient is not a finite number in epoch 2, step 3 (after a finite loss)" in message
+    assert "it began in the gradient of what the layer student stage1.1 (NormSpike), " in message
+    with pytest.raises(MachineError) as caught:
+        distill(breaks, overrides=settings, detect_anomaly=True)
+    message = str(caught.value)
+    assert "the student's gradient breaks in epoch 2, step 3: Function 'MulBackward0' returned nan values" in message
+    assert re.search(r"computed in forward \(.*breaks\.py:\d+\)", message)
+    assert not torch.is_anomaly_enabled()
+
+
+def test_a_loss_that_breaks_alone(breaks):
+    losses = 'losses=[{name="cross-entropy"},{name="bad-log",weight=0.1}]'
+    for anomaly in (False, True):
+        with pytest.raises(MachineError) as caught:
+            distill(breaks, overrides=[*SETTINGS, losses], detect_anomaly=anomaly)
+        message = str(caught.value)
+        assert "loss is not a finite number in epoch 1, step 1 (bad-log)" in message
+        assert "every layer's values are finite, so that it began in the loss itself" in message
+
+
+def test_the_flag(breaks, lasnn):
+    settings = [option for setting in [*SETTINGS, "student.how=backward"] for option in ("--set", setting)]
+    result = lasnn("distill", "tiny.toml", *settings, "--detect-anomaly", code=1)
+    assert "Function 'MulBackward0' returned nan values" in result.stderr
+
+
+def test_the_first_of_each():
+    watch = Watch(["a", "b"], torch.device("cpu"))
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    watch.see(0, {"a": good, "b": good})
+    assert watch.found() is None
+    assert watch.broken() == 0
+    watch.see(1, {"a": good, "b": bad})
+    watch.see(2, {"a": bad, "b": good})
+    assert watch.found() == (1, ["b"])
+    assert watch.broken() == 1
+
+
+@pytest.fixture
+def fp16(tiny, monkeypatch):
+    """fp16 with its scaler, where there is no GPU: the CPU computes it slowly."""
+    read = distillation.read_plan
+
+    def read_plan(*arguments):
+        plan = read(*arguments)
+        return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"precision": "fp16"}))
+
+    monkeypatch.setattr(distillation, "read_plan", read_plan)
+    return tiny
+
+
+def test_a_scaler_resumes_and_its_skipped_steps_are_no_failure(fp16):
+    # So heavy an objective overflows at the scale that the scaler starts with.
+    settings = ["teacher.epochs=1", "distill.lr=0.0005", 'losses=[{name="cross-entropy",weight=100.0}]']
+    whole = distill(fp16, "whole", overrides=settings)
+    scaler = load_state(whole / "last.pt")["scaler"]
+    assert scaler["scale"] < 2.0**16, "steps were left out"
+    assert scaler["_growth_tracker"] > 0, "and others were not"
+    with pytest.raises(Stopped):
+        distill(fp16, "out", overrides=settings, progress=StopAt("student", 1, signal.SIGTERM))
+    assert load_state(fp16.parent / "out" / "last.pt")["scaler"]["scale"] < 2.0**16
+    resumed = distill(fp16, "out", resume=True, overrides=settings)
+    assert digest(resumed / "student.safetensors") == digest(whole / "student.safetensors")
+    assert without_times(resumed.metrics()) == without_times(whole.metrics())
+
+
+def test_a_loss_that_overflows_fp16_is_a_failure(fp16):
+    (fp16.parent / "breaks.py").write_text(BREAKS)
+    with pytest.raises(MachineError, match=r"epoch 2, step 3 \(cross-entropy\); it began in .* stage1\.2 \(Breaks\)"):
+        distill(fp16, overrides=SETTINGS)
+    with pytest.raises(MachineError, match="overflows fp16 at every scale of the loss"):
+        distill(fp16, overrides=[*SETTINGS, "student.how=backward", "student.at=0", "distill.epochs=6"])
