@@ -4,6 +4,7 @@ Weights are safetensors with their description in the metadata; a run's full sta
 values, which loads with `weights_only=True`.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -11,7 +12,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,18 +76,29 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sweep(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a kill left of files that were being written (see `replacing`); nobody may be writing them now."""
+    for name in names:
+        for stray in folder.glob(f".{glob.escape(name)}.????????{glob.escape(Path(name).suffix)}"):
+            stray.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line and flush it to the disk.
 
     Raises:
-        MachineError: the disk is full, read-only or failing.
+        MachineError: the disk is full, read-only or failing; the lines before are as they were.
     """
+    size = None
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("ab") as file:
+            size = file.tell()
+            file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
+        if size is not None:
+            os.truncate(path, size)
         raise MachineError(f"cannot write {path}: {error.strerror}") from error
 
 

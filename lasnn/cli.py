@@ -1,6 +1,7 @@
 """The command line: parse, call, print. PyTorch is imported by the commands, not by `--help`."""
 
 import json
+import logging
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout
@@ -387,6 +388,13 @@ def say_error(text: str) -> None:
     print(f"lasnn: {text}", file=sys.stderr)
 
 
+class Lines(logging.Handler):
+    """What lasnn logs (the plugins that it loads), among the lines that the command prints."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
+
+
 def out_of_memory(error: BaseException) -> str:
     """The line for a machine whose memory is too small."""
     reason = str(error).partition("\n")[0]
@@ -397,6 +405,9 @@ def main() -> None:
     """Run a command; exit code 0 done, 2 wrong input, 130/143 stopped by a signal, 1 the machine's fault."""
     # Until a run takes signals over, to end after a whole step.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    log = logging.getLogger("lasnn")
+    log.setLevel(logging.INFO)
+    log.addHandler(Lines())
     try:
         app()
     except UserError as error:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lasnn.errors import MachineError, UserError
 from lasnn.measure import accuracy, measure, teacher_accuracy
 from lasnn.network import Student, Teacher, without_activations
 from lasnn.plan import Plan, load_data, make_augmentation, make_student, make_teacher, read_plan
-from lasnn.random import generator, key_to_seed, keyed
+from lasnn.random import deterministic, generator, globals_kept, keyed, seed_globals
 from lasnn.recipe import Recipe, Training
 from lasnn.registry import losses
 from lasnn.run import RUNS, RunFolder, environment, load_into, open_run
@@ -82,29 +83,26 @@ def distill(
     plan = read_plan(recipe, list(overrides))
     recipe = plan.recipe
     train, test, placed = load_data(recipe, plan.data, plan.device)
-    run = open_run(recipe, None if out is None else Path(out), resume)
-    progress.start(plan, run.path)
-    progress.note(placed)
-    for plugin in recipe.plugin_files:
-        progress.note(f"plugin: {plugin}")
-    if run.read_json("summary.json"):
-        progress.note(f"{run.path} is finished; there is nothing to resume")
-        return run
-    state = None
-    if resume:
+    with open_run(recipe, None if out is None else Path(out), resume, progress.note) as run:
+        progress.start(plan, run.path)
+        progress.note(placed)
+        if run.read_json("summary.json"):
+            progress.note(f"{run.path} is finished; there is nothing to resume")
+            return run
+        state = None
         if (run / STATE).is_file():
             state = checkpoint.load_state(run / STATE, plan.device)
-        else:
+        elif resume:
             progress.note(f"nothing to resume in {run.path}; starting from the beginning")
-    run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
+        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
-    # The caller's random state is as it was when the run is over.
-    forked = torch.random.fork_rng(devices=[plan.device] if plan.device.type == "cuda" else [])
-    with stop_on_signals() as stop, forked, torch.autograd.set_detect_anomaly(detect_anomaly):
-        session = Session(plan, run, train, test, progress, stop, detect_anomaly)
-        teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
-        student = session.student(teacher, state if state and state["phase"] == "student" else None)
-        session.finish(student)
+        # The caller's random state is as it was when the run is over.
+        anomalies = torch.autograd.set_detect_anomaly(detect_anomaly)
+        with stop_on_signals() as stop, globals_kept(plan.device), deterministic(recipe.deterministic), anomalies:
+            session = Session(plan, run, train, test, progress, stop, detect_anomaly)
+            teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
+            student = session.student(teacher, state if state and state["phase"] == "student" else None)
+            session.finish(student)
     return run
 
 
@@ -138,6 +136,28 @@ class Session:
     def batch_size(self) -> int:
         return self.recipe.data.batch_size
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a saved state holds for: the training images, and the teacher once there is one."""
+        return {"images": self.train.fingerprint(), "teacher": None}
+
+    def _check_identity(self, state: dict[str, Any]) -> None:
+        named = {"images": "the training images", "teacher": f"the weights in {self.run / 'teacher.safetensors'}"}
+        changed = [what for key, what in named.items() if state.get(key) != self.identity[key]]
+        if changed:
+            raise UserError(
+                f"{self.run / STATE} cannot be resumed: {' and '.join(changed)} are not those that the run began with"
+            )
+
+    @contextmanager
+    def _blaming_state(self):
+        """Turn what a state that is whole, but not this run's, makes PyTorch raise into a line that names it."""
+        try:
+            yield
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.run / STATE} does not fit the recipe: {type(error).__name__}: {reason}") from error
+
     def teacher(self, state: dict[str, Any] | None) -> Teacher | None:
         """The teacher, from a checkpoint, from the cache, or trained now and cached."""
         table = self.recipe.teacher
@@ -166,6 +186,9 @@ class Session:
                 self._keep_teacher(teacher, result)
                 self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
         self.progress.teacher(self.run.read_json("teacher.json"))
+        self.identity["teacher"] = checkpoint.digest(
+            {name: value.cpu() for name, value in teacher.network.state_dict().items()}
+        )
         return teacher.eval().requires_grad_(False)
 
     def _train_teacher(self, teacher: Teacher, state: dict[str, Any] | None) -> dict[str, float]:
@@ -310,12 +333,16 @@ class Session:
         latest: dict[str, Any] = {}
         trained, epoch_spent = 0, 0.0
         if state:
-            module.load_state_dict(state["module"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            first_epoch, first_step = state["epoch"], state["step"]
-            spent, sums, latest = state["seconds"], state["sums"], state["latest"]
-            trained, epoch_spent = state["trained"], state["epoch_seconds"]
+            self._check_identity(state)
+            with self._blaming_state():
+                module.load_state_dict(state["module"])
+                optimizer.load_state_dict(state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
+                first_epoch, first_step = state["epoch"], state["step"]
+                spent, sums, latest = state["seconds"], state["sums"], state["latest"]
+                trained, epoch_spent = state["trained"], state["epoch_seconds"]
+                if not (0 <= first_epoch <= table.epochs and 0 <= first_step <= self.plan.steps_per_epoch):
+                    raise ValueError(f"there is no epoch {first_epoch + 1}, step {first_step + 1}")
             self.progress.note(f"resuming the {phase} at epoch {first_epoch + 1}, step {first_step + 1}")
         # What a stopped run logged beyond its last save is done again, and logged again.
         done = [epoch for epoch in self.run.metrics() if epoch["phase"] != phase or epoch["epoch"] <= first_epoch]
@@ -327,7 +354,7 @@ class Session:
         def micro_batches(images: Tensor, targets: Tensor, epoch: int, step: int) -> Iterator[tuple[dict, int]]:
             """The terms of each of the parts that a batch is computed in, and the images in it."""
             # For layers that draw of their own accord, as dropout does.
-            torch.manual_seed(key_to_seed(self.recipe.seed, phase, epoch, step))
+            seed_globals(self.recipe.seed, phase, epoch, step)
             parts, first = self.plan.micro_batches(len(targets)), 0
             for some, theirs in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
                 with self._autocast():
@@ -358,9 +385,13 @@ class Session:
             options = {"seed": self.recipe.seed, "epoch": epoch, "augment": augmentation}
             return Batches(self.train, self.batch_size, start=start, **options)
 
+        saved = time.monotonic()
+
         def save(epoch: int, step: int) -> None:
+            nonlocal saved
             self._check_weights(module, phase, epoch, step)
             kept = {
+                **self.identity,
                 "phase": phase,
                 "epoch": epoch,
                 "step": step,
@@ -374,6 +405,7 @@ class Session:
                 "latest": latest,
             }
             checkpoint.save_state(self.run / STATE, kept)
+            saved = time.monotonic()
 
         for epoch in range(first_epoch, table.epochs):
             module.train()
@@ -417,9 +449,11 @@ class Session:
                 if step % 20 == 0 or step + 1 == steps:
                     self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
                 epoch_spent = time.perf_counter() - epoch_begin
-                if signum := self.stop():
+                signum = self.stop()
+                if signum or time.monotonic() - saved >= 60 * self.recipe.save_minutes:
                     check(watch, epoch, step)
                     save(epoch, step + 1)
+                if signum:
                     raise Stopped(signum, self.run.path)
             self._check_weights(module, phase, epoch, steps)
             module.eval()

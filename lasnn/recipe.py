@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -32,6 +33,9 @@ from lasnn.registry import (
     neurons,
     teachers,
 )
+
+# Nothing runs a recipe's code unseen: each plugin is named before it is loaded.
+log = logging.getLogger("lasnn")
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -190,6 +194,10 @@ class Recipe(Section):
     """"auto" (CUDA if present), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of convolutions and matrix products (autocast); fp16 uses a gradient scaler."""
+    deterministic: bool = False
+    """Only operations that repeat to the last bit, on CUDA too; one that cannot is an error (docs/reliability.md)."""
+    save_minutes: NonNegative = 10.0
+    """Minutes between saves of the full state, besides one after each epoch; 0 saves after every step."""
     plugins: list[str] = []
     """Python files beside the recipe, or modules, that register parts of your own."""
     data: DataTable = DataTable()
@@ -506,7 +514,7 @@ def _load_plugins(recipe: Recipe):
         key = f"plugins.{index}"
         try:
             if not _is_file(plugin):
-                importlib.import_module(plugin)
+                _import_module(plugin)
                 continue
             path = recipe._folder / plugin
             if Path(plugin).name != plugin:
@@ -535,11 +543,20 @@ def _place_in(plugin: str, error: BaseException) -> str:
     return place
 
 
+def _import_module(name: str) -> None:
+    """Import a module, and say where it lies the first time."""
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)
+        log.info("plugin: %s", spec.origin or name if spec else name)
+    importlib.import_module(name)
+
+
 def _import_once(path: Path) -> None:
     """Import a file; the copy of a file that is already loaded (a run folder's) registers nothing twice."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     if content in _loaded_plugins:
         return
+    log.info("plugin: %s", path.resolve())
     name = f"lasnn_plugin_{path.stem}_{content[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

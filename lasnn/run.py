@@ -15,6 +15,8 @@ import platform
 import shlex
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lasnn import __version__, checkpoint
+from lasnn import __version__, checkpoint, lock
 from lasnn.data import Dataset
 from lasnn.errors import MachineError, UserError
 from lasnn.network import Student, Teacher
@@ -61,7 +63,7 @@ class RunFolder:
         path = self / name
         try:
             value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         if not isinstance(value, dict):
             raise UserError(f"{path} is damaged: it holds no JSON object")
@@ -70,12 +72,12 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The epochs so far; a last line that a kill cut short is left out."""
         path = self / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        lines = read_text(path).splitlines() if path.is_file() else []
         found = []
         for number, line in enumerate(lines, start=1):
             try:
                 epoch = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number < len(lines):
                     raise UserError(f"{path}: line {number} is damaged: {error}") from error
                 continue
@@ -93,13 +95,20 @@ class RunFolder:
         checkpoint.append_line(self / "metrics.jsonl", json.dumps(epoch))
 
 
-def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
-    """Make a run's folder with its recipe, or take up the one that is there.
+@contextmanager
+def open_run(
+    recipe: Recipe, out: Path | None, resume: bool, note: Callable[[str], None] = lambda text: None
+) -> Iterator[RunFolder]:
+    """Make a run's folder with its recipe, or take up the one that is there; other processes are kept out of it within
+    the block.
 
     Without `out`, `resume` takes the newest run of the same recipe under `runs/` that is not done.
 
+    Args:
+        note: gets what is worth a line.
+
     Raises:
-        UserError: the folder is not empty and `resume` is not given, or it holds another recipe.
+        UserError: the folder is not empty and `resume` is not given, it holds another recipe, or a process is at it.
         MachineError: the folder cannot be made.
     """
     text = _resolved(recipe)
@@ -108,32 +117,39 @@ def open_run(recipe: Recipe, out: Path | None, resume: bool) -> RunFolder:
     run = RunFolder(out)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--out {run.path} is a file; name a folder")
-    used = run.path.is_dir() and any(run.path.iterdir())
-    if used and not resume:
-        raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
-    if used and (run / "recipe.toml").is_file():
-        before = (run / "recipe.toml").read_text(encoding="utf-8")
-        if before != text:
-            raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
-        _check_plugins(recipe, run)
-        for name in WRITTEN:
-            # What a kill left of a file that was being written (see checkpoint.replacing).
-            for stray in run.path.glob(f".{name}.????????{Path(name).suffix}"):
-                stray.unlink()
-        return run
-    if used:
-        raise UserError(f"{run.path} is not empty and not a run folder; choose another --out")
+    if run.path.is_dir() and set(os.listdir(run.path)) - {lock.NAME} and not (run / "recipe.toml").is_file():
+        raise UserError(f"{run.path} is not empty{' and not a run folder' if resume else ''}; choose another --out")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError) as error:
         raise UserError(f"--out {run.path}: {error.filename} is a file; name a folder") from error
     except OSError as error:
         raise MachineError(f"cannot write {run.path}: {error.strerror}") from error
-    # The recipe comes first: it makes the folder one that can be resumed.
-    checkpoint.write(run / "recipe.toml", text)
-    for plugin in recipe.plugin_files:
-        checkpoint.write(run / plugin.name, plugin.read_bytes())
-    return run
+    with lock.locked(run.path, note):
+        _begin(run, recipe, text, resume)
+        yield run
+
+
+def _begin(run: RunFolder, recipe: Recipe, text: str, resume: bool) -> None:
+    """Write the recipe and its plugins, or check that they are those of the run that is there."""
+    if not (run / "recipe.toml").is_file():
+        # The recipe comes first: it makes the folder one that can be resumed.
+        checkpoint.write(run / "recipe.toml", text)
+        for plugin in recipe.plugin_files:
+            checkpoint.write(run / plugin.name, plugin.read_bytes())
+        return
+    if not resume:
+        raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
+    before = read_text(run / "recipe.toml")
+    if before != text:
+        raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
+    _check_plugins(recipe, run)
+    checkpoint.sweep(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
+
+
+def read_text(path: Path) -> str:
+    """A text file; bytes that are no UTF-8 stand out as U+FFFD, and make it another text than any that was written."""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def finished(recipe: Recipe, folder: Path) -> bool:
@@ -144,7 +160,7 @@ def finished(recipe: Recipe, folder: Path) -> bool:
     """
     if not (folder / "recipe.toml").is_file():
         return False
-    before, now = (folder / "recipe.toml").read_text(encoding="utf-8"), _resolved(recipe)
+    before, now = read_text(folder / "recipe.toml"), _resolved(recipe)
     if before != now:
         raise UserError(f"{folder} holds a run of another recipe; {_first_difference(before, now)}")
     return (folder / "summary.json").is_file()
@@ -174,7 +190,7 @@ def _resolved(recipe: Recipe) -> str:
 def _unfinished(name: str, text: str) -> Path | None:
     """The newest run of this very recipe under `runs/` that is not done."""
     for folder in reversed(all_runs()):
-        same = folder.name.rpartition("-")[0] == name and (folder / "recipe.toml").read_text(encoding="utf-8") == text
+        same = folder.name.rpartition("-")[0] == name and read_text(folder / "recipe.toml") == text
         if same and not (folder / "summary.json").is_file():
             return folder
     return None

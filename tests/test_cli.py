@@ -263,6 +263,8 @@ def test_signals_save_and_say_how_to_go_on(done, signum, code):
 def test_a_signal_before_the_training_ends_the_command(done):
     (done.folder / "slow.py").write_text("import sys, time\nprint('here', flush=True)\ntime.sleep(60)\n")
     process = done.start("distill", "tiny.toml", "--set", 'plugins=["slow.py"]')
+    # Which file is loaded is said before it runs.
+    assert process.stdout.readline() == f"plugin: {done.folder / 'slow.py'}\n"
     assert process.stdout.readline() == "here\n"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -9,7 +9,7 @@ from common import ROOT
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
     {"errors", "random", "anomaly", "kernels", "__init__"},
-    {"registry", "checkpoint"},
+    {"registry", "checkpoint", "lock"},
     {"neuron", "encoder", "activation"},
     {"network"},
     {"architecture", "data", "loss"},

@@ -8,7 +8,7 @@ from torch import Tensor
 from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Images
 from lasnn.data.stream import Streamed
-from lasnn.random import generator
+from lasnn.random import generator, keyed
 
 
 class Batches:
@@ -68,4 +68,7 @@ class Batches:
         for step, (pixels, labels) in enumerate(self.images.batches(chosen), start=self.start):
             # Drawn on the CPU, for the same reason.
             draws = generator(self.seed, "augment", self.epoch, step)
-            yield self.augment(pixels.float() / 255, labels, draws)
+            # A user's augmentation may draw from the global generators instead: those are keyed as well.
+            with keyed(self.seed, "augment", self.epoch, step):
+                batch = self.augment(pixels.float() / 255, labels, draws)
+            yield batch
