@@ -254,6 +254,44 @@ def compare(
         answer.update(found.as_json())
 
 
+@app.command()
+def report(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page.  [default: report.html in the run folder]")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T[,T...]", help="Of the student.  [default: 1 to twice the training's]")
+    ] = None,
+    converted: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD",
+            help="How its teacher is converted beside it: maxnorm, percentile, qcfs, none.  "
+            "[default: qcfs if it has learnt thresholds, else percentile]",
+        ),
+    ] = None,
+    longest: Annotated[int, typer.Option(metavar="T", help="Where the conversion ends.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
+    steps = None if timesteps is None else parse_timesteps(timesteps)
+    with json_alone(as_json) as answer:
+        from lasnn.display import to_stderr, to_stdout
+        from lasnn.report import report as write_report
+
+        console = to_stderr() if as_json else to_stdout()
+
+        def tell(text: str) -> None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        options = {"timesteps": steps, "converted": converted, "longest": longest}
+        answer.update(write_report(run, out, **options, tell=tell))
+        tell(f"report: {answer['file']} ({answer['bytes'] / 1024:,.0f} KiB)")
+
+
 @app.command("list")
 def list_parts(
     what: Annotated[

@@ -150,7 +150,7 @@ def attention(
     total = torch.zeros((), device=student_features[0].device)
     weights = pair_weights or [1.0] * len(student_features)
     for weight, student, teacher in zip(weights, student_features, teacher_features, strict=True):
-        student, teacher = _same_size(student, teacher)
+        student, teacher = same_size(student, teacher)
         difference = attention_map(student, power, temporal) - attention_map(teacher[None], power)
         total = total + weight * difference.square().mean()
     return total
@@ -168,12 +168,12 @@ def feature_mse(
     total = torch.zeros((), device=student_features[0].device)
     weights = pair_weights or [1.0] * len(student_features)
     for weight, student, teacher in zip(weights, student_features, teacher_features, strict=True):
-        student, teacher = _same_size(student, teacher)
+        student, teacher = same_size(student, teacher)
         total = total + weight * F.mse_loss(student.float().mean(0), teacher.float())
     return total
 
 
-def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the larger of [T, B, C, H, W] and [B, C, H, W] to the smaller's H x W, each axis on its own."""
     size = tuple(min(pair) for pair in zip(student.shape[-2:], teacher.shape[-2:], strict=True))
     if student.shape[-2:] != size:

@@ -288,6 +288,7 @@ def measure(
     seed: int,
     draw: int = 0,
     early_exit: float | None = None,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy, firing rate and energy of a student at each of several T.
 
@@ -301,6 +302,8 @@ def measure(
         seed: keys the encoder's random numbers.
         draw: further random numbers of the same seed, for an encoder that draws.
         early_exit: stop an image as soon as the largest class probability reaches this; for causal encoders.
+        watch: called with each batch of each run: the mean logits of its first 1 to T steps [T, B, K], the labels [B]
+            and the energy in µJ of these steps [T, B].
 
     Returns:
         One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `accuracy_by_class`,
@@ -329,9 +332,11 @@ def measure(
                 means = logits.float().cumsum(0) / counted
                 for t in steps:
                     tallies.setdefault(t, Tally(logits.shape[-1])).add(means[t - 1], labels)
-                energy = counter.energy_by_image() if exits else None
+                energy = counter.energy_by_image() if exits or watch else None
                 for t, early in exits.items():
                     early.add(means[:t], labels, energy[:t])
+                if watch is not None:
+                    watch(means, labels, energy)
         total = counter.after(longest)["firing_rate"]
         if not math.isfinite(total):
             raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")

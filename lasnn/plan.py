@@ -201,7 +201,7 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         staged = student.network if student else attempt("student", lambda: make_network(table, ann_units(), data))
     if staged and teacher:
         stages = [dict.fromkeys(network.stage_names, ()) for network in (staged, teacher.network)]
-        pairs, wrong = _pair(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
+        pairs, wrong = pair_stages(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
         for problem in wrong:
             report("distill.pairs", problem)
         for key, problem in _check_pairs(recipe, pairs, wrong):
@@ -460,7 +460,7 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _pair(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:
+def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:
     """The recipe's pairs with their shapes, and a line for each that names a stage which does not exist."""
     names = recipe.distill.pairs
     if names is None:

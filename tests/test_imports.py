@@ -20,7 +20,7 @@ LAYERS = [
     {"display"},
     {"distillation", "evaluation", "export", "bench"},
     {"matched"},
-    {"compare"},
+    {"compare", "report"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

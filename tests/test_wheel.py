@@ -29,7 +29,7 @@ def test_wheel(tmp_path):
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "recipes").glob("*.toml")]:
         assert f"lasnn/{path.relative_to(ROOT)}" in names
     for path in (ROOT / "lasnn").rglob("*"):
-        if path.suffix in (".py", ".gz") or path.name == "LICENSE":
+        if path.suffix in (".py", ".gz", ".html", ".css") or path.name == "LICENSE":
             assert str(path.relative_to(ROOT)) in names
     assert not any(name.startswith(("kernels/", "recipes/", "tests/")) for name in names)
 

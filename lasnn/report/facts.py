@@ -1,0 +1,495 @@
+"""The facts of a report as plain values and small arrays: everything is measured here, nothing is drawn.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
+"""
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasnn.conversion import Method, convert
+from lasnn.data import Batches
+from lasnn.errors import UserError
+from lasnn.evaluation import check_conversion
+from lasnn.kernels import attention_map
+from lasnn.loss import same_size
+from lasnn.measure import CONFIDENCE_BINS, PJ_MULTIPLY_ADD, Exit, Tally, measure, teacher_energy_uj
+from lasnn.network import NormActivate, Staged
+from lasnn.plan import count_parameters, load_data, pair_stages
+from lasnn.random import generator
+from lasnn.run import Run, environment
+
+# Attention is measured on at most so many test images, drawn once by the run's seed.
+ATTENTION_IMAGES = 1000
+# Sample images of as many classes, beside the most and the least alike of all.
+CLASSES_SHOWN = 10
+MISTAKES_SHOWN = 18
+CONFUSIONS_SHOWN = 10
+EXITS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+Tell = Callable[[str], None]
+
+
+def gather(
+    run: Run, timesteps: Sequence[int] | None, method: Method | None, longest: int, tell: Tell
+) -> dict[str, Any]:
+    """Everything that the page shows.
+
+    Args:
+        run: a finished run.
+        timesteps: T of the student's curve; None is 1 to twice the training's T.
+        method: how the teacher is converted; None leaves the conversion out.
+        longest: T up to which it is measured.
+        tell: called with a line before each part that takes time.
+
+    Raises:
+        UserError: the data is missing or broken.
+    """
+    train, test, _ = load_data(run.recipe, run.data, run.device)
+    trained_t = run.recipe.student.timesteps
+    chosen = sorted({trained_t, *(timesteps or default_timesteps(trained_t, run.student.encoder.causal))})
+    tell(f"student: {len(test):,} test images, up to T = {chosen[-1]}")
+    student, results = measure_student(run, test, chosen)
+    at_t = next(result for result in results if result["timesteps"] == trained_t)
+    teacher = layers = None
+    if run.teacher is not None:
+        tell(f"teacher: {len(test):,} test images")
+        teacher, layers = measure_teacher(run, test)
+    conversion = convert_teacher(run, train, test, method, longest, tell)
+    count = min(ATTENTION_IMAGES, len(test))
+    tell(f"attention maps: {count:,} test images")
+    return {
+        "name": run.folder.path.resolve().name,
+        "title": title(run),
+        "plugins": run.recipe.plugins,
+        "run": str(run.folder.path),
+        "data": run.recipe.data.name,
+        "classes": list(run.data.classes),
+        "images": len(test),
+        "timesteps": trained_t,
+        "causal": run.student.encoder.causal,
+        "random": run.student.encoder.random,
+        "summary": run.summary,
+        "recipe": recipe_in_short(run),
+        "recipe_text": (run.folder / "recipe.toml").read_text(encoding="utf-8"),
+        "results": results,
+        "student": student,
+        "teacher": teacher,
+        "layers": by_layer(run, at_t, layers),
+        "conversion": conversion,
+        "attention": measure_attention(run, test, count),
+        "confusions": worst_confusions(at_t["confusion"]),
+        "mistakes": mistakes(test, student, teacher),
+        "training": training(run),
+        "environment": run.folder.read_json("env.json"),
+        "reporting": environment(run.device),
+        "commands": commands(run),
+    }
+
+
+def at_trained(facts: dict[str, Any]) -> dict[str, Any]:
+    """The student's result at the training's T."""
+    return next(result for result in facts["results"] if result["timesteps"] == facts["timesteps"])
+
+
+def default_timesteps(trained: int, causal: bool) -> list[int]:
+    """1 to twice the training's T; where each T is a run of its own, the powers of two among them."""
+    longest = max(trained, min(2 * trained, 16))
+    if causal:
+        return list(range(1, longest + 1))
+    return [2**power for power in range(longest.bit_length()) if 2**power <= longest]
+
+
+class Answers:
+    """What a network answers on each test image, in the images' order."""
+
+    def __init__(self, classes: int):
+        self.tally = Tally(classes)
+        self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits [B, K] and labels [B]."""
+        self.tally.add(logits, labels)
+        confidence, answer = logits.float().softmax(-1).max(-1)
+        self.batches.append((labels.cpu(), answer.cpu(), confidence.cpu()))
+
+    def result(self) -> dict[str, Any]:
+        """`Tally.result`, the `bins` of confidence, and `labels`, `answers` and `confidences` of all images [N]."""
+        labels, answers, confidences = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
+        count, confidence, right = self.tally.bins.tolist()
+        bins = [
+            {"from": i / CONFIDENCE_BINS, "images": int(n), "confidence": c / n, "accuracy": r / n} if n else None
+            for i, (n, c, r) in enumerate(zip(count, confidence, right, strict=True))
+        ]
+        return {
+            **self.tally.result(),
+            "bins": [one for one in bins if one],
+            "labels": labels,
+            "answers": answers,
+            "confidences": confidences,
+        }
+
+
+def measure_student(run: Run, test: Any, timesteps: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The student's answers at the training's T, with `exits` where it can stop early, and `measure`'s results."""
+    trained, causal = run.recipe.student.timesteps, run.student.encoder.causal
+    answers = Answers(len(run.data.classes))
+    exits = [Exit(threshold) for threshold in EXITS] if causal and trained > 1 else []
+
+    def watch(means: Tensor, labels: Tensor, energy: Tensor) -> None:
+        if len(means) != trained and not causal:
+            return
+        answers.add(means[trained - 1], labels)
+        for early in exits:
+            early.add(means[:trained], labels, energy[:trained])
+
+    options = {"batch_size": run.recipe.data.batch_size, "seed": run.recipe.seed, "watch": watch}
+    try:
+        results = measure(run.student, test, timesteps, **options)
+    finally:
+        run.student.timesteps = trained
+    return {**answers.result(), "exits": [early.result() for early in exits]}, results
+
+
+@torch.no_grad()
+def measure_teacher(run: Run, test: Any) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The teacher's answers with its `energy_uj`; and by layer the share of its activations above 0, and energy."""
+    answers, image = Answers(len(run.data.classes)), (run.data.channels, run.data.height, run.data.width)
+    active: dict[str, list[float]] = {}
+    energy: dict[str, float] = {}
+    network = run.teacher.network
+    with hooked(network, (NormActivate, nn.ReLU), lambda name, _, y: active.setdefault(name, []).append(share(y))):
+        for batch, labels in Batches(test, run.recipe.data.batch_size, seed=0, epoch=0, shuffle=False):
+            answers.add(run.teacher(batch), labels)
+
+    def count(name: str, layer: nn.Module, output: Tensor) -> None:
+        energy[name] = energy.get(name, 0.0) + 1e-6 * PJ_MULTIPLY_ADD * output.numel() * layer.weight[0].numel()
+
+    with hooked(network, (nn.Conv2d, nn.Linear), count):
+        run.teacher(torch.zeros(1, *image, device=run.device))
+    rates = {name: sum(shares) / len(shares) for name, shares in active.items()}
+    result = {**answers.result(), "energy_uj": teacher_energy_uj(run.teacher, image)}
+    return result, {"rates": rates, "energy": energy}
+
+
+def share(x: Tensor) -> float:
+    """Of a tensor's values, those above 0."""
+    return float((x > 0).float().mean())
+
+
+@contextmanager
+def hooked(network: Staged, kinds: tuple[type, ...], see: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Within the block `see` is called with the name, module and output of each module of these kinds that runs.
+
+    A unit's own activation is not told beside the unit.
+    """
+    hooks = []
+    for modules in parts(network).values():
+        units = tuple(f"{name}." for name, module in modules.items() if isinstance(module, NormActivate))
+        for name, module in modules.items():
+            if isinstance(module, kinds) and not name.startswith(units):
+                hooks.append(module.register_forward_hook(lambda m, _, output, name=name: see(name, m, output)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def parts(network: Staged) -> dict[str, dict[str, nn.Module]]:
+    """The modules of stem, stages and head by name, a borrowed network's as the stages see them."""
+    names = ("stem", *network.stage_names, "head")
+    return {name: dict(getattr(network, name).named_modules(prefix=name)) for name in names}
+
+
+def by_layer(run: Run, result: dict[str, Any], teacher: dict[str, dict[str, float]] | None) -> list[dict[str, Any]]:
+    """Of stem, stages and head: their `rates` and `energy`, rows of (layer, student's, teacher's); None has none."""
+    theirs = teacher or {"rates": {}, "energy": {}}
+    names = list(parts(run.student.network))
+    if run.teacher is not None:
+        names = list(dict.fromkeys([*names[:-1], *parts(run.teacher.network), names[-1]]))
+        names.sort(key=lambda name: name == "head")
+    found = []
+    for part in names:
+        rows = {}
+        for kind, ours in (("rates", result["firing_rate_by_layer"]), ("energy", result["energy_uj_by_layer"])):
+            both = dict.fromkeys(name for name in [*ours, *theirs[kind]] if name == part or name.startswith(f"{part}."))
+            rows[kind] = [(name, ours.get(name), theirs[kind].get(name)) for name in both]
+        if rows["rates"] or rows["energy"]:
+            found.append({"part": part, **rows})
+    return found
+
+
+def convert_teacher(run: Run, train: Any, test: Any, method: Method | None, longest: int, tell: Tell) -> dict[str, Any]:
+    """The converted teacher at T = 1, 2, 4, ...: `method` and `results`, or the `reason` why there is none."""
+    if method is None:
+        return {"reason": "it was left out (--converted none)"}
+    try:
+        check_conversion(run, method)
+    except UserError as error:
+        return {"reason": str(error).replace("\n", "; ")}
+    timesteps = sorted({longest, *(2**power for power in range(longest.bit_length()) if 2**power <= longest)})
+    tell(f"teacher, converted by {method}: {len(test):,} test images, up to T = {longest}")
+    batch_size = run.recipe.data.batch_size
+    converted = convert(run.teacher, method, train, batch_size=batch_size)
+    results = measure(converted, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)
+    known = {key: value for key, value in converted.description.items() if key != "thresholds"}
+    return {**known, "results": results}
+
+
+@torch.no_grad()
+def measure_attention(run: Run, test: Any, count: int) -> dict[str, Any]:
+    """Attention maps of the paired stages, as the recipe's loss reads them, and their distance.
+
+    Q of the student and Q of the teacher have unit norm and no negative values, so that the distance ||Q - Q'|| is from
+    0, the same map, to 1.41, no pixel in common. Beside it stands the distance to the teacher's map of another image.
+    """
+    loss = next((loss for loss in run.recipe.losses if loss.name == "attention"), None)
+    options = loss.options if loss else {}
+    power, temporal = options.get("power", 2.0), options.get("temporal", "rate")
+    # A map of its own at each step cannot be shown as one; their mean can.
+    temporal = "map" if temporal == "step" else temporal
+    ours = dict.fromkeys(run.student.network.stage_names, ())
+    pairs: list[tuple[str, str | None]] = [(stage, None) for stage in ours]
+    if run.teacher is not None:
+        staged, _ = pair_stages(run.recipe, ours, dict.fromkeys(run.teacher.network.stage_names, ()))
+        # Nothing in common: the student's maps are shown alone.
+        pairs = [(pair.student, pair.teacher) for pair in staged] or pairs
+
+    def maps(images: Tensor, draw: int) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        """The student's logits [B, K] and, of each pair, the maps [B, h, w]."""
+        draws = generator(run.recipe.seed, "report", draw, device=images.device)
+        logits, features = run.student.steps(images, [stage for stage, _ in pairs], draws)
+        taught = {}
+        if run.teacher is not None:
+            _, taught = run.teacher.taps(images, [stage for _, stage in pairs if stage])
+        found = []
+        for stage, other in pairs:
+            student, teacher = features[stage], taught.get(other)
+            if teacher is not None:
+                student, teacher = same_size(student, teacher)
+                teacher = attention_map(teacher[None], power).unflatten(-1, teacher.shape[-2:])
+            found.append((attention_map(student, power, temporal).unflatten(-1, student.shape[-2:]), teacher))
+        return logits.float().mean(0), found
+
+    picked = torch.randperm(len(test), generator=generator(run.recipe.seed, "report"))[:count]
+    distances: list[list[Tensor]] = [[] for _ in pairs]
+    others: list[list[Tensor]] = [[] for _ in pairs]
+    for number, (pixels, _) in enumerate(test.batches(picked.split(run.recipe.data.batch_size))):
+        for place, (student, teacher) in enumerate(maps(pixels.float() / 255, number)[1]):
+            if teacher is not None:
+                distances[place].append(distance(student, teacher))
+                others[place].append(distance(student, teacher.roll(1, 0))[: len(pixels) if len(pixels) > 1 else 0])
+    measured = torch.stack([torch.cat(each) for each in distances]) if distances[0] else None
+
+    chosen = choose(picked, test.labels.cpu()[picked], measured, len(run.data.classes))
+    index = torch.tensor([image for image, _ in chosen])
+    [(pixels, labels)] = test.batches([index])
+    logits, shown = maps(pixels.float() / 255, -1)
+    confidence, answer = logits.softmax(-1).max(-1)
+    samples = []
+    for place, (image, why) in enumerate(chosen):
+        both = [
+            {
+                "student": student[place].cpu(),
+                "teacher": None if teacher is None else teacher[place].cpu(),
+                "distance": None if teacher is None else float(distance(student, teacher)[place]),
+            }
+            for student, teacher in shown
+        ]
+        samples.append(
+            {
+                "image": image,
+                "why": why,
+                "pixels": pixels[place].cpu(),
+                "label": int(labels[place]),
+                "answer": int(answer[place]),
+                "confidence": float(confidence[place]),
+                "maps": both,
+            }
+        )
+    stages = []
+    for place, (stage, other) in enumerate(pairs):
+        row = {"student": stage, "teacher": other, "size": list(shown[place][0].shape[-2:])}
+        if measured is not None:
+            low, high = measured[place].quantile(torch.tensor([0.05, 0.95])).tolist()
+            elsewhere = torch.cat(others[place])
+            row |= {
+                "mean": float(measured[place].mean()),
+                "low": low,
+                "high": high,
+                "other": float(elsewhere.mean()) if len(elsewhere) else None,
+            }
+        stages.append(row)
+    return {
+        "images": count,
+        "power": power,
+        "temporal": temporal,
+        "weight": loss.weight if loss else None,
+        "stages": stages,
+        "samples": samples,
+    }
+
+
+def distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """||Q - Q'|| of maps [B, h, w] -> [B], on the CPU."""
+    return (student - teacher).flatten(1).norm(dim=1).cpu()
+
+
+def choose(picked: Tensor, labels: Tensor, distances: Tensor | None, classes: int) -> list[tuple[int, str]]:
+    """The images to show, (number, why): the most and the least alike, and one of each class, or of some.
+
+    Args:
+        picked: numbers of the images that were measured [N].
+        labels: of them [N].
+        distances: [stages, N], None without a teacher; the image that stands for a class has its median distance.
+        classes: K.
+    """
+    mean = torch.zeros(len(picked)) if distances is None else distances.mean(0)
+    chosen = {}
+    if distances is not None and len(picked) > 1:
+        chosen[int(mean.argmin())] = "Most alike"
+        chosen[int(mean.argmax())] = "Least alike"
+    stride = -(-classes // CLASSES_SHOWN)
+    for label in range(0, classes, stride):
+        [of_class] = (labels == label).nonzero(as_tuple=True)
+        if len(of_class):
+            median = of_class[mean[of_class].argsort(stable=True)[(len(of_class) - 1) // 2]]
+            chosen.setdefault(int(median), "")
+    return [(int(picked[place]), why) for place, why in chosen.items()]
+
+
+def worst_confusions(confusion: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """The pairs of classes that are confused most often: `label`, `answer`, `images`, `share` of the true class."""
+    matrix = torch.tensor(confusion, dtype=torch.float64)
+    wrong = matrix.clone().fill_diagonal_(0)
+    found = []
+    for place in wrong.flatten().argsort(descending=True, stable=True)[:CONFUSIONS_SHOWN].tolist():
+        label, answer = divmod(place, len(matrix))
+        count = int(wrong[label, answer])
+        if count:
+            found.append(
+                {"label": label, "answer": answer, "images": count, "share": count / float(matrix[label].sum())}
+            )
+    return found
+
+
+def mistakes(test: Any, student: dict[str, Any], teacher: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The student's most confident wrong answers, the surest first."""
+    wrong = student["answers"] != student["labels"]
+    order = (student["confidences"] * wrong).argsort(descending=True, stable=True)[
+        : min(MISTAKES_SHOWN, int(wrong.sum()))
+    ]
+    if not len(order):
+        return []
+    [(pixels, _)] = test.batches([order])
+    return [
+        {
+            "image": image,
+            "pixels": pixels[place].cpu(),
+            "label": int(student["labels"][image]),
+            "answer": int(student["answers"][image]),
+            "confidence": float(student["confidences"][image]),
+            "teacher": None if teacher is None else int(teacher["answers"][image]),
+        }
+        for place, image in enumerate(order.tolist())
+    ]
+
+
+def training(run: Run) -> dict[str, Any]:
+    """The epochs of both phases, with each term times its weight, and why a phase has none."""
+    epochs = run.folder.metrics()
+    weights = {"student": {loss.name: loss.weight for loss in run.recipe.losses}}
+    found: dict[str, Any] = {}
+    for phase in ("teacher", "student"):
+        found[phase] = [
+            {
+                **epoch,
+                "terms": {
+                    name: weights.get(phase, {}).get(name, 1.0) * value
+                    for name, value in epoch.get("losses", {}).items()
+                },
+            }
+            for epoch in epochs
+            if epoch["phase"] == phase
+        ]
+    found["weights"] = weights["student"]
+    teacher = run.recipe.teacher
+    found["why_no_teacher"] = (
+        "there is no teacher"
+        if teacher is None
+        else f"the teacher was not trained in this run: it was read from {teacher.checkpoint}"
+        if teacher.checkpoint
+        else "metrics.jsonl has no epochs of the teacher"
+    )
+    return found
+
+
+def title(run: Run) -> str:
+    """What was distilled into what, on which images."""
+    recipe = run.recipe
+    how = f"distilled from {recipe.teacher.architecture}" if recipe.teacher else "trained without a teacher"
+    return f"A spiking {recipe.student.architecture} {how}, on {recipe.data.name}"
+
+
+def recipe_in_short(run: Run) -> list[tuple[str, str]]:
+    """The recipe as a few lines, (what, how)."""
+    recipe, data = run.recipe, run.data
+    table, teacher, distill = recipe.student, recipe.teacher, recipe.distill
+    encoder = table.encoder_table
+    size = f"{data.channels} × {data.height} × {data.width}"
+    lines = [
+        (
+            "data",
+            f"{recipe.data.name}: {data.train_size:,} training and {data.test_size:,} test images, {size}, "
+            f"{len(data.classes)} classes",
+        ),
+        ("teacher", "none: the student was trained alone"),
+        (
+            "student",
+            f"{described(table.architecture, table.options)}, {count_parameters(run.student.network):,} parameters, "
+            + {"random": "random start", "teacher": "starts from the teacher's weights"}[table.init],
+        ),
+        ("neuron", described(table.neuron.name, table.neuron.options)),
+        ("input", f"{described(encoder.name, encoder.options)} encoding, T = {table.timesteps}"),
+        ("objective", " + ".join(f"{loss.weight:g} × {described(loss.name, loss.options)}" for loss in recipe.losses)),
+        ("training", how_trained(distill) + f", batches of {recipe.data.batch_size}"),
+        ("seed", f"{recipe.seed}, {recipe.precision}"),
+    ]
+    if teacher is not None:
+        how = f"from {teacher.checkpoint}" if teacher.checkpoint else how_trained(teacher)
+        known = f"{described(teacher.architecture, teacher.options)} on {teacher.activation}"
+        parameters = f"{count_parameters(run.teacher.network):,} parameters, " if run.teacher is not None else ""
+        lines[1] = ("teacher", f"{known}, {parameters}{how}")
+    if run.recipe.plugins:
+        lines.append(("plugins", ", ".join(run.recipe.plugins)))
+    return lines
+
+
+def described(name: str, options: dict[str, Any]) -> str:
+    """A part with its options."""
+    said = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+    return f"{name} ({said})" if said else name
+
+
+def how_trained(table: Any) -> str:
+    """Epochs, optimiser and rate of a training."""
+    epochs = f"{table.epochs} epoch" + "s" * (table.epochs != 1)
+    return f"{epochs}, {table.optimizer} {table.lr:g}, weight decay {table.weight_decay:g}"
+
+
+def commands(run: Run) -> dict[str, str | None]:
+    """The command that was given, and the one that repeats the run from its folder."""
+    known = run.folder.read_json("env.json")
+    given: Iterable[str] = known.get("command") or []
+    words = [str(word) for word in given]
+    again = shlex.join(["lasnn", "distill", str(run.folder / "recipe.toml"), "--out", f"{run.folder.path}-again"])
+    threads = known.get("threads")
+    if threads and str(known.get("device", "cpu")) == "cpu":
+        again = f"OMP_NUM_THREADS={threads} {again}"
+    ran = shlex.join(["lasnn", *words[1:]]) if words[1:2] in (["distill"], ["compare"]) else None
+    return {"given": ran, "again": again}
