@@ -29,6 +29,7 @@ from lasnn.anomaly import Watch, largest, layers_watched
 from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
 from lasnn.errors import MachineError, UserError
+from lasnn.loss import reading_of
 from lasnn.measure import accuracy, measure, teacher_accuracy
 from lasnn.network import Student, Teacher, without_activations
 from lasnn.plan import Plan, load_data, make_augmentation, make_student, make_teacher, read_plan
@@ -248,6 +249,8 @@ class Session:
         terms = [(loss.name, losses[loss.name], loss.options) for loss in recipe.losses]
         asked = {name for _, entry, _ in terms for name in entry.inputs}
         pairs = self.plan.pairs if "student_features" in asked else ()
+        # In chunks of time, what has to be computed while the features of single steps are there.
+        by_step = [term for term in terms if reading_of(term[1].function, term[2]) == "steps"]
 
         def objective(images: Tensor, targets: Tensor, place: Place) -> dict[str, Tensor]:
             given: dict[str, Any] = {"targets": targets}
@@ -257,12 +260,24 @@ class Session:
                 given["teacher_features"] = [features[pair.teacher] for pair in pairs]
             draws = generator(recipe.seed, "encode", place.epoch, place.step, device=images.device)
             part = {"first": place.first, "total": place.total}
-            given["logits"], features = student.steps(images, [pair.student for pair in pairs], draws, **part)
-            given["student_features"] = [features[pair.student] for pair in pairs]
-            return {
-                name: entry.function(*(given[tensor] for tensor in entry.inputs), **options)
-                for name, entry, options in terms
-            }
+            taps = [pair.student for pair in pairs]
+
+            def values(which: list, logits: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
+                known = {**given, "logits": logits, "student_features": [features[tap] for tap in taps]}
+                return [
+                    entry.function(*(known[name] for name in entry.inputs), **options) for _, entry, options in which
+                ]
+
+            if not recipe.time_chunk:
+                found = values(terms, *student.steps(images, taps, draws, **part))
+                return {name: value for (name, _, _), value in zip(terms, found, strict=True)}
+            if by_step:
+                part["of_steps"] = lambda logits, features: torch.stack(values(by_step, logits, features))
+            logits, features, found = student.in_chunks(images, recipe.time_chunk, taps, draws, **part)
+            mine = dict(zip([name for name, _, _ in by_step], found if by_step else (), strict=True))
+            rest = [term for term in terms if term not in by_step]
+            mine |= zip([name for name, _, _ in rest], values(rest, logits, features), strict=True)
+            return {name: mine[name] for name, _, _ in terms}
 
         def evaluate() -> float:
             return accuracy(student, self.test, batch_size=self.batch_size, seed=recipe.seed)

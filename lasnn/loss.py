@@ -10,9 +10,13 @@ A loss says what it needs by the names of its positional parameters, and a recip
     teacher_features  one [B, C, H, W] for each pair of stages
 
 Its keyword-only parameters are the recipe's options. A loss sees tensors, never modules.
+
+Where time is computed in chunks (`distill.time_chunk`) the student's features are not kept: `over_time` says what a
+loss reads of them.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,26 @@ Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Readout = Literal["mean", "step"]
 Power = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 Weights = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None
+
+
+# "mean": the features only by their mean over time, so that it may be given that, [1, B, C, H, W], in their place;
+# "steps": it is the mean over time steps of what it is of each alone; None: neither.
+Reading = Literal["mean", "steps"] | None
+
+
+def over_time(reading: Callable[[dict[str, Any]], Reading] | Reading) -> Callable[[Callable], Callable]:
+    """Decorator that says how a loss reads the student's features over time; a function is given the loss's options."""
+
+    def mark(function: Callable) -> Callable:
+        function.over_time = reading if callable(reading) else lambda _: reading
+        return function
+
+    return mark
+
+
+def reading_of(loss: Callable, options: dict[str, Any]) -> Reading:
+    """How a loss with these options reads the student's features over time; None where it does not say."""
+    return getattr(loss, "over_time", lambda _: None)(options)
 
 
 def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -131,6 +155,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 @losses.register("attention")
+@over_time(lambda options: {"rate": "mean", "step": "steps"}.get(options.get("temporal", "rate")))
 def attention(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
@@ -157,6 +182,7 @@ def attention(
 
 
 @losses.register("feature-mse")
+@over_time("mean")
 def feature_mse(
     student_features: list[Tensor], teacher_features: list[Tensor], *, pair_weights: Weights = None
 ) -> Tensor:

@@ -5,18 +5,22 @@ dimension, T-major, so that convolution, pooling and linear layers are plain `to
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import normalised
+from lasnn.kernels.layout import state_dtype
+from lasnn.kernels.norm import updated
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
 
@@ -100,15 +104,99 @@ class NormSpike(nn.Module):
                 self.norm.running_var.copy_(running.var)
                 self.norm.num_batches_tracked.add_(1)
             return spikes
-        # What carries its voltages on is inference, where the kernel's arithmetic can be had step by step.
-        current = self.clock.unfold(normalised(x, self.norm) if self.fused else self.norm(x))
+        if voltages is None:
+            return self._in_turn(x, residual)[0]
+        before = voltages.get(self.name)
+        if self.training:
+            # Only x, the residual and the voltage are kept for the backward pass, as by the kernel.
+            spikes, after = again_backward(self, self._in_turn, x, residual, v0=before)
+        else:
+            spikes, after = self._in_turn(x, residual, v0=before)
+        voltages[self.name] = after
+        return spikes
+
+    def _in_turn(self, x: Tensor, residual: Tensor | None, **before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalisation and neuron one after the other, with the voltage before and after if it is carried."""
+        if not self.fused:
+            current = self.norm(x)
+        elif self.training:
+            # In the kernel's precision, whatever the type of x.
+            current = self.norm(x.to(state_dtype(x.dtype)))
+        else:
+            current = normalised(x, self.norm)
+        current = self.clock.unfold(current)
         if residual is not None:
             current = current + self.clock.unfold(residual)
-        before = {} if voltages is None else {"v0": voltages.get(self.name)}
         spikes, after = self.neuron(current, timesteps=self.clock.steps, **before)
-        if voltages is not None:
-            voltages[self.name] = after
-        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ...")
+        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ..."), after
+
+
+def again_backward(module: nn.Module, function: Callable, *inputs, **options):
+    """`function(*inputs, **options)`, computed again in the backward pass instead of keeping what is in between.
+
+    What layers draw of their own accord is drawn alike, and the batch norms of `module`, which the function runs,
+    update their running statistics in the first pass alone.
+    """
+
+    def contexts():
+        return nullcontext(), running_statistics_left(module)
+
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts, **options)
+
+
+@contextmanager
+def running_statistics_left(module: nn.Module) -> Iterator[list[_BatchNorm]]:
+    """Within the block the batch norms that train update copies of their running statistics, which are then dropped.
+
+    Yields these batch norms.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    kept = [[getattr(norm, name) for name in names] for norm in norms]
+    for norm, values in zip(norms, kept, strict=True):
+        for name, value in zip(names, values, strict=True):
+            setattr(norm, name, value.clone())
+    try:
+        yield norms
+    finally:
+        for norm, values in zip(norms, kept, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(norm, name, value)
+
+
+@contextmanager
+def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
+    """The running statistics are updated once, at the end, by those of all passes in the block together.
+
+    As if all their elements had been normalised at once: the variance within the passes and that between them.
+    """
+    passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {}
+
+    def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
+        count = inputs[0].numel() // inputs[0].shape[1]
+        mean, var = (value.to(torch.float64, copy=True) for value in (norm.running_mean, norm.running_var))
+        passes.setdefault(norm, []).append((count, mean, var))
+
+    with running_statistics_left(module) as norms:
+        momenta = [norm.momentum for norm in norms]
+        hooks = [norm.register_forward_hook(collect) for norm in norms]
+        for norm in norms:
+            # With a momentum of 1 a pass's running statistics are its own.
+            norm.momentum = 1.0
+        try:
+            yield
+        finally:
+            for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+                norm.momentum = momentum
+                hook.remove()
+    for norm, seen in passes.items():
+        total = sum(count for count, _, _ in seen)
+        middle = sum(count * mean for count, mean, _ in seen) / total
+        spread = sum((count - 1) * var + count * (mean - middle).square() for count, mean, var in seen) / total
+        mean, var = updated(norm, torch.stack([middle, spread]), total)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.num_batches_tracked.add_(1)
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.
@@ -259,6 +347,12 @@ def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> d
     return shapes
 
 
+def even_chunks(timesteps: int, most: int) -> tuple[int, int]:
+    """T in chunks of at most `most` steps, as even as can be: how many, and how long (the last may be shorter)."""
+    count = -(-timesteps // most)
+    return count, -(-timesteps // count)
+
+
 class Student(nn.Module):
     """A spiking network with its encoder: images in, logits out.
 
@@ -302,6 +396,59 @@ class Student(nn.Module):
         else:
             encoded = self.encoder.part(images, self.timesteps, generator, first=first, total=total)
         return self.network(encoded, self.timesteps, taps)
+
+    def in_chunks(
+        self,
+        images: Tensor,
+        chunk: int,
+        taps: Iterable[str] = (),
+        generator: torch.Generator | None = None,
+        *,
+        first: int = 0,
+        total: int | None = None,
+        of_steps: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """A training pass over T steps in the memory of a few: chunks of time that are computed again backward.
+
+        The voltages are carried from chunk to chunk, and gradients flow back through them. Batch norm takes the
+        statistics of each chunk; the running statistics are updated once, by those of all T steps. What is encoded is
+        what `steps` encodes, and both passes draw the same.
+
+        Args:
+            images, taps, generator, first, total: as for `steps`. An encoder that draws needs a generator.
+            chunk: the most steps that are computed at once; T is cut evenly.
+            of_steps: from logits [t, B, K] and features {stage: [t, B, C, H, W]} of some steps to the mean over them of
+                anything, a tensor.
+
+        Returns:
+            Logits of each step [T, B, K]; the mean over time of each tapped feature, in fp32, {stage: [1, B, C, H, W]};
+            the mean over time of `of_steps`.
+        """
+        _, chunk = even_chunks(self.timesteps, chunk)
+
+        def run(images: Tensor, voltages: dict[str, Tensor], state: Tensor | None, start: int, stop: int):
+            draws = None if state is None else torch.Generator(generator.device).set_state(state)
+            place = {"first": first, "total": total, "start": start, "stop": stop}
+            encoded = self.encoder.part(images, self.timesteps, draws, **place)
+            with self.network.clock.carried(voltages, start) as after:
+                logits, features = self.network(encoded, stop - start, taps)
+            sums = {name: feature.to(state_dtype(feature.dtype)).sum(0) for name, feature in features.items()}
+            found = None if of_steps is None else (stop - start) * of_steps(logits, features)
+            return logits, sums, found, after, None if draws is None else draws.get_state()
+
+        voltages: dict[str, Tensor] = {}
+        state = None if generator is None else generator.get_state()
+        parts, features, found = [], {}, None
+        with running_statistics_pooled(self.network):
+            for start in range(0, self.timesteps, chunk):
+                stop = min(start + chunk, self.timesteps)
+                done = again_backward(self.network, run, images, voltages, state, start, stop)
+                logits, sums, of_chunk, voltages, state = done
+                parts.append(logits)
+                features = {name: features[name] + value if features else value for name, value in sums.items()}
+                found = of_chunk if found is None else found + of_chunk
+        means = {name: value[None] / self.timesteps for name, value in features.items()}
+        return torch.cat(parts), means, None if found is None else found / self.timesteps
 
     @torch.no_grad()
     def step(

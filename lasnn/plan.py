@@ -18,6 +18,7 @@ from lasnn.data.stream import check_labels, place
 from lasnn.encoder import Encoder
 from lasnn.errors import UserError, unknown
 from lasnn.kernels.ops import require_triton
+from lasnn.loss import reading_of
 from lasnn.network import (
     Act,
     Borrowed,
@@ -26,6 +27,7 @@ from lasnn.network import (
     Teacher,
     ann_units,
     build,
+    even_chunks,
     probe,
     snn_units,
     without_activations,
@@ -222,6 +224,11 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
             what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
             message = f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
             report(f"data.{key}", message)
+    if recipe.time_chunk:
+        for key, problem in _check_chunks(recipe):
+            report(key, problem)
+        if student and not problems and not reported:
+            attempt("student.neuron", lambda: _voltages(recipe, data, student))
     if not problems and not reported:
         for index, loss in enumerate(recipe.losses):
             attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps, mixed))
@@ -500,11 +507,44 @@ def _check_pairs(recipe: Recipe, pairs: list[Pair], wrong: list[str]):
                 yield f"losses.{index}.name", message
 
 
+def _check_chunks(recipe: Recipe):
+    """(key, message) for each loss that needs more of the features than chunks of time keep."""
+    for index, loss in enumerate(recipe.losses):
+        entry = losses[loss.name]
+        if "student_features" in entry.inputs and reading_of(entry.function, loss.options) is None:
+            fix = 'temporal = "rate" or "step"' if loss.name == "attention" else "mark it with lasnn.loss.over_time"
+            yield (
+                f"losses.{index}",
+                f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
+                f"set time_chunk = 0, or {fix}",
+            )
+
+
+def _voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
+    """What is carried from one chunk of time to the next, on the meta device.
+
+    Raises:
+        UserError: the neuron cannot go on from a voltage.
+    """
+    student.eval()
+    with blaming(neurons[recipe.student.neuron.name]), student.network.clock.carried({}) as voltages:
+        student.network(_encoded(recipe, data, student, 1), 1)
+    return list(voltages.values())
+
+
+def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> torch.Tensor:
+    """The first steps of what a micro-batch of images is encoded to, on the meta device."""
+    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
+    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
+    return student.encoder.part(images, recipe.student.timesteps, stop=steps)
+
+
 def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
     """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
 
-    The activations are the tensors that autograd saves in a forward pass on the meta device; half precision is
-    counted as half of them. Workspaces of the convolutions are not in it.
+    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device; half
+    precision is counted as half of them. With time in chunks they are those of one chunk, and the voltages before each.
+    Workspaces of the convolutions are not in it.
     """
     saved: dict[int, int] = {}
     kept = []
@@ -516,12 +556,14 @@ def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | 
             saved[id(storage)] = storage.nbytes()
         return tensor
 
-    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
-    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
+    timesteps, carried = recipe.student.timesteps, 0
+    if recipe.time_chunk:
+        count, timesteps = even_chunks(timesteps, recipe.time_chunk)
+        carried = count * sum(voltage.nbytes for voltage in _voltages(recipe, data, student))
     student.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student.steps(images)
-    activations = sum(saved.values()) // (1 if recipe.precision == "fp32" else 2)
+        student.network(_encoded(recipe, data, student, timesteps), timesteps)
+    activations = sum(saved.values()) // (1 if recipe.precision == "fp32" else 2) + carried
     states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
     learnt = 4 * count_parameters(student.network) * (2 + states)
     frozen = 4 * count_parameters(teacher.network) if teacher else 0

@@ -174,6 +174,8 @@ class DistillTable(Training, Section):
 
     pairs: list[str] | None = None
     """Stages to match, "stage2" or "student-stage:teacher-stage"; left out, all stages of the same name."""
+    time_chunk: Annotated[int, Field(ge=0)] = 0
+    """Most time steps computed at once, the rest in turn and again backward, for a long T; 0 is all."""
 
 
 class LossTable(Part):
@@ -224,6 +226,11 @@ class Recipe(Section):
     def plugin_files(self) -> list[Path]:
         """Those plugins that are files."""
         return [self._folder / plugin for plugin in self.plugins if _is_file(plugin)]
+
+    @property
+    def time_chunk(self) -> int:
+        """Time steps that training computes at once where that is fewer than T, else 0."""
+        return self.distill.time_chunk if self.distill.time_chunk < self.student.timesteps else 0
 
     def plugin_sources(self) -> list[Path]:
         """The file of every plugin, those of modules too."""

@@ -1,4 +1,4 @@
-"""What trains in less memory trains the same: micro-batches."""
+"""What trains in less memory trains the same: micro-batches, and time in chunks."""
 
 import signal
 
@@ -7,12 +7,15 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import distill
+from lasnn import distill, network
 from lasnn.distillation import Stopped
 from lasnn.errors import UserError
-from lasnn.loss import attention
+from lasnn.kernels import reference
+from lasnn.loss import attention, reading_of
+from lasnn.network import Student, build, running_statistics_pooled, snn_units
 from lasnn.plan import parts_of, read_plan
 from lasnn.random import generator
+from lasnn.registry import encoders, losses
 
 # Without batch norm a batch's gradient is the mean of its images' gradients, however they are grouped.
 PLAIN = '''
@@ -60,16 +63,6 @@ def test_how_many_parts(tiny, images, batch, accumulate, parts):
     assert parts_of(images, recipe) == parts
 
 
-def test_a_stopped_run_in_micro_batches_resumes(tiny):
-    settings = ["data.accumulate=3", "student.encoder=poisson"]
-    whole = distill(tiny, "whole", overrides=settings)
-    with pytest.raises(Stopped):
-        distill(tiny, "out", overrides=settings, progress=StopAt("student", 1, signal.SIGTERM))
-    resumed = distill(tiny, "out", resume=True, overrides=settings)
-    assert digest(resumed / "student.safetensors") == digest(whole / "student.safetensors")
-    assert without_times(resumed.metrics()) == without_times(whole.metrics())
-
-
 def test_more_parts_than_images(tiny):
     with pytest.raises(UserError, match=r"data\.accumulate: 60 parts of a batch of 50 images"):
         read_plan(tiny, ["data.accumulate=60"])
@@ -96,3 +89,221 @@ def test_the_attention_loss_is_in_fp32_under_autocast(temporal, dtype):
     expected.backward()
     # Its gradient is rounded once, to the features' type.
     torch.testing.assert_close(student.grad, wide.grad.to(dtype), rtol=2e-2, atol=1e-6)
+
+
+# Time in chunks
+
+
+def student(encoder, architecture="vgg5", neuron="lif", timesteps=10, **options):
+    torch.manual_seed(0)
+    options = options or ({"width": 4} if architecture == "vgg5" else {})
+    network = build(architecture, snn_units(neuron), in_channels=1, num_classes=10, **options)
+    return Student(network, encoders.build(encoder, (0.3,), (0.3,)), timesteps).double().train()
+
+
+IMAGES = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=generator("images"))
+TAPS = ("stage1", "stage3")
+
+
+def gradients(net, chunk, of_steps=None):
+    """Logits, gradients and buffers of a pass in chunks whose loss reads logits, mean features and `of_steps`."""
+    logits, features, found = net.in_chunks(IMAGES, chunk, TAPS, generator(1), of_steps=of_steps)
+    loss = (logits * torch.linspace(-1, 1, 10)).square().mean() + sum(f.square().mean() for f in features.values())
+    if found is not None:
+        loss = loss + found
+    loss.backward()
+    values = {name: p.grad for name, p in net.named_parameters()} | dict(net.named_buffers())
+    return {"logits": logits.detach(), **{name: f.detach() for name, f in features.items()}, **values}
+
+
+def assert_equal(one, other, atol=1e-10):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
+@pytest.mark.parametrize(("architecture", "neuron"), [("vgg5", "plif"), ("resnet20", "lif")])
+def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, neuron, monkeypatch):
+    """Against all chunks under plain autograd: nothing computed again, the neuron by its definition."""
+
+    def of_steps(logits, features):
+        return (features["stage1"].sum(2) * torch.linspace(0, 1, 8)).square().mean() + logits.square().mean()
+
+    chunked = gradients(student(encoder, architecture, neuron), 4, of_steps)
+    monkeypatch.setattr(network, "again_backward", lambda _, function, *args, **options: function(*args, **options))
+    monkeypatch.setattr("lasnn.neuron.lif", reference.lif)
+    plain = gradients(student(encoder, architecture, neuron), 4, of_steps)
+    assert max(value.abs().max() for name, value in plain.items() if name.endswith("weight")) > 1e-3
+    assert_equal(chunked, plain)
+
+
+def test_gradients_flow_through_the_carried_voltages(monkeypatch):
+    whole = gradients(student("poisson"), 4)
+    carried = network.Clock.carried
+
+    def cut(self, voltages, start=0):
+        return carried(self, {name: value.detach() for name, value in voltages.items()}, start)
+
+    monkeypatch.setattr(network.Clock, "carried", cut)
+    detached = gradients(student("poisson"), 4)
+    name = "network.stage1.0.weight"
+    assert torch.equal(whole["logits"], detached["logits"])
+    assert (whole[name] - detached[name]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+def test_one_chunk_is_the_unchunked_network(encoder):
+    one, whole = student(encoder), student(encoder)
+    chunked = gradients(one, 10)
+    logits, features = whole.steps(IMAGES, TAPS, generator(1))
+    loss = (logits * torch.linspace(-1, 1, 10)).square().mean() + sum(
+        feature.mean(0).square().mean() for feature in features.values()
+    )
+    loss.backward()
+    torch.testing.assert_close(chunked["logits"], logits.detach(), rtol=0, atol=1e-10)
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(chunked[name], parameter.grad, rtol=0, atol=1e-10, msg=name)
+    for name, buffer in whole.named_buffers():
+        torch.testing.assert_close(chunked[name], buffer, rtol=0, atol=1e-6, msg=name)
+
+
+def test_running_statistics_are_those_of_all_steps_and_updated_once():
+    net = student("poisson", timesteps=7)
+    seen = []
+    conv = net.network.stage1[0]
+    conv.register_forward_hook(lambda *hook: seen.append(hook[2].detach()))
+    logits, _, _ = net.in_chunks(IMAGES, 3, (), generator(1))
+    everything = torch.cat(seen)
+    assert [len(part) for part in seen] == [9, 9, 3]
+    logits.sum().backward()
+    assert len(seen) == 6, "each chunk was computed again"
+    norm = net.network.stage1[1].norm
+    expected = torch.nn.BatchNorm2d(everything.shape[1]).double()
+    expected(everything)
+    torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, expected.running_var, rtol=0, atol=1e-12)
+    assert norm.num_batches_tracked == 1
+    assert norm.momentum == 0.1
+
+
+def test_pooled_statistics_are_left_as_they_were_by_a_failure():
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    mean = net[0].running_mean
+
+    def broken():
+        with running_statistics_pooled(net):
+            net(torch.rand(4, 2, 3, 3))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    assert net[0].running_mean is mean
+    assert not mean.any()
+    assert net[0].num_batches_tracked == 0
+    assert net[0].momentum == 0.1
+    assert not net[0]._forward_hooks
+
+
+def test_what_layers_draw_is_the_same_again(monkeypatch):
+    nets = [student("poisson") for _ in range(2)]
+    values = []
+    for net in nets:
+        net.network.head.insert(0, torch.nn.Dropout(0.5))
+        net.train()
+        torch.manual_seed(3)
+        values.append(gradients(net, 4))
+        monkeypatch.setattr(network, "again_backward", lambda _, function, *args, **options: function(*args, **options))
+    assert_equal(*values)
+
+
+@pytest.mark.parametrize("temporal", ["rate", "step"])
+def test_each_term_is_what_it_is_of_all_steps_together(plain, temporal):
+    """Without batch norm the division of time changes nothing; before the first update no spike flips."""
+    terms = ['name="cross-entropy",readout="step"', f'name="attention",temporal="{temporal}"', 'name="tet"']
+    terms += ['name="feature-mse"', 'name="logit-kd"']
+    settings = [*SETTINGS, f"losses=[{','.join(f'{{{term}}}' for term in terms)}]", "student.timesteps=4"]
+    settings += ["data.batch_size=400", "distill.epochs=1"]
+    first, *chunked = (distill(plain, overrides=[*settings, f"distill.time_chunk={n}"]).metrics()[2] for n in (0, 1, 3))
+    assert list(first["losses"]) == ["cross-entropy", "attention", "tet", "feature-mse", "logit-kd"]
+    for line in chunked:
+        assert list(line["losses"]) == list(first["losses"])
+        assert line["losses"] == pytest.approx(first["losses"], rel=1e-4)
+
+
+def test_a_stopped_run_in_chunks_resumes(tiny):
+    settings = ["student.timesteps=5", "distill.time_chunk=2", "student.encoder=poisson", "data.accumulate=2"]
+    settings.append("teacher.epochs=1")
+    whole = distill(tiny, "whole", overrides=settings)
+    with pytest.raises(Stopped):
+        distill(tiny, "out", overrides=settings, progress=StopAt("student", 1, signal.SIGTERM))
+    resumed = distill(tiny, "out", resume=True, overrides=settings)
+    assert digest(resumed / "student.safetensors") == digest(whole / "student.safetensors")
+    assert without_times(resumed.metrics()) == without_times(whole.metrics())
+
+
+LOSS = """
+from lasnn import losses
+
+
+@losses.register("first-step")
+def first_step(student_features):
+    \"\"\"Of the first step alone.\"\"\"
+    return student_features[0][0].mean()
+"""
+
+
+def test_losses_that_need_all_steps_are_refused(tiny):
+    (tiny.parent / "mine.py").write_text(LOSS)
+    settings = ['plugins=["tiny_clothes.py","mine.py"]', "distill.time_chunk=2", "student.timesteps=5"]
+    settings.append('losses=[{name="cross-entropy"},{name="attention",temporal="map"},{name="first-step"}]')
+    with pytest.raises(UserError) as caught:
+        read_plan(tiny, settings)
+    attention_line, mine = caught.value.problems
+    assert "'attention' reads its features at all time steps together" in attention_line
+    assert 'set time_chunk = 0, or temporal = "rate" or "step"' in attention_line
+    assert "'first-step' reads its features" in mine
+    # In one chunk they are all there.
+    read_plan(tiny, [*settings, "student.timesteps=2"])
+
+
+def test_every_loss_of_features_says_how_it_reads_them():
+    entries = [losses[name] for name in losses if "student_features" in losses[name].inputs]
+    readings = {entry.name: reading_of(entry.function, {}) for entry in entries}
+    assert readings == {"attention": "mean", "feature-mse": "mean"}
+
+
+NEURON = """
+from torch import nn
+from lasnn import neurons
+
+
+@neurons.register("forgetful")
+class Forgetful(nn.Module):
+    \"\"\"It cannot go on from a voltage.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, current, timesteps=None):
+        return (current > 1).to(current.dtype) + 0 * current, current[-1]
+"""
+
+
+def test_a_neuron_that_cannot_go_on_is_refused(tiny):
+    (tiny.parent / "mine.py").write_text(NEURON)
+    settings = ['plugins=["tiny_clothes.py","mine.py"]', "student.neuron.name=forgetful", "student.timesteps=5"]
+    settings.append("student.encoder=poisson")
+    read_plan(tiny, settings)
+    with pytest.raises(UserError, match=r"student\.neuron.*'forgetful' .* failed: TypeError.*'v0'"):
+        read_plan(tiny, [*settings, "distill.time_chunk=2"])
+
+
+def test_the_memory_estimate_follows_the_chunk(tiny):
+    settings = ["student.encoder=poisson", "data.batch_size=400"]
+    memory = {
+        (t, chunk): read_plan(tiny, [*settings, f"student.timesteps={t}", f"distill.time_chunk={chunk}"]).memory_bytes
+        for t, chunk in ((8, 0), (100, 0), (100, 8))
+    }
+    assert memory[100, 0] > 10 * memory[8, 0]
+    assert memory[100, 8] < 2 * memory[8, 0]
