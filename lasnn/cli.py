@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lasnn import __version__
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import MachineError, UserError, out_of_memory
 
 app = typer.Typer(
     name="lasnn",
@@ -433,12 +433,6 @@ class Lines(logging.Handler):
         print(record.getMessage(), flush=True)
 
 
-def out_of_memory(error: BaseException) -> str:
-    """The line for a machine whose memory is too small."""
-    reason = str(error).partition("\n")[0]
-    return f'out of memory ({reason}); lower data.batch_size or student.timesteps, or set precision = "bf16"'
-
-
 def main() -> None:
     """Run a command; exit code 0 done, 2 wrong input, 130/143 stopped by a signal, 1 the machine's fault."""
     # Until a run takes signals over, to end after a whole step.
@@ -455,14 +449,10 @@ def main() -> None:
     except MachineError as error:
         say_error(str(error))
         sys.exit(1)
-    except MemoryError as error:
-        say_error(out_of_memory(error))
-        sys.exit(1)
-    except RuntimeError as error:
-        # torch.OutOfMemoryError is a RuntimeError; its name is compared so that torch need not be imported here.
-        if type(error).__name__ != "OutOfMemoryError":
+    except (MemoryError, RuntimeError) as error:
+        if (said := out_of_memory(error)) is None:
             raise
-        say_error(out_of_memory(error))
+        say_error(said)
         sys.exit(1)
     except OSError as error:
         # A disk's failure outside the places that expect one; a missing or wrong file was caught before.

@@ -16,6 +16,27 @@ class MachineError(Exception):
     """The input is right but the work failed: a full or read-only disk, a training that diverged (exit code 1)."""
 
 
+# How PyTorch says it where it has no exception for it: its allocator on a CPU (on Windows too), libraries on a GPU.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line for a machine whose memory is too small, with what helps; None where the error is another."""
+    reason = str(error).partition("\n")[0]
+    # torch.OutOfMemoryError is known by its name, so that torch need not be imported.
+    if not (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(said in reason for said in OUT_OF_MEMORY))
+    ):
+        return None
+    return (
+        f"out of memory ({reason or 'of the machine'}). What helps: data.accumulate = 2 computes the batch in parts "
+        '(or a lower data.batch_size); distill.time_chunk = 4 computes few steps at once; precision = "bf16" takes '
+        "half the space. lasnn distill --dry-run says what a recipe needs"
+    )
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The line for a name that is not known: the nearest right one and all the choices."""
     known = sorted(known)

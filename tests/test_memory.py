@@ -1,5 +1,6 @@
 """What trains in less memory trains the same: micro-batches, and time in chunks."""
 
+import resource
 import signal
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import distill, network
+from lasnn import cli, distill, network
 from lasnn.distillation import Stopped
-from lasnn.errors import UserError
+from lasnn.errors import UserError, out_of_memory
 from lasnn.kernels import reference
 from lasnn.loss import attention, reading_of
 from lasnn.network import Student, build, running_statistics_pooled, snn_units
@@ -307,3 +308,49 @@ def test_the_memory_estimate_follows_the_chunk(tiny):
     }
     assert memory[100, 0] > 10 * memory[8, 0]
     assert memory[100, 8] < 2 * memory[8, 0]
+
+
+# Out of memory
+
+
+SETTINGS_THAT_HELP = ("data.accumulate", "data.batch_size", "distill.time_chunk", 'precision = "bf16"')
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_AS, (64 * 2**30, 64 * 2**30))
+
+
+def test_a_cpu_without_memory_for_the_step(tiny, lasnn):
+    settings = ["teacher=", "student.encoder=rate", "student.timesteps=10000000"]
+    arguments = [part for setting in settings for part in ("--set", setting)]
+    error = lasnn("distill", "tiny.toml", *arguments, code=1, preexec_fn=limited).stderr
+    assert "lasnn: out of memory (" in error
+    assert "allocate memory" in error
+    assert all(setting in error for setting in SETTINGS_THAT_HELP)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_every_kind_names_the_settings_that_help(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert all(setting in said for setting in SETTINGS_THAT_HELP)
+    assert said.count("\n") == 1
+
+
+def test_other_errors_are_not_taken_for_it():
+    assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert out_of_memory(ValueError("out of memory")) is None
