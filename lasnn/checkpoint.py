@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -103,17 +103,19 @@ def append_line(path: Path, line: str) -> None:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a state dict as safetensors; the metadata has its description as JSON (`lasnn`) and a digest (`sha256`)."""
+    """Write a state dict as safetensors; the metadata has its description as JSON (`lasnn`) and a digest of both."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    write(path, save(tensors, metadata={"lasnn": json.dumps(description), "sha256": digest(tensors)}))
+    text = json.dumps(description)
+    write(path, save(tensors, metadata={"lasnn": text, "digest": digest(tensors, text)}))
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names and bytes, in the order of the names."""
-    sha = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over a text, then names, types, shapes and bytes, in the order of the names; of tensors on any device."""
+    sha = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy())
+        value = tensors[name].cpu().contiguous()
+        sha.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        sha.update(value.view(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
@@ -121,19 +123,18 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and their description ({} where the file has none), from safetensors or what `torch.save` wrote.
 
     Raises:
-        UserError: it is not a whole file of weights, or its weights changed since they were saved.
+        UserError: it is not a whole file of weights, or it changed since it was saved.
     """
     if path.suffix in TORCH_SAVED:
         return _load_torch_saved(path, "cpu"), {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-            description = json.loads(metadata.get("lasnn", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    if "sha256" in metadata and metadata["sha256"] != digest(weights):
-        raise UserError(f"{path} is damaged: its weights are not those that were saved")
+    with _blaming(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+        description = _description(metadata)
+        # Files of before the digest covered their description have a "sha256", which is not checked any more.
+        sealed = "lasnn" in metadata and "sha256" not in metadata
+        if sealed and metadata.get("digest") != digest(weights, metadata["lasnn"]):
+            raise UserError(f"{path} is damaged: it is not what was saved")
     return weights, description
 
 
@@ -145,25 +146,44 @@ def weight_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any
     """
     if path.suffix in TORCH_SAVED:
         return {name: tuple(value.shape) for name, value in _load_torch_saved(path, "meta").items()}, {}
+    with _blaming(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes, _description(file.metadata() or {})
+
+
+def _description(metadata: Mapping[str, str]) -> dict[str, Any]:
+    description = json.loads(metadata.get("lasnn", "{}"))
+    if not isinstance(description, dict):
+        raise ValueError("its description is no JSON object")
+    return description
+
+
+@contextmanager
+def _blaming(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a parser raises within the block into a line that names the file: a broken or hostile one can make
+    it raise anything.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return shapes, json.loads((file.metadata() or {}).get("lasnn", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds code, and is not {what}") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is not {what}: {reason}") from error
 
 
 def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     """The state dict in a file of `torch.save`: alone, or within a training state under one of the usual names."""
-    try:
-        if device != "meta":
+    with _blaming(path, "a whole file of weights"):
+        # Old files are no archives, and have no checksums.
+        if device != "meta" and zipfile.is_zipfile(path):
             _check_archive(path)
-        state = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than weights, or is damaged; {SAVE_WEIGHTS}") from error
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} is not a whole file of weights: {reason}") from error
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{path} holds more than weights, or is damaged; {SAVE_WEIGHTS}") from error
     outer = state
     if isinstance(state, Mapping):
         state = next((state[name] for name in STATE_DICT_NAMES if isinstance(state.get(name), Mapping)), state)
@@ -176,12 +196,11 @@ def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums (old files have none)."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged (checksum of {damaged})")
+    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path} is damaged (checksum of {damaged})")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -197,15 +216,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     Raises:
         UserError: the file is damaged or holds code.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.load takes a flipped bit for a weight; the archive's own checksums do not.
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged (checksum of {damaged})")
+    with _blaming(path, "a whole checkpoint"):
+        _check_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():
             raise UserError(f"{path} is not the state of a run")
         return state
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is not a whole checkpoint: {str(error).partition(chr(10))[0]}") from error

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasnn import __version__, checkpoint
+from lasnn import __version__, checkpoint, lock
 from lasnn.anomaly import Watch, largest, layers_watched
 from lasnn.data import Batches, Images
 from lasnn.display import Progress, Silent
@@ -36,7 +36,7 @@ from lasnn.plan import Plan, load_data, make_augmentation, make_student, make_te
 from lasnn.random import deterministic, generator, globals_kept, keyed, seed_globals
 from lasnn.recipe import Recipe, Training
 from lasnn.registry import losses
-from lasnn.run import RUNS, RunFolder, environment, load_into, open_run
+from lasnn.run import RUNS, WRITTEN, RunFolder, environment, load_into, open_run
 
 CACHE = "teachers"
 STATE = "last.pt"
@@ -187,9 +187,7 @@ class Session:
                 self._keep_teacher(teacher, result)
                 self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
         self.progress.teacher(self.run.read_json("teacher.json"))
-        self.identity["teacher"] = checkpoint.digest(
-            {name: value.cpu() for name, value in teacher.network.state_dict().items()}
-        )
+        self.identity["teacher"] = checkpoint.digest(teacher.network.state_dict())
         return teacher.eval().requires_grad_(False)
 
     def _train_teacher(self, teacher: Teacher, state: dict[str, Any] | None) -> dict[str, float]:
@@ -230,12 +228,14 @@ class Session:
         description = self._description(self.recipe.teacher.architecture, self.recipe.teacher.options)
         try:
             cache.path.mkdir(parents=True, exist_ok=True)
-            cache.write_metrics(self.run.metrics())
-            cache.write_json("teacher.json", result)
-            # The weights come last: their presence says that the cached teacher is whole.
-            checkpoint.save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), description)
-        except (OSError, MachineError) as error:
-            # The run has its teacher; only the next one will have to train it again.
+            with lock.locked(cache.path):
+                checkpoint.sweep(cache.path, WRITTEN)
+                cache.write_metrics(self.run.metrics())
+                cache.write_json("teacher.json", result)
+                # The weights come last: their presence says that the cached teacher is whole.
+                checkpoint.save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), description)
+        except (OSError, MachineError, UserError) as error:
+            # The run has its teacher; only the next one will have to train it again, if no other run is caching it.
             self.progress.note(f"the teacher is not cached: {error}")
 
     def student(self, teacher: Teacher | None, state: dict[str, Any] | None) -> Student:

@@ -43,3 +43,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     near = get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"unknown {kind} {name!r}{hint} known: {', '.join(known) or 'none'}"
+
+
+def printable(text: str, longest: int = 1500) -> str:
+    """Text from outside as part of a line: what does not print is escaped, the middle of what is too long left out."""
+    text = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} [...] {text[-longest // 3 :]}"

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import re
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from lasnn.errors import UserError, unknown
+from lasnn.errors import UserError, printable, unknown
 from lasnn.registry import (
     Registry,
     architectures,
@@ -33,6 +34,9 @@ from lasnn.registry import (
     neurons,
     teachers,
 )
+
+# Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
+LARGEST, DEEPEST = 2**20, 16
 
 # Nothing runs a recipe's code unseen: each plugin is named before it is loaded.
 log = logging.getLogger("lasnn")
@@ -251,17 +255,17 @@ class Recipe(Section):
         """
         path = find(recipe)
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not valid TOML: {error}") from error
+            with path.open("rb") as file:
+                content = file.read(LARGEST + 1)
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        tables = parse(content, str(path))
         problems, overridden = [], set()
         for setting in overrides:
             try:
                 overridden.add(_override(tables, setting))
             except ValueError as error:
-                problems.append(f"--set {setting}: {error}")
+                problems.append(f"--set {printable(setting)}: {error}")
         if "teacher.checkpoint" in overridden and isinstance(tables.get("teacher"), dict):
             # The file says how its teacher is trained; with another teacher named instead, that is beside the point.
             for key in _TEACHER_TRAINING:
@@ -292,6 +296,8 @@ class Recipe(Section):
             return _line(source, overridden, key, message)
 
         found, keys = list(problems), set()
+        if deep := _deepest(tables):
+            raise RecipeError([*found, line(deep, "is nested deeper than any key of a recipe")], None, {deep})
         tables = copy.deepcopy(tables)
         recipe = None
         # A second look without the faulty keys finds what is wrong with the rest of the recipe.
@@ -358,6 +364,43 @@ class Recipe(Section):
         return dump_toml(tables)
 
 
+def parse(content: bytes, source: str) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it is no TOML; one line that names the line of the file.
+    """
+    if len(content) > LARGEST:
+        lines = content.count(b"\n")
+        raise UserError(f"{source}: line {lines}: it goes on after {LARGEST:,} bytes; that is no recipe")
+    try:
+        text = content.decode()
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        at = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source}: line {at}: not valid TOML: it is not UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        at = max(enumerate(text.splitlines(), 1), key=lambda line: line[1].count("[") + line[1].count("{"))[0]
+        raise UserError(f"{source}: line {at}: not valid TOML: nested too deeply") from error
+    except ValueError as error:
+        # TOML's own errors name their line; Python's limit on the digits of a number does not.
+        long = re.search(r"\d[\d_]{4000}", text) if not isinstance(error, tomllib.TOMLDecodeError) else None
+        where = f"line {text.count(chr(10), 0, long.start()) + 1}: " if long else ""
+        raise UserError(f"{source}: {where}not valid TOML: {str(error).partition(';')[0]}") from error
+
+
+def _deepest(tables: dict[str, Any]) -> str | None:
+    """The key of a value that is nested deeper than any recipe's, None where there is none."""
+    inner = [("", 0, tables)]
+    while inner:
+        key, depth, value = inner.pop()
+        if depth > DEEPEST:
+            return key
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        inner += [(f"{key}.{name}" if key else str(name), depth + 1, item) for name, item in pairs]
+    return None
+
+
 def find(recipe: str | Path) -> Path:
     """The file of a recipe given as a path or as a shipped recipe's name.
 
@@ -404,7 +447,7 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
 def _line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
     """One line about a key; what `--set` brought is blamed on it, not on the file."""
     blamed = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden)
-    return f"{'--set' if blamed else source}: {key}: {message}"
+    return f"{'--set' if blamed else source}: {printable(key, 100)}: {printable(message)}"
 
 
 def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
@@ -584,9 +627,11 @@ def _override(tables: dict[str, Any], setting: str) -> str:
     key = key.strip()
     if not equals or not key:
         raise ValueError("write it as key=value, for example student.timesteps=2")
+    if not setting.isprintable() and any("\ud800" <= character <= "\udfff" for character in setting):
+        raise ValueError("it is not UTF-8")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     steps: list[str | int] = []
     here: Any = tables

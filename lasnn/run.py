@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from lasnn.data import Dataset
 from lasnn.errors import MachineError, UserError
 from lasnn.network import Student, Teacher
 from lasnn.plan import make_data, make_student, make_teacher, pick_device
-from lasnn.recipe import Recipe
+from lasnn.recipe import Recipe, parse
 
 RUNS = Path("runs")
 WRITTEN = (
@@ -342,10 +341,7 @@ def _recipe_in(path: Path) -> Recipe:
             f"{path} has no recipe in its metadata; give a run folder, or what `lasnn export --format safetensors` "
             "wrote"
         )
-    try:
-        return Recipe.from_tables(tomllib.loads(text), source=str(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: the recipe in its metadata is damaged: {error}") from error
+    return Recipe.from_tables(parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(path))
 
 
 def resume_command(folder: Path) -> str:

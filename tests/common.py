@@ -66,15 +66,9 @@ class Command:
 
     def start(self, *arguments, **options) -> subprocess.Popen:
         environment = {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "lasnn", *map(str, arguments)],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        arguments = [sys.executable, "-m", "lasnn", *map(str, arguments)]
+        return subprocess.Popen(arguments, cwd=self.folder, env=environment, **{**piped, **options})
 
     def __call__(self, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
         process = self.start(*arguments, **options)

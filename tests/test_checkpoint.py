@@ -30,7 +30,7 @@ def test_state_loads_without_code(tmp_path):
 def test_a_state_with_code_is_refused(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"x": os.system}, path)
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
+    with pytest.raises(UserError, match="is damaged, or holds code, and is not a whole checkpoint"):
         checkpoint.load_state(path)
 
 

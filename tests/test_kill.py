@@ -1,0 +1,156 @@
+"""A run that is killed again and again ends with the weights, to the last bit, of one that nothing disturbed."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from safetensors.torch import load_file
+
+from common import TINY, TINY_DATA, Command
+from lasnn import checkpoint
+
+EPOCHS = 4
+# Every step is saved, so that kills fall into saves as well, and a resumed run goes on in the middle of an epoch.
+RECIPE = 'save_minutes = 0\nplugins = ["tiny_clothes.py"]\n' + TINY.replace(
+    "batch_size = 50", "batch_size = 20"
+).replace("epochs = 2", f"epochs = {EPOCHS}")
+COMMAND = ("distill", "tiny.toml", "--out", "run", "--resume")
+
+
+class Forked:
+    """`lasnn` in a fork of this process: as mortal as a process of its own, without its seconds of imports."""
+
+    def __init__(self, folder, *arguments):
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(folder, arguments)
+
+    def _run(self, folder, arguments):
+        code = 1
+        try:
+            os.chdir(folder)
+            log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            sys.argv = ["lasnn", *arguments]
+            from lasnn.cli import main
+
+            main()
+        except SystemExit as end:
+            code = 0 if end.code is None else end.code
+        finally:
+            os._exit(code)
+
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return None if pid == 0 else os.waitstatus_to_exitcode(status)
+
+    def wait(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+
+def started(folder, *arguments):
+    """`lasnn` as a process of its own."""
+    with (folder / "log.txt").open("a") as log:
+        return Command(folder).start(*arguments, stdout=log, stderr=subprocess.STDOUT)
+
+
+def prepared(folder):
+    folder.mkdir()
+    (folder / "tiny_clothes.py").write_text(TINY_DATA)
+    (folder / "tiny.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run folder of a run that nothing disturbed, and the seconds that an epoch took."""
+    folder = prepared(tmp_path_factory.mktemp("undisturbed") / "whole")
+    begin = time.monotonic()
+    assert Forked(folder, *COMMAND).wait() == 0, (folder / "log.txt").read_text()
+    return folder / "run", (time.monotonic() - begin) / (2 * EPOCHS)
+
+
+def outcome(run):
+    """What must be the same: the bytes of the weights, and the metrics without their times."""
+    weights = {
+        file: {
+            name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in load_file(run / file).items()
+        }
+        for file in ("teacher.safetensors", "student.safetensors")
+    }
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return weights, [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+def epochs_done(run):
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def kill_and_resume(folder, start, signum, kills, seed, epoch_seconds):
+    """Run to the end through `kills` signals; counts what was being done as they came."""
+    draws = random.Random(seed)
+    run, hit = folder / "run", Counter()
+    # The n-th kill comes at a random moment after so many epochs; two that wait for the same epochs follow each other
+    # closely, and the second falls into the start of the process.
+    # One half of them waits for epochs of the teacher, the other for the student's (not for its last: it might end).
+    targets = sorted(draws.randrange(EPOCHS - 1) + EPOCHS * (n % 2) for n in range(kills))
+    for target in targets:
+        process = start(folder, *COMMAND)
+        while epochs_done(run) < target and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draws.uniform(0, 0.5 * epoch_seconds))
+        process.send_signal(signum)
+        code = process.wait()
+        assert code in (-signum, 128 + signum), f"it ended with {code}\n{(folder / 'log.txt').read_text()}"
+        hit["kills"] += 1
+        if (run / "last.pt").is_file():
+            # What is there is whole, whenever the kill came.
+            state = checkpoint.load_state(run / "last.pt")
+            hit[state["phase"]] += 1
+            hit["inside an epoch"] += state["step"] > 0
+    process = start(folder, *COMMAND)
+    assert process.wait() == 0, (folder / "log.txt").read_text()
+    assert "Traceback" not in (folder / "log.txt").read_text()
+    assert [name for name in os.listdir(run) if name.startswith(".")] == [], "no lock and no stray is left"
+    print(signal.Signals(signum).name, dict(hit))
+    return hit
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_three_kills(undisturbed, tmp_path, signum):
+    whole, seconds = undisturbed
+    folder = prepared(tmp_path / "killed")
+    hit = kill_and_resume(folder, Forked, signum, 3, 3, seconds)
+    assert hit["student"] >= 1
+    assert hit["inside an epoch"] >= 1
+    assert outcome(folder / "run") == outcome(whole)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_twenty_kills(undisturbed, tmp_path, signum, seed):
+    whole, seconds = undisturbed
+    folder = prepared(tmp_path / "killed")
+    # Forks, so that many moments can be tried; with the second seed processes as a user starts them.
+    hit = kill_and_resume(folder, Forked if seed == 0 else started, signum, 20, seed, seconds)
+    assert hit["kills"] == 20
+    assert hit["teacher"] >= 4
+    assert hit["student"] >= 4
+    assert hit["inside an epoch"] >= 4
+    assert outcome(folder / "run") == outcome(whole)
