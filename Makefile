@@ -10,12 +10,13 @@ ARGS ?=
 # Processes that run the tests; a file's tests stay together, since they share what one of them trained.
 JOBS ?= 2
 
-.PHONY: help quickstart test test-all lint format install clean
+.PHONY: help quickstart test test-all test-readers lint format install clean
 
 help:
 	@echo "make quickstart   set up, then train, distil and evaluate on the embedded data"
 	@echo "make test         set up, then lint and run the tests"
 	@echo "make test-all     the same with the full grids, the peers and the long runs"
+	@echo "make test-readers set up, then read NIR exports back in SpikingJelly, snnTorch and norse"
 	@echo "make format       sort imports and format the code"
 	@echo "make clean        remove the environment"
 
@@ -29,6 +30,11 @@ test: $(READY) lint
 test-all: $(READY) lint
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]'
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
+
+# norse comes without a wheel, and is for this alone.
+test-readers: $(READY)
+	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]' norse==1.1.0
+	$(VENV)/bin/python -m pytest -m '' -rA tests/test_nir_readers.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -123,7 +123,7 @@ class Functional(nn.Module):
 
     def forward(self, x):
         x = x + x
-        return self.linear(x.view(x.size(0), -1))
+        return self.linear(input=x.view(x.size(0), -1))
 
 
 def first(act):
@@ -207,6 +207,17 @@ class Own(LIF):
         return super().forward(current * 2, v0, timesteps)
 
 
+class Recurrent(nn.Module):
+    """A module that returns more than one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(28, 28)
+
+    def forward(self, x):
+        return self.gru(x[0])[0][None]
+
+
 class Deciding(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
@@ -240,6 +251,14 @@ def test_a_neuron_of_its_own_is_refused():
 def test_a_forward_that_decides_is_refused():
     (problem,) = refused(own(lambda act: nn.Sequential(first(act), Deciding())).eval())
     assert "cannot be followed (TraceError" in problem
+
+
+def test_a_recurrent_layer_is_refused():
+    problems = refused(own(lambda act: nn.Sequential(first(act), Recurrent())).eval())
+    assert problems == (
+        "the architecture's forward: NIR has nothing for getitem()",
+        "stem.1.gru: NIR has nothing for GRU(28, 28)",
+    )
 
 
 REFUSED = {

@@ -111,6 +111,8 @@ class Exporter(ABC):
         own = [entry for entry in entries if not entry.function.__module__.startswith("lasnn.")]
         try:
             yield
+        except UserError:
+            raise
         except Exception as error:
             if not own:
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasnn.errors import UserError
+from lasnn.errors import MachineError, UserError
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.registry import exporters
 
@@ -31,7 +31,8 @@ class NirExporter(Exporter):
         from lasnn.export import nir_graph
 
         data = self.run.data
-        self.graph, self.units = nir_graph.build(self.student.network, (data.channels, data.height, data.width))
+        with self.blaming_parts():
+            self.graph, self.units = nir_graph.build(self.student.network, (data.channels, data.height, data.width))
         self.suited = list(READERS)
         if any(isinstance(node, nir.IF) for node in self.graph.nodes.values()):
             # It reads IF as a leaky neuron.
@@ -55,19 +56,25 @@ class NirExporter(Exporter):
         nir.write(path, self.graph)
 
     def readers(self, path: Path) -> Sequence[Reader]:
-        return [self._reader(name, path) for name in self.suited if find_spec(name)]
+        return [self.reader(name, path) for name in self.suited if find_spec(name)]
 
-    def _reader(self, name: str, path: Path) -> Reader:
-        # snnTorch prints the parameters of each neuron.
-        with redirect_stdout(io.StringIO()):
-            module = READERS[name](path)
+    def reader(self, name: str, path: Path) -> Reader:
+        """The file, loaded in the program of `READERS` of this name."""
+        shown = f"{name} {version(name)}"
+        try:
+            # snnTorch prints the parameters of each neuron.
+            with redirect_stdout(io.StringIO()):
+                module = READERS[name](path)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise MachineError(f"{shown} cannot read the file: {reason}") from error
 
         def run(sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
             encoded = sample.encoded.expand(self.timesteps, *sample.encoded.shape[1:])
             logits, spikes = run_steps(module, encoded, list(self.units))
             return logits.mean(0), {self.units[node]: value for node, value in spikes.items()}
 
-        return Reader(f"{name} {version(name)}", run)
+        return Reader(shown, run)
 
     @property
     def takes(self) -> str:

@@ -165,7 +165,7 @@ class Builder(fx.Interpreter):
         if isinstance(module, NormSpike):
             return self._spike(target, module, *args, **kwargs)
         meta = self.on_meta.get_submodule(target)(*_metas(args), **_metas(kwargs))
-        x, kind = args[0], type(module)
+        x, kind = (*args, *kwargs.values())[0], type(module)
         if kind in (nn.Identity, nn.Dropout, nn.Dropout2d):
             return x
         if kind is nn.Conv2d:
@@ -195,8 +195,7 @@ class Builder(fx.Interpreter):
             # As x.shape, and what is calculated from it.
             return result
         signals = [value for value in args if isinstance(value, Signal)]
-        same = all(signal.meta.shape == result.shape for signal in signals)
-        if name in ADD and len(signals) == 2 and same and not kwargs:
+        if name in ADD and [signal.meta.shape for signal in signals] == [result.shape] * 2 and not kwargs:
             return signals[0].plus(signals[1])
         if name in FLATTEN and len(signals) == 1 and result.shape == signals[0].meta.flatten(1).shape:
             return self._flatten(name, signals[0], result)
