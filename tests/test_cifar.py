@@ -140,26 +140,73 @@ def test_download(cifar, monkeypatch, tmp_path, capsys):
     assert not list((tmp_path / "other").iterdir())
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_an_archive_that_leaves_its_folder_writes_nothing(tmp_path, kind):
-    path = tmp_path / "inner" / f"x.{kind}"
-    path.parent.mkdir()
-    if kind == "zip":
+@pytest.fixture
+def into(tmp_path):
+    folder = tmp_path / "inner" / "into"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_archive(path: Path, name: str, kind: bytes = tarfile.REGTYPE, target: str = "") -> None:
+    """A tar or zip of a good file and a member, which may be a link to a target."""
+    if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/good", "a")
-            archive.writestr("../evil", "b")
-    else:
-        with tarfile.open(path, "w") as archive:
-            for name in ("x/good", "../evil"):
-                member = tarfile.TarInfo(name)
-                member.size = 1
-                archive.addfile(member, io.BytesIO(b"a"))
-    into = tmp_path / "inner" / "into"
-    into.mkdir()
-    with pytest.raises(UserError, match="evil"):
+            archive.writestr(name, "b")
+        return
+    with tarfile.open(path, "w") as archive:
+        for inner, what, linked in (("x/good", tarfile.REGTYPE, ""), (name, kind, target)):
+            member = tarfile.TarInfo(inner)
+            member.type, member.linkname = what, linked
+            member.size = int(what == tarfile.REGTYPE)
+            archive.addfile(member, io.BytesIO(b"a"))
+
+
+@pytest.mark.parametrize(
+    ("archive", "member"),
+    [
+        ("x.zip", ("../evil",)),
+        ("x.zip", ("x/../../evil",)),
+        ("x.zip", ("OUTSIDE/evil",)),
+        ("x.tar", ("../evil",)),
+        ("x.tar", ("x/evil", tarfile.SYMTYPE, "../../outside")),
+        ("x.tar", ("x/evil", tarfile.SYMTYPE, "OUTSIDE")),
+        ("x.tar", ("x/evil", tarfile.LNKTYPE, "../outside")),
+        ("x.tar", ("x/evil", tarfile.FIFOTYPE)),
+    ],
+)
+def test_an_archive_that_leaves_its_folder_writes_nothing(into, tmp_path, archive, member):
+    path, outside = tmp_path / archive, into.parent / "outside"
+    outside.mkdir()
+    write_archive(path, *(part.replace("OUTSIDE", str(outside)) if isinstance(part, str) else part for part in member))
+    with pytest.raises(UserError, match=f"{path}: .*evil"):
         extract(path, into)
     assert not list(into.iterdir())
-    assert not (tmp_path / "inner" / "evil").exists()
+    assert not list(outside.iterdir())
+    assert sorted(found.name for found in into.parent.iterdir()) == ["into", "outside"]
+
+
+def test_a_link_within_the_folder_is_no_way_out(into, tmp_path):
+    """A link to the folder itself, and a name that climbs out through it."""
+    path = tmp_path / "x.tar"
+    write_archive(path, "x/deep/link", tarfile.SYMTYPE, "../..")
+    with tarfile.open(path, "a") as archive:
+        archive.addfile(tarfile.TarInfo("x/deep/link/../evil"))
+    with pytest.raises(UserError, match="evil"):
+        extract(path, into)
+    assert not (into.parent / "evil").exists()
+
+
+def test_an_absolute_name_in_a_tar_loses_its_slash(into, tmp_path):
+    write_archive(tmp_path / "x.tar", f"{tmp_path}/evil")
+    extract(tmp_path / "x.tar", into)
+    assert not (tmp_path / "evil").exists()
+    assert (into / str(tmp_path).lstrip("/") / "evil").is_file()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_what_is_no_archive(into, tmp_path, kind):
+    path = tmp_path / f"x.{kind}"
     path.write_bytes(b"PK no archive")
     with pytest.raises(UserError, match="no whole archive"):
         extract(path, into)
@@ -176,10 +223,10 @@ def test_an_archive_of_something_else(tmp_path):
 
 def write_mnist(folder: Path, first_labels) -> None:
     folder.mkdir(parents=True)
-    for split, count in (("train", 20), ("t10k", 12)):
+    for split, count, first in (("train", 20, first_labels[0]), ("t10k", 12, first_labels[1])):
         images = np.random.default_rng(0).integers(0, 256, (count, 28, 28), np.uint8)
         write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
-        labels = np.resize(np.array(first_labels, np.uint8), count)
+        labels = np.resize(np.array(first, np.uint8), count)
         write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
 
 
@@ -196,7 +243,7 @@ def test_mnist(small_mnist, tmp_path):
     data = Mnist(tmp_path)
     train, test = data.load()
     assert (train.pixels.shape, len(test)) == ((20, 1, 28, 28), 12)
-    assert train.labels[:10].tolist() == list(Mnist.first_labels)
+    assert train.labels[:10].tolist() == list(Mnist.first_labels[0])
     assert data.source == str(tmp_path / "MNIST/raw")
     with pytest.raises(UserError, match="MNIST is in none of"):
         Mnist(tmp_path / "other").load()
@@ -204,16 +251,21 @@ def test_mnist(small_mnist, tmp_path):
 
 def test_one_set_in_the_place_of_the_other(small_mnist, tmp_path):
     write_mnist(tmp_path / "a", FashionMnist.first_labels)
-    with pytest.raises(UserError, match="a holds Fashion-MNIST, not MNIST; give another data.root"):
+    with pytest.raises(UserError, match="a holds Fashion-MNIST's training labels, not MNIST's; give another data.root"):
         Mnist(tmp_path / "a").load()
     write_mnist(tmp_path / "b", Mnist.first_labels)
-    with pytest.raises(UserError, match="b holds MNIST, not Fashion-MNIST"):
+    with pytest.raises(UserError, match="b holds MNIST's training labels, not Fashion-MNIST's"):
+        FashionMnist(tmp_path / "b").load()
+    for path in (tmp_path / "a").glob("train*"):
+        path.replace(tmp_path / "b" / path.name)
+    with pytest.raises(UserError, match="b holds MNIST's test labels, not Fashion-MNIST's"):
         FashionMnist(tmp_path / "b").load()
 
 
 def test_the_first_labels_are_those_of_the_real_set():
-    path = Path("/usr/share/datasets/fashion-mnist/train-labels-idx1-ubyte.gz")
-    if not path.exists():
-        pytest.skip("the package dataset-fashion-mnist is not installed")
-    with gzip.open(path) as file:
-        assert tuple(file.read()[8:18]) == FashionMnist.first_labels
+    for split, first in zip(("train", "t10k"), FashionMnist.first_labels, strict=True):
+        path = Path(f"/usr/share/datasets/fashion-mnist/{split}-labels-idx1-ubyte.gz")
+        if not path.exists():
+            pytest.skip("the package dataset-fashion-mnist is not installed")
+        with gzip.open(path) as file:
+            assert tuple(file.read()[8:18]) == first

@@ -117,7 +117,7 @@ def damage(folder: Path) -> list[Path]:
 def test_unreadable_pictures_are_named_and_counted(folder):
     bad = damage(folder)
     found = problems(ImageFolder(folder, size=8), lambda data: data.load())
-    assert found[-1].startswith("4 of 30 pictures cannot be read")
+    assert found[-1].startswith("4 of 30 images cannot be read")
     assert len(found) == 5
     for path, reason in zip(bad, ("empty", "truncated or damaged", "not a picture", "damaged"), strict=True):
         assert any(line.startswith(f"{path}: ") and reason in line for line in found[:-1]), path
@@ -224,7 +224,7 @@ def test_a_run_on_own_pictures_streamed_or_not(lasnn, folder):
     recipe = lasnn.folder / "own.toml"
     recipe.write_text(RECIPE.format(root=folder))
     wrong = lasnn("distill", recipe, "--out", "a", code=2).stderr
-    assert "4 of 30 pictures cannot be read" in wrong
+    assert "4 of 30 images cannot be read" in wrong
     assert not (lasnn.folder / "a").exists()
     assert "no folder" in lasnn("distill", recipe, "--dry-run", "--set", "data.root=nowhere", code=2).stderr
     weights = []

@@ -63,13 +63,13 @@ def tree(tmp_path):
     return folder
 
 
-def failure(root: Path, kind: type[Exception] = UserError) -> str:
-    """The one line with which loading fails."""
+def failure(root: Path, kind: type[Exception] = UserError, lines: int = 1) -> str:
+    """The lines with which loading fails."""
     dataset = Small(root)
     with pytest.raises(kind) as error:
         dataset.load()
     text = str(error.value)
-    assert "\n" not in text
+    assert text.count("\n") == lines - 1
     # A failed load leaves the description as it was.
     assert (dataset.classes, dataset.source) == (Small.classes, "")
     return text
@@ -262,7 +262,7 @@ def cut_to(size: int):
 
 
 IMAGES = {
-    "empty": (cut_to(0), "not a JPEG image"),
+    "empty": (cut_to(0), "empty; unzip"),
     "marker only": (cut_to(2), "truncated or damaged JPEG"),
     "cut in the header": (cut_to(200), "truncated or damaged JPEG"),
     "cut in the pixels": (cut_to(2000), "truncated or damaged JPEG"),
@@ -279,9 +279,10 @@ IMAGES = {
 def test_broken_image_is_named(tree, damage, name):
     change, reason = IMAGES[damage]
     change(tree / name)
-    text = failure(tree)
-    assert text.startswith(f"{tree / name}: ")
-    assert reason in text
+    first, last = failure(tree, lines=2).splitlines()
+    assert first.startswith(f"{tree / name}: ")
+    assert reason in first
+    assert last == "1 of 18 images cannot be read: replace them, or set data.skip_unreadable = true"
 
 
 def test_absurd_size_is_refused_unread(tree):
@@ -290,10 +291,31 @@ def test_absurd_size_is_refused_unread(tree):
     # The start-of-frame marker, its length and precision; then the height and the width, two bytes each.
     at = content.index(b"\xff\xc0") + 5
     path.write_bytes(content[:at] + b"\xff\xff\xff\xff" + content[at + 4 :])
-    assert failure(tree).startswith(f"{path}: ")
+    assert failure(tree, lines=2).startswith(f"{path}: ")
 
 
-def test_the_first_of_several_broken_images_is_named(tree):
-    for wnid in WNIDS[1:]:
-        (tree / "train" / wnid / "images" / f"{wnid}_2.JPEG").write_bytes(b"")
-    assert failure(tree).startswith(str(tree / "train" / WNIDS[1]))
+def test_unreadable_images_are_named_and_counted_and_skipped_if_asked(tree, monkeypatch):
+    broken = [tree / "train" / wnid / "images" / f"{wnid}_2.JPEG" for wnid in WNIDS[1:]]
+    broken.append(tree / "val/images/val_4.JPEG")
+    for path in broken:
+        path.write_bytes(b"")
+    *lines, last = failure(tree, lines=4).splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(map(str, broken))
+    assert last.startswith("3 of 18 images cannot be read")
+    monkeypatch.setattr("lasnn.data.dataset.NAMED", 2)
+    assert failure(tree, lines=4).splitlines()[2] == "and 1 more"
+
+    data = Small(tree, skip_unreadable=True)
+    for _ in range(2):
+        train, test = data.load()
+        assert data.source == f"{tree}, 3 unreadable images skipped"
+        assert (data.train_size, data.test_size) == (len(train), len(test)) == (10, 5)
+        assert train.labels.tolist() == [0] * 4 + [1] * 3 + [2] * 3
+        assert test.labels.tolist() == [label for number, label in enumerate(VAL) if number != 4]
+        for images, wanted in ((train, [(2, 0), (2, 10), (2, 100)]), (test, [(VAL[5], 5)])):
+            for pixels, colour in zip(images.pixels[-len(wanted) :], wanted, strict=True):
+                assert (pixels.int() - torch.tensor(shade(*colour))[:, None, None]).abs().max() <= 3
+    for number in NUMBERS:
+        (tree / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_{number}.JPEG").write_bytes(b"")
+    with pytest.raises(UserError, match=f"no readable training image of class {WNIDS[0]}$"):
+        Small(tree, skip_unreadable=True).load()

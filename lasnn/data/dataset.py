@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from lasnn import checkpoint
+from lasnn.errors import UserError
+
+# Of images that cannot be read, so many are named.
+NAMED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +84,13 @@ class Dataset(ABC):
         Raises:
             UserError: the data is not there, or a file is broken; one line that names it.
         """
+
+
+def unreadable(reasons: Sequence[str], count: int) -> UserError:
+    """The error that names and counts the images that cannot be read, `reasons`, of `count`."""
+    further = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+    what = f"{len(reasons)} of {count} images cannot be read"
+    return UserError(*reasons[:NAMED], *further, f"{what}: replace them, or set data.skip_unreadable = true")
 
 
 def _describe(tensor: Tensor) -> str:

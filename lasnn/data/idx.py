@@ -31,12 +31,13 @@ class IdxDataset(Dataset):
     # Further folders to look into, and how to fill them.
     elsewhere: tuple[Path, ...] = ()
     remedy = ""
-    # Of the training images: all these sets have the same file names and sizes, and one is easily taken for another.
-    first_labels: tuple[int, ...]
+    # Of the training and of the test images: all these sets have the same file names and sizes, and one is easily taken
+    # for another.
+    first_labels: tuple[tuple[int, ...], tuple[int, ...]]
     kin: ClassVar[dict[tuple[int, ...], str]] = {}
 
     def __init_subclass__(cls) -> None:
-        cls.kin[cls.first_labels] = cls.title
+        cls.kin.update(dict.fromkeys(cls.first_labels, cls.title))
 
     def __init__(self, root: Path | str = "data", *, download: bool = False):
         self.root = Path(root)
@@ -61,9 +62,10 @@ class IdxDataset(Dataset):
                 f"data.root (the first), {self.remedy}or set data.download = true"
             )
         images = read_splits(self, folder)
-        found = self.kin.get(tuple(images[0].labels[: len(self.first_labels)].tolist()), self.title)
-        if found != self.title:
-            raise UserError(f"{folder} holds {found}, not {self.title}; give another data.root")
+        for what, split, own in zip(("training", "test"), images, self.first_labels, strict=True):
+            found = self.kin.get(tuple(split.labels[: len(own)].tolist()), self.title)
+            if found != self.title:
+                raise UserError(f"{folder} holds {found}'s {what} labels, not {self.title}'s; give another data.root")
         self.source = str(folder)
         return images
 

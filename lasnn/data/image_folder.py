@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from lasnn.data.dataset import Dataset
+from lasnn.data.dataset import Dataset, unreadable
 from lasnn.errors import UserError
 from lasnn.random import generator
 from lasnn.registry import datasets
@@ -165,12 +165,7 @@ class ImageFolder(Dataset):
         bad = [split.unreadable() for split in splits]
         reasons = [reason for found in bad for reason in found.values()]
         if reasons and not self.skip_unreadable:
-            raise UserError(
-                *reasons[:10],
-                *([f"and {len(reasons) - 10} more"] if len(reasons) > 10 else []),
-                f"{len(reasons)} of {self.train_size + self.test_size} pictures cannot be read: replace them, "
-                "or set data.skip_unreadable = true",
-            )
+            raise unreadable(reasons, sum(len(split.paths) for split in splits))
         kept = [split.without(found) for split, found in zip(splits, bad, strict=True)]
         missing = [
             f"{self.root}: no readable {what} picture of class {self.classes[label]!r}"

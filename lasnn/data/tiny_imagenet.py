@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lasnn.data.archive import Archive
-from lasnn.data.dataset import Dataset, Images
+from lasnn.data.dataset import Dataset, Images, unreadable
 from lasnn.errors import MachineError, UserError
 from lasnn.registry import datasets
 
@@ -37,7 +37,7 @@ class TinyImageNet(Dataset):
     not read; they need not be unique.)
 
     Training images come class by class and, within a class, by the number in the file name; validation images
-    by that number.
+    by that number. Images that cannot be decoded are an error, unless `skip_unreadable`; a missing one always is.
     """
 
     channels, height, width = 3, 64, 64
@@ -48,23 +48,38 @@ class TinyImageNet(Dataset):
     mean, std = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
     augment = ("crop", "flip")
 
-    def __init__(self, root: Path | str = "data", *, download: bool = False):
+    def __init__(self, root: Path | str = "data", *, download: bool = False, skip_unreadable: bool = False):
         self.root = Path(root)
         self.download = download
+        self.skip_unreadable = skip_unreadable
 
     def load(self) -> tuple[Images, Images]:
         """Read the training and the validation images, on the CPU: pixels [N, 3, 64, 64], greyscale as RGB.
 
         Raises:
-            UserError: the data is not there, or a file is broken; one line that names it.
+            UserError: the data is not there, or broken: the file that is, or all images that cannot be decoded, named
+                and counted; with `skip_unreadable` only if all of a class are.
             MachineError: the machine failed to read a file, or the download failed.
         """
         folder = ARCHIVE.find(self.root, "wnids.txt", download=self.download)
         classes = self._read_classes(folder / "wnids.txt")
         # All names before the first image: what is missing shows at once.
         train, test = self._find_train(folder / "train", classes), self._find_test(folder / "val", classes)
-        images = self._read(*train), self._read(*test)
-        self.classes, self.source = classes, str(folder)
+        reasons: list[str] = []
+        images = self._read(*train, reasons), self._read(*test, reasons)
+        if reasons and not self.skip_unreadable:
+            raise unreadable(reasons, len(train[0]) + len(test[0]))
+        lost = [
+            f"{folder}: no readable {what} image of class {wnid}"
+            for what, split in zip(("training", "validation"), images, strict=True)
+            for wnid, count in zip(classes, split.labels.bincount(minlength=len(classes)).tolist(), strict=True)
+            if count == 0
+        ]
+        if lost:
+            raise UserError(*lost)
+        self.train_size, self.test_size = map(len, images)
+        self.classes = classes
+        self.source = f"{folder}" + (f", {len(reasons)} unreadable images skipped" if reasons else "")
         return images
 
     def _read_classes(self, path: Path) -> tuple[str, ...]:
@@ -77,7 +92,8 @@ class TinyImageNet(Dataset):
 
     def _find_train(self, folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
         """Path and label of every training image, in the order of the data set."""
-        expected = self.train_size // len(classes)
+        # What the set has, not what an earlier call could read of it.
+        expected = type(self).train_size // len(classes)
         paths, labels = [], []
         for label, wnid in enumerate(classes):
             inner = folder / wnid / "images"
@@ -114,28 +130,36 @@ class TinyImageNet(Dataset):
         for name in names:
             if name not in labels:
                 raise UserError(f"{inner / name}: has no line in {annotations}")
-        if len(names) != self.test_size:
-            raise UserError(f"{inner}: {len(names)} images val_<number>.JPEG; {self.test_size} expected")
+        size = type(self).test_size
+        if len(names) != size:
+            raise UserError(f"{inner}: {len(names)} images val_<number>.JPEG; {size} expected")
         # The validation images are balanced, so a changed label shows.
-        expected = self.test_size // len(classes)
+        expected = size // len(classes)
         ordered = [labels[name] for name in names]
         for wnid, count in zip(classes, np.bincount(ordered, minlength=len(classes)), strict=True):
             if count != expected:
                 raise UserError(f"{annotations}: {count} images of class {wnid}; {expected} expected")
         return [inner / name for name in names], ordered
 
-    def _read(self, paths: list[Path], labels: list[int]) -> Images:
-        pixels = np.empty((len(paths), self.channels, self.height, self.width), np.uint8)
+    def _read(self, paths: list[Path], labels: list[int], reasons: list[str]) -> Images:
+        """The images that can be decoded; of the others, the reasons are added."""
+        pixels, kept = np.empty((len(paths), self.channels, self.height, self.width), np.uint8), []
         # One thread: files of 2 KB take 0.15 ms each, mostly under the interpreter's lock, and a pool on two
         # cores was no faster.
-        for i, path in enumerate(paths):
-            pixels[i] = _read_image(path, self.height, self.width)
-        return Images(torch.from_numpy(pixels), torch.tensor(labels))
+        for path, label in zip(paths, labels, strict=True):
+            try:
+                pixels[len(kept)] = _read_image(path, self.height, self.width)
+                kept.append(label)
+            except UserError as error:
+                reasons.append(str(error))
+        return Images(torch.from_numpy(pixels)[: len(kept)], torch.tensor(kept, dtype=torch.int64))
 
 
 def _read_image(path: Path, height: int, width: int) -> np.ndarray:
     """The pixels [3, height, width] of a JPEG."""
     content = _attempt(Path.read_bytes, path)
+    if not content:
+        raise UserError(f"{path}: empty; unzip {FOLDER}.zip again")
     try:
         with Image.open(BytesIO(content), formats=["JPEG"]) as image:
             if image.size != (width, height):
