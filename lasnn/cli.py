@@ -325,7 +325,8 @@ def list_parts(
                 if info.default is REQUIRED
                 else {"type": info.type_name, "default": info.default}
                 for option, info in entry.options.items()
-                if option not in ("in_channels", "num_classes")
+                # What a network is given; a data set may have an option of this name.
+                if kind not in ("architectures", "teachers") or option not in ("in_channels", "num_classes")
             }
             found[kind][name] = {"description": entry.description, "options": options}
     if as_json:

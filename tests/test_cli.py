@@ -144,6 +144,9 @@ def test_list(lasnn):
         assert expected in out
     assert set(lasnn.json("list", "recipes")["recipes"]) >= {"quickstart"}
     assert lasnn.json("list", "losses")["losses"]["logit-kd"]["options"]["temperature"]["default"] == 4.0
+    # What a network is given is no option of it, but may be one of a data set.
+    assert "num_classes" in lasnn.json("list", "datasets")["datasets"]["image-folder"]["options"]
+    assert "num_classes" not in lasnn.json("list", "architectures")["architectures"]["vgg5"]["options"]
     assert "did you mean 'neurons'?" in lasnn("list", "neuron", code=2).stderr
 
 
