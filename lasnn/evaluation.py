@@ -28,6 +28,7 @@ def evaluate(
     membrane_start: float | None = None,
     early_exit: float | None = None,
     draws: int | None = None,
+    brief: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure a run's student on its test images, or its teacher, converted.
 
@@ -38,6 +39,8 @@ def evaluate(
         percentile, membrane_start: of the conversion, as for `lasnn.conversion.convert`.
         early_exit: also stop each image once the largest class probability reaches this, in (0, 1].
         draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
+        brief: leave out what needs runs of its own at each T, `operations.dense`, `images_per_second`, `latency_ms` and
+            `peak_memory_mib`: many T then cost no more than the longest.
 
     Returns:
         One dict for each T, as `lasnn.measure.measure` returns it, and in it `operations.dense`, `images_per_second`,
@@ -97,15 +100,18 @@ def evaluate(
         ]
         results = [merge(same) for same in zip(*measured, strict=True)]
         image = (run.data.channels, run.data.height, run.data.width)
+        teacher = {}
+        if run.teacher is not None:
+            teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
+            teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
         for result in results:
-            student.timesteps = result["timesteps"]
-            result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
-            result.update(speed(student.steps, test, batch_size=batch_size))
+            if not brief:
+                student.timesteps = result["timesteps"]
+                result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
+                result.update(speed(student.steps, test, batch_size=batch_size))
             if isinstance(student, Converted):
                 result["converted"] = student.description
-            if run.teacher is not None:
-                result["teacher_accuracy"] = run.summary.get("teacher_accuracy")
-                result["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
+            result.update(teacher)
     finally:
         run.student.timesteps = run.recipe.student.timesteps
     return results
@@ -148,8 +154,8 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
 def smallest_match(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
     """The result of the smallest T, of those that `evaluate` returned, whose accuracy is at least `accuracy`.
 
-    With `timesteps=range(1, 1025)`, at the price of T = 1024 alone, no T is left out. None: it is not reached. A longer
-    run may fall below the accuracy again; that is to the conversion's advantage.
+    With `timesteps=range(1, 1025)` and `brief`, at the price of T = 1024 alone, no T is left out. None: it is not
+    reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
     """
     return min(
         (result for result in results if result["accuracy"] >= accuracy), key=lambda it: it["timesteps"], default=None

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lasnn.data import Images
 from lasnn.distillation import teacher_key
 from lasnn.errors import MachineError, UserError
 from lasnn.evaluation import evaluate, load_run, smallest_match
+from lasnn.matched import convert_until, match, sentence
 from lasnn.measure import Counter, measure
 from lasnn.network import NormSpike, Teacher, ann_units, build, snn_units, without_activations
 from lasnn.plan import make_plan, make_teacher
@@ -382,6 +384,27 @@ def test_evaluate_in_python(runs, monkeypatch):
     assert results[0]["converted"]["percentile"] == 99.0
     assert evaluate(run, 2)[0]["timesteps"] == run.student.timesteps == 2
     assert isinstance(convert(run.teacher, "maxnorm", run.data.load()[0]), Converted)
+
+
+def test_a_conversion_is_followed_to_the_end_in_a_few_runs(runs, tmp_path, monkeypatch):
+    """Of 40 steps: one run of 16 and one of 40, nothing measured at each T beside them, and none the second time."""
+    monkeypatch.chdir(runs.folder)
+    [whole] = evaluate("relu", 40, converted="maxnorm")
+    ran = []
+    monkeypatch.setattr("lasnn.evaluation.speed", lambda *_, **__: pytest.fail("speed is measured"))
+    monkeypatch.setattr("lasnn.evaluation.dense_operations", lambda *_, **__: pytest.fail("counted for each T"))
+    monkeypatch.setattr("lasnn.evaluation.measure", lambda *a, **k: ran.append(len(a[2])) or measure(*a, **k))
+    for _ in range(2):
+        found = convert_until(Path("relu"), "maxnorm", 1.01, 40, tmp_path / "kept.json")
+        assert [result["timesteps"] for result in found["results"]] == list(range(1, 41))
+        for key in ("accuracy", "firing_rate", "energy_uj"):
+            assert found["results"][-1][key] == pytest.approx(whole[key])
+    assert ran == [16, 40]
+    matched = match("maxnorm", 2, {0: 1.01}, {0: found}, 40) | {"teacher": "the student's teacher"}
+    assert "does not reach the distilled student's 1.0100 of T = 2 by T = 40: ratio > 20" in sentence(matched)
+    # Another teacher in the same place is measured anew.
+    found = convert_until(Path("qcfs"), "maxnorm", 0.0, 40, tmp_path / "kept.json")
+    assert len(found["results"]) == ran[-1] == 16
 
 
 @pytest.mark.parametrize(
