@@ -34,6 +34,13 @@ from lasnn.registry import losses
 from lasnn.run import RUNS, RunFolder, environment, finished
 
 DISTILLED, ALONE = "distilled", "alone"
+# What a row has of its own, and the option that sets it.
+OF_A_ROW = {"seed": "--seeds", "student.timesteps": "--timesteps"}
+
+
+def slug(name: str) -> str:
+    """A row's name as a part of a folder's."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.")
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,7 @@ class Arm:
     timesteps: int
 
     def folder(self, seed: int) -> str:
-        slug = re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-")
-        return f"{slug}-T{self.timesteps}-seed{seed}"
+        return f"{slug(self.name)}-T{self.timesteps}-seed{seed}"
 
 
 @dataclass
@@ -283,6 +289,8 @@ def compare(
         raise UserError(f"{key} must be at least 1, got {value}")
     base = read_plan(name, list(overrides)).recipe
     arms = rows(base, overrides, timesteps, variants or {}, ablation)
+    if ablation and not ablations(base):
+        tell(f'--ablation adds no row: the teacher gives one thing only, and the row "{ALONE}" is without it')
     numbers = tuple(range(base.seed, base.seed + seeds))
     plans = plan_all(name, arms, numbers)
     folder = RUNS / "compare" / find(name).stem if out is None else Path(out)
@@ -366,7 +374,8 @@ def rows(
     """The arms of a recipe: distilled, alone, those of the ablation, and the variants, at each T.
 
     Raises:
-        UserError: the recipe has no teacher to compare with and no variant, or a variant's name is taken.
+        UserError: the recipe has no teacher to compare with and no variant, a variant's name is taken or no name for a
+            folder, or it sets what other options do.
     """
     settings: dict[str, tuple[str, ...]] = {DISTILLED: ()}
     if recipe.teacher is not None:
@@ -375,13 +384,23 @@ def rows(
             settings |= ablations(recipe)
     elif not variants:
         raise UserError(f"{recipe.name}: it has no [teacher] to compare with; give --variant NAME:KEY=VALUE")
-    taken = [name for name in variants if name in settings]
-    if taken:
-        raise UserError(*(f"--variant {name}: there is a row of this name; choose another" for name in taken))
+    elif ablation:
+        raise UserError(f"{recipe.name}: it has no [teacher] to leave things out of; leave --ablation out")
+    problems, taken = [], {slug(name) for name in settings}
+    for name, given in variants.items():
+        if not slug(name):
+            problems.append(f"--variant {name}: its runs have no name for their folder; give it letters or digits")
+        elif slug(name) in taken:
+            problems.append(f"--variant {name}: there is a row of this name, or of this folder; choose another")
+        taken.add(slug(name))
+        keys = [setting.partition("=")[0].strip() for setting in given]
+        problems += [f"--variant {name}: {key} is set by {OF_A_ROW[key]}" for key in keys if key in OF_A_ROW]
+    if problems:
+        raise UserError(*problems)
     settings |= {name: tuple(given) for name, given in variants.items()}
     return [
         Arm(name, (*overrides, *given, *([f"student.timesteps={steps}"] if timesteps else [])), steps)
-        for steps in timesteps or [recipe.student.timesteps]
+        for steps in dict.fromkeys(timesteps or [recipe.student.timesteps])
         for name, given in settings.items()
     ]
 
@@ -491,7 +510,9 @@ def within(gain: Mapping[str, Any]) -> str:
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    escaped.insert(1, ["---"] * len(head))
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 __all__ = ["Comparison", "Stopped", "compare"]

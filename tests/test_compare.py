@@ -80,6 +80,21 @@ def test_rows_seeds_and_a_second_call(lasnn, tiny):
     assert [row["accuracy"] for row in once_more["arms"]] == [row["accuracy"] for row in found["arms"]]
 
 
+def test_each_t_is_one_row_and_names_stay_in_their_cell(tiny):
+    told = []
+    found = compare_rows(
+        *(tiny, 1),
+        overrides=["teacher.epochs=1", "distill.epochs=1", "student.init=random"],
+        timesteps=[1, 1],
+        variants={"a|b": ["distill.lr=0.1"]},
+        ablation=True,
+        tell=told.append,
+    )
+    assert [(arm.name, arm.timesteps) for arm in found.arms] == [("distilled", 1), ("alone", 1), ("a|b", 1)]
+    assert told[0].startswith("--ablation adds no row")
+    assert any(line.startswith("| a\\|b | 1 |") for line in found.as_markdown().splitlines())
+
+
 def test_the_command_of_a_row_gives_its_figure(lasnn, tiny):
     found = lasnn.json("compare", tiny, "--seeds", 1, *SHORT, "--out", "c")
     for row in found["arms"]:
@@ -99,16 +114,17 @@ def test_the_ablation_leaves_one_thing_out_at_a_time(lasnn, tiny):
 
 
 @pytest.mark.full
-def test_a_signal_stops_it_and_the_same_command_goes_on(lasnn, tiny):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_stops_it_and_the_same_command_goes_on(lasnn, tiny, number):
     arguments = ("compare", tiny, "--seeds", 1, "--set", "teacher.epochs=1", "--set", "distill.epochs=30", "--out", "c")
     process = lasnn.start(*arguments)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and "student" not in _metrics(lasnn):
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "the same command goes on" in err
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert ("the same command goes on" in err) == (number == signal.SIGTERM)
     assert lasnn.json(*arguments)["arms"][0]["mean"] > 0
 
 
@@ -122,7 +138,12 @@ def _metrics(lasnn) -> str:
     [
         (("--seeds", "0"), "--seeds must be at least 1"),
         (("--variant", "x"), "--variant x: give NAME:KEY=VALUE"),
-        (("--variant", "alone:seed=1"), "there is a row of this name"),
+        (("--variant", "Alone:distill.lr=1"), "there is a row of this name"),
+        (("--variant", "a b:distill.lr=1", "--variant", "a-b:distill.lr=2"), "--variant a-b: there is a row of"),
+        (("--variant", "?:distill.lr=1"), "give it letters or digits"),
+        (("--variant", "x:seed=1"), "--variant x: seed is set by --seeds"),
+        (("--variant", "x: student.timesteps = 1"), "--variant x: student.timesteps is set by --timesteps"),
+        (("--set", "teacher=", "--ablation", "--variant", "x:distill.lr=1"), "leave --ablation out"),
         (("--variant", "wide: student.wdth=8"), "wide, T = 2: --set: student.wdth"),
         (("--set", "teacher="), "it has no [teacher] to compare with"),
         (("--timesteps", "0"), "--timesteps 0"),
