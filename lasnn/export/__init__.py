@@ -6,14 +6,14 @@ from typing import Any
 
 from lasnn.checkpoint import replacing
 from lasnn.errors import MachineError, UserError, unknown
-from lasnn.export import nir, pt2, safetensors
+from lasnn.export import nir, onnx, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import RULE, Agreement, Verification, samples
 from lasnn.plan import load_data
 from lasnn.registry import blaming, exporters
 from lasnn.run import Run, load_run
 
-__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "pt2", "safetensors"]
+__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
 
 
 class Disagreement(MachineError):

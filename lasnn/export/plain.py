@@ -56,12 +56,12 @@ class PlainUnit(nn.Module):
         current = self.clock.unfold((x - self.mean) * self.scale + self.bias if self.fused else self.norm(x))
         if residual is not None:
             current = current + self.clock.unfold(residual)
-        spikes = self.neuron(current, timesteps=self.clock.steps)[0] if self.own else self.fire(current)
-        self.trace.spikes[self.name] = spikes = spikes.to(x.dtype).flatten(0, 1)
+        spikes = self.neuron(current, timesteps=self.clock.steps)[0].flatten(0, 1) if self.own else self.fire(current)
+        self.trace.spikes[self.name] = spikes
         return spikes
 
     def fire(self, current: Tensor) -> Tensor:
-        """[T, B, ...], or [1, B, ...] where constant in time -> spikes [T, B, ...]."""
+        """[T, B, ...], or [1, B, ...] where constant in time -> spikes [T*B, ...]."""
         v_rest = self.v_reset or 0.0
         v, spikes, potentials = None, [], []
         for t in range(self.clock.steps):
@@ -81,7 +81,7 @@ class PlainUnit(nn.Module):
             spikes.append(s)
             potentials.append(h)
         self.trace.potentials[self.name] = potentials
-        return torch.stack(spikes)
+        return torch.cat(spikes)
 
 
 class Plain(nn.Module):
@@ -91,11 +91,12 @@ class Plain(nn.Module):
 
     Args:
         student: in evaluation mode; weights are shared, not copied.
+        show_spikes: return the spikes of each unit, [T*B, ...], after the logits.
     """
 
-    def __init__(self, student: Student):
+    def __init__(self, student: Student, show_spikes: bool = False):
         super().__init__()
-        self.timesteps, self.trace = student.timesteps, Trace()
+        self.timesteps, self.show_spikes, self.trace = student.timesteps, show_spikes, Trace()
         self.encoder = None if student.encoder.random else student.encoder
         network = student.network
         shared = {id(value): value for value in chain(network.parameters(), network.buffers())}
@@ -108,8 +109,9 @@ class Plain(nn.Module):
                 setattr(self.network.get_submodule(parent), attribute, plain)
         self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x if self.encoder is None else self.encoder(x, self.timesteps))
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        logits = self.run(x if self.encoder is None else self.encoder(x, self.timesteps))
+        return (logits, *self.trace.spikes.values()) if self.show_spikes else logits
 
     def run(self, encoded: Tensor) -> Tensor:
         """What the encoder returns, [T, B, C, H, W] or [1, B, C, H, W] -> logits [B, K]."""
