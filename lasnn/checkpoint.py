@@ -52,12 +52,13 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(descriptor)
-        yield (temporary := Path(name))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        temporary = Path(name)
         # mkstemp makes files private; what a run leaves behind follows the user's umask like any other file.
         os.umask(mask := os.umask(0))
         temporary.chmod(0o666 & ~mask)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:

@@ -36,7 +36,7 @@ def make_run(
             "width": width,
             "encoder": encoder,
             "timesteps": timesteps,
-            "neuron": NEURONS.get(neuron, neuron),
+            "neuron": NEURONS[neuron] if isinstance(neuron, str) else neuron,
             **student,
         },
     }
@@ -47,9 +47,9 @@ def make_run(
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.3)
-                module.running_var.uniform_(0.3, 1.5)
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.02, 0.2)
                 module.weight.uniform_(0.5, 2)
-                module.bias.normal_(0.3, 0.3)
+                module.bias.normal_(0.5, 0.5)
     checkpoint.save_weights(folder / "student.safetensors", network.state_dict(), {"recipe": recipe.to_toml()})
     return folder

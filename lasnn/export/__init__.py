@@ -8,12 +8,12 @@ from lasnn.checkpoint import replacing
 from lasnn.errors import MachineError, UserError, unknown
 from lasnn.export import nir, onnx, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
-from lasnn.export.verification import RULE, Agreement, Verification, samples
+from lasnn.export.verification import Agreement, Verification, samples
 from lasnn.plan import load_data
 from lasnn.registry import blaming, exporters
 from lasnn.run import Run, load_run
 
-__all__ = ["RULE", "Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
+__all__ = ["Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
 
 
 class Disagreement(MachineError):
@@ -50,7 +50,7 @@ def export(
 
     Raises:
         UserError: everything that is wrong with the arguments, or what the format cannot say of this student.
-        Disagreement: a reader does not agree by `RULE`; the file is kept as `<file>.unverified`.
+        Disagreement: a reader does not agree (see `lasnn.export.verification`); the file is kept beside its place.
     """
     # The readers run on the CPU, and equality bit for bit is promised for it alone.
     if not isinstance(run, Run) or run.device.type != "cpu":
@@ -102,7 +102,9 @@ def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force
     if form not in exporters:
         raise UserError(*problems, unknown("format", form, exporters))
     kind = exporters[form].function
-    missing = [package for package in kind.packages if find_spec(package) is None]
+    if not (isinstance(kind, type) and issubclass(kind, Exporter)):
+        raise UserError(f"format {form!r} ({exporters[form].where}) must be a lasnn.export.Exporter")
+    missing = [package for package in kind.packages if not _is_installed(package)]
     if missing:
         fix = f"pip install 'lasnn[{kind.extra}]'" if kind.extra else "install them"
         problems.append(f"format {form!r} needs {', '.join(missing)}, not installed here: {fix}")
@@ -120,3 +122,11 @@ def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force
     if problems:
         raise UserError(*problems)
     return exporters.build(form, run, timesteps), out
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:
+        # Its import is blocked.
+        return False

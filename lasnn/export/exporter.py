@@ -45,6 +45,8 @@ class Reader:
     names, the spikes [T, B, ...] of those layers that the program shows."""
     exact: bool = False
     """Whether logits and spikes must be the student's bit for bit."""
+    exact_layers: int = 0
+    """Up to how many spiking layers no spike of a network may differ."""
 
 
 class Exporter(ABC):
