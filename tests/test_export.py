@@ -387,6 +387,7 @@ def test_an_exporter_that_fails_leaves_nothing(tmp_path):
 
 OWN = '''
 import torch
+from torch import nn
 
 from lasnn import architectures, neurons
 from lasnn.kernels import lif
