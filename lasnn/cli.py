@@ -161,7 +161,10 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="A run folder, or a student's .safetensors.  [default: the newest under runs/]"
+        ),
     ] = None,
     form: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="onnx, nir, pt2, safetensors; `lasnn list exporters`.")

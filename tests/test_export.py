@@ -398,6 +398,9 @@ from lasnn.network import Staged
 class PlainOwn(nn.Module):
     """Fires at every step at which the current is positive."""
 
+    def __init__(self):
+        super().__init__()
+
     def forward(self, current, v0=None, timesteps=None):
         spikes = (current > 0).to(current.dtype).expand(timesteps, *current.shape[1:])
         return spikes, current[-1]
@@ -406,6 +409,9 @@ class PlainOwn(nn.Module):
 @neurons.register("kernel-own")
 class KernelOwn(nn.Module):
     """LIF by the kernel."""
+
+    def __init__(self):
+        super().__init__()
 
     def forward(self, current, v0=None, timesteps=None):
         return lif(current, v0, timesteps=timesteps)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lasnn.errors import UserError
 from lasnn.export.exporter import Exporter, Reader, Sample
@@ -76,15 +77,27 @@ def trace(exporter: Exporter, plain: Plain) -> ExportedProgram:
     """
     x, axis = exporter.example()
     with exporter.blaming_parts():
-        program = torch.export.export(plain, (x,), dynamic_shapes=({axis: torch.export.Dim("batch", min=1)},))
-    targets = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-    strange = sorted(str(target) for target in targets if target.namespace != "aten")
-    if strange:
-        raise UserError(
-            f"the file would need {', '.join(strange)}, which is not PyTorch's: a neuron, an encoder or a layer of "
-            "your own that is to be exported may use plain PyTorch operators only"
-        )
-    return program
+        with Operators() as operators, torch.no_grad():
+            plain(x)
+        if operators.strange:
+            raise UserError(
+                f"the file would need {', '.join(sorted(operators.strange))}, which is not PyTorch's: a neuron, an "
+                "encoder or a layer of your own that is to be exported may use plain PyTorch operators only"
+            )
+        return torch.export.export(plain, (x,), dynamic_shapes=({axis: torch.export.Dim("batch", min=1)},))
+
+
+class Operators(TorchDispatchMode):
+    """Within the block, notes the operators that are not PyTorch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.strange: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace not in ("aten", "prim", "prims"):
+            self.strange.add(str(operator))
+        return operator(*args, **(kwargs or {}))
 
 
 def spike_nodes(program: ExportedProgram, plain: Plain) -> dict[str, str]:
