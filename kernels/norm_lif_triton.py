@@ -41,8 +41,11 @@ def tile_of(c, tile, channels, positions, P: tl.constexpr, LAST: tl.constexpr, B
     if LAST:
         return (start + q)[None, :] * channels + c[:, None], mask
     q += (start % P).to(tl.int32)
-    images = start // P + q // P
-    return images[None, :] * (channels * P) + c[:, None] * P + (q % P)[None, :], mask
+    # So many pixels in a row are of one image. Not every Triton finds that out, and without it no load is a wide one.
+    RUN: tl.constexpr = (P & -P) if (P & -P) < BLOCK_Q else BLOCK_Q
+    images = tl.max_constancy(start // P + q // P, RUN)
+    pixels = tl.max_contiguous(tl.multiple_of(q % P, RUN), RUN)
+    return images[None, :] * (channels * P) + c[:, None] * P + pixels[None, :], mask
 
 
 @triton.jit
@@ -391,6 +394,13 @@ def backward_tile(y: Tensor, timesteps: int, learnt: bool) -> int:
     return TILE // 2 if learnt or tight else TILE
 
 
+def uncapped() -> dict:
+    """Launch options of the pass whose registers are most: NVIDIA's assembler gives up a word or two of them to end at
+    128 or 168, for one more program at a time, unless it is told of a limit itself; AMD's takes none.
+    """
+    return {} if torch.version.hip else {"maxnreg": 255}
+
+
 def tiling(images: Tensor, count: int, size: int) -> tuple[dict, int]:
     """How `count` images like `images` are cut into tiles of `size` bytes: kernel arguments, and number of tiles."""
     channels, pixels = images.shape[1], images.shape[2:].numel()
@@ -530,6 +540,7 @@ def norm_lif_sums(
         SURROGATE=surrogate,
         SUMS=True,
         WRITE=write,
+        **uncapped(),
         **given(y, residual=residual, weight=weight, bias=bias, means=None),
         **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
         **where,
