@@ -4,6 +4,7 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes. Inside a net
 dimension, T-major, so that convolution, pooling and linear layers are plain `torch.nn`; only the neuron unfolds it.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from lasnn.kernels.layout import state_dtype
 from lasnn.kernels.norm import updated
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
+
+# Time steps of a long evaluation that are computed at once.
+PIECE = 8
 
 
 @dataclass
@@ -390,12 +394,31 @@ class Student(nn.Module):
         """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features.
 
         They may be a part of a batch, from number `first` of `total`: the encoder then draws as it does for the whole.
+        In evaluation without gradients a long run is made in pieces of `PIECE` steps, so that its memory does not grow
+        with T; the spikes are the same.
         """
+        if self.timesteps > PIECE and self._can_pause():
+            pieces, voltages = [], {}
+            for start in range(0, self.timesteps, PIECE):
+                stop = min(start + PIECE, self.timesteps)
+                place = {"first": first, "total": total, "start": start, "stop": stop}
+                with self.network.clock.carried(voltages, start) as voltages:
+                    encoded = self.encoder.part(images, self.timesteps, generator, **place)
+                    pieces.append(self.network(encoded, stop - start, taps))
+            logits, features = zip(*pieces, strict=True)
+            return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
         if total in (None, len(images)):
             encoded = self.encoder(images, self.timesteps, generator)
         else:
             encoded = self.encoder.part(images, self.timesteps, generator, first=first, total=total)
         return self.network(encoded, self.timesteps, taps)
+
+    def _can_pause(self) -> bool:
+        """Whether a run can go on from its voltages: nothing is learnt or traced, and every neuron takes them."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        units = [unit for unit in self.network.modules() if isinstance(unit, NormSpike)]
+        return all("v0" in inspect.signature(unit.neuron.forward).parameters for unit in units)
 
     def in_chunks(
         self,

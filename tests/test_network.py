@@ -11,6 +11,7 @@ from lasnn.errors import UserError
 from lasnn.kernels import lif
 from lasnn.network import Clock, NormActivate, NormSpike, Student, Teacher, ann_units, build, probe, snn_units
 from lasnn.neuron import LIF
+from lasnn.random import generator
 from lasnn.registry import encoders
 
 # Learnable parameters for three input channels. ResNet-19: 12.63 M (TET's code); ResNet-18 and 34 with the CIFAR stem
@@ -315,3 +316,27 @@ def test_what_is_not_staged_is_refused():
     architectures.register("plain")(lambda act, *, in_channels, num_classes: nn.Flatten())
     with pytest.raises(UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged"):
         build("plain", ann_units(), in_channels=1, num_classes=2)
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
+@pytest.mark.parametrize("architecture", ["vgg5", "resnet20"])
+def test_a_long_evaluation_in_pieces_has_the_spikes_of_the_whole(architecture, encoder, monkeypatch):
+    torch.manual_seed(0)
+    network = build(architecture, snn_units("lif"), in_channels=1, num_classes=10)
+    student = Student(network, encoders.build(encoder, (0.3,), (0.3,)), 19)
+    images = torch.rand(2, 1, 8, 8)
+    student.train().steps(images, generator=generator(0))
+    student.eval()
+    lengths = []
+    network.register_forward_hook(lambda *_: lengths.append(network.clock.steps))
+    found = []
+    for piece in (8, 19):
+        monkeypatch.setattr("lasnn.network.PIECE", piece)
+        with torch.no_grad():
+            found.append(student.steps(images, ["stage1"], generator(1)))
+    assert lengths == [8, 8, 3, 19]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0][1]["stage1"], found[1][1]["stage1"])
+    # With gradients, all at once.
+    student.steps(images, generator=generator(1))
+    assert lengths[-1] == 19
