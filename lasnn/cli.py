@@ -379,6 +379,28 @@ def bench_kernels(
     complain(result)
 
 
+@bench.command("memory")
+def bench_memory(
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images a step.")] = 50,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, bf16 or fp16.")] = "fp32",
+    as_json: AsJson = False,
+) -> None:
+    """Peak memory of a distillation at T = 100, whole and in chunks of time, beside that of T = 8."""
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise UserError(f"--precision {precision}: it is fp32, bf16 or fp16")
+    with json_alone(as_json) as answer:
+        from lasnn.bench.memory import complain, measure, table
+        from lasnn.display import to_stderr
+
+        with to_stderr().status("") as status:
+            result = measure(device, batch_size, precision, status.update)
+        answer.update(result)
+    if not as_json:
+        print("\n".join(table(result)))
+    complain(result)
+
+
 @contextmanager
 def json_alone(as_json: bool):
     """With `--json`, print the yielded dict at the end of the block; all else goes to standard error."""

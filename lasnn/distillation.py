@@ -98,7 +98,8 @@ def distill(
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
         # The caller's random state is as it was when the run is over.
-        anomalies = torch.autograd.set_detect_anomaly(detect_anomaly)
+        # A gradient that overflows under fp16's scaler is none.
+        anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and recipe.precision != "fp16")
         with stop_on_signals() as stop, globals_kept(plan.device), deterministic(recipe.deterministic), anomalies:
             session = Session(plan, run, train, test, progress, stop, detect_anomaly)
             teacher = session.teacher(state if state and state["phase"] == "teacher" else None)
