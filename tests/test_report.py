@@ -25,6 +25,7 @@ from lasnn.evaluation import evaluate, load_run
 from lasnn.plan import load_data
 from lasnn.report import report
 from lasnn.report.chart import Series, apart, lines, ticks
+from lasnn.report.facts import measure_teacher
 from lasnn.report.picture import heat, palette, photo
 
 # Random pixels: as many classes and channels as a test asks for, and names that a page must not believe.
@@ -209,6 +210,10 @@ def test_figures_agree_with_evaluate(runs, pages):
     assert found["energy_uj"] == run.summary["energy_uj"]
     assert found["teacher_energy_uj"] == pytest.approx(by_t[2]["teacher_energy_uj"])
     assert f"{100 * run.summary['accuracy']:.2f} %" in page
+    _, test, _ = load_data(run.recipe, run.data, run.device)
+    teacher, layers = measure_teacher(run, test)
+    assert sum(layers["energy"].values()) == pytest.approx(teacher["energy_uj"])
+    assert layers["rates"].keys() == by_t[2]["firing_rate_by_layer"].keys()
     converted = evaluate(run, [1, 2, 4], converted="percentile")
     assert found["converted"]["method"] == "percentile"
     assert [one["accuracy"] for one in found["converted"]["results"]] == [one["accuracy"] for one in converted]
@@ -278,7 +283,8 @@ def test_many_classes_have_no_labels(pages):
     page, _ = pages("many")
     assert "confusion matrix of 100 classes" in page
     assert "worst of 100 classes" in page
-    assert page.count('class="sample ') <= 12
+    assert page.count('class="sample large"') == 2
+    assert 8 <= page.count('class="sample small"') <= 10
 
 
 def test_pairs_of_different_stages_and_a_teacher_that_cannot_be_converted(runs, pages):
@@ -344,6 +350,8 @@ def test_command(runs, lasnn, tmp_path):
     (unfinished / "summary.json").unlink()
     resume = f"lasnn distill {unfinished / 'recipe.toml'} --out {unfinished} --resume"
     assert resume in lasnn("report", unfinished, code=2).stderr
+    with pytest.raises(UserError, match="needs its run folder"):
+        report(unfinished / "student.safetensors")
     (unfinished / "student.safetensors").unlink()
     with pytest.raises(UserError, match=re.escape(resume)):
         report(unfinished)

@@ -53,8 +53,10 @@ def report(
     """
     if not isinstance(run, Run):
         run = load_run(run, device="auto")
+    folder = run.folder.path
+    if folder.is_file():
+        raise UserError(f"{folder} is a student alone; a report needs its run folder, where the training is on record")
     if not run.summary:
-        folder = run.folder.path
         raise UserError(f"{folder} is not finished (it has no summary.json); go on with `{resume_command(folder)}`")
     path = Path(run.folder / "report.html" if out is None else out)
     check_path(path)

@@ -225,7 +225,7 @@ def matrix(counts: Sequence[Sequence[float]], names: Sequence[str], *, title: st
                 ).format(kind, left + cell * j, 8 + cell * i, cell - 1, cell - 1, strength)
             )
             if count:
-                shade = "on" if strength > 0.6 else "tick"
+                shade = "on" if strength > 0.8 else "ink"
                 drawn.append(text(left + cell * (j + 0.5) - 0.5, middle + 3, f"{count:g}", f"{shade} count", "middle"))
     for j, name in enumerate(names):
         x, y = left + cell * (j + 0.5) + 2, 8 + cell * len(names) + 11

@@ -4,8 +4,10 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 """
 
 import shlex
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,13 +55,15 @@ def gather(
     trained_t = run.recipe.student.timesteps
     chosen = sorted({trained_t, *(timesteps or default_timesteps(trained_t, run.student.encoder.causal))})
     tell(f"student: {len(test):,} test images, up to T = {chosen[-1]}")
+    begin = time.perf_counter()
     student, results = measure_student(run, test, chosen)
+    step_seconds = (time.perf_counter() - begin) / (chosen[-1] if run.student.encoder.causal else sum(chosen))
     at_t = next(result for result in results if result["timesteps"] == trained_t)
     teacher = layers = None
     if run.teacher is not None:
         tell(f"teacher: {len(test):,} test images")
         teacher, layers = measure_teacher(run, test)
-    conversion = convert_teacher(run, train, test, method, longest, tell)
+    conversion = convert_teacher(run, train, test, method, longest, step_seconds, tell)
     count = min(ATTENTION_IMAGES, len(test))
     tell(f"attention maps: {count:,} test images")
     return {
@@ -224,8 +228,13 @@ def by_layer(run: Run, result: dict[str, Any], teacher: dict[str, dict[str, floa
     return found
 
 
-def convert_teacher(run: Run, train: Any, test: Any, method: Method | None, longest: int, tell: Tell) -> dict[str, Any]:
-    """The converted teacher at T = 1, 2, 4, ...: `method` and `results`, or the `reason` why there is none."""
+def convert_teacher(
+    run: Run, train: Any, test: Any, method: Method | None, longest: int, step_seconds: float, tell: Tell
+) -> dict[str, Any]:
+    """The converted teacher at T = 1, 2, 4, ...: `method` and `results`, or the `reason` why there is none.
+
+    `step_seconds` is what a step on all test images took the student, from which the time is foretold.
+    """
     if method is None:
         return {"reason": "it was left out (--converted none)"}
     try:
@@ -233,7 +242,8 @@ def convert_teacher(run: Run, train: Any, test: Any, method: Method | None, long
     except UserError as error:
         return {"reason": str(error).replace("\n", "; ")}
     timesteps = sorted({longest, *(2**power for power in range(longest.bit_length()) if 2**power <= longest)})
-    tell(f"teacher, converted by {method}: {len(test):,} test images, up to T = {longest}")
+    about = timedelta(seconds=round(longest * step_seconds))
+    tell(f"teacher, converted by {method}: {len(test):,} test images, up to T = {longest}, about {about} (--longest)")
     batch_size = run.recipe.data.batch_size
     converted = convert(run.teacher, method, train, batch_size=batch_size)
     results = measure(converted, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)
@@ -286,7 +296,7 @@ def measure_attention(run: Run, test: Any, count: int) -> dict[str, Any]:
                 others[place].append(distance(student, teacher.roll(1, 0))[: len(pixels) if len(pixels) > 1 else 0])
     measured = torch.stack([torch.cat(each) for each in distances]) if distances[0] else None
 
-    chosen = choose(picked, test.labels.cpu()[picked], measured, len(run.data.classes))
+    chosen = choose(picked, test.labels.cpu()[picked], measured)
     index = torch.tensor([image for image, _ in chosen])
     [(pixels, labels)] = test.batches([index])
     logits, shown = maps(pixels.float() / 255, -1)
@@ -340,26 +350,25 @@ def distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).flatten(1).norm(dim=1).cpu()
 
 
-def choose(picked: Tensor, labels: Tensor, distances: Tensor | None, classes: int) -> list[tuple[int, str]]:
+def choose(picked: Tensor, labels: Tensor, distances: Tensor | None) -> list[tuple[int, str]]:
     """The images to show, (number, why): the most and the least alike, and one of each class, or of some.
 
     Args:
         picked: numbers of the images that were measured [N].
         labels: of them [N].
         distances: [stages, N], None without a teacher; the image that stands for a class has its median distance.
-        classes: K.
     """
     mean = torch.zeros(len(picked)) if distances is None else distances.mean(0)
     chosen = {}
     if distances is not None and len(picked) > 1:
         chosen[int(mean.argmin())] = "Most alike"
         chosen[int(mean.argmax())] = "Least alike"
-    stride = -(-classes // CLASSES_SHOWN)
-    for label in range(0, classes, stride):
+    present = labels.unique().tolist()
+    shown = min(CLASSES_SHOWN, len(present))
+    for label in (present[number * len(present) // shown] for number in range(shown)):
         [of_class] = (labels == label).nonzero(as_tuple=True)
-        if len(of_class):
-            median = of_class[mean[of_class].argsort(stable=True)[(len(of_class) - 1) // 2]]
-            chosen.setdefault(int(median), "")
+        median = of_class[mean[of_class].argsort(stable=True)[(len(of_class) - 1) // 2]]
+        chosen.setdefault(int(median), "")
     return [(int(picked[place]), why) for place, why in chosen.items()]
 
 
@@ -432,7 +441,10 @@ def training(run: Run) -> dict[str, Any]:
 def title(run: Run) -> str:
     """What was distilled into what, on which images."""
     recipe = run.recipe
-    how = f"distilled from {recipe.teacher.architecture}" if recipe.teacher else "trained without a teacher"
+    how = "trained without a teacher"
+    if recipe.teacher:
+        # torchvision's networks share one architecture, and are told apart by the model.
+        how = " ".join(["distilled from", recipe.teacher.architecture, recipe.teacher.options.get("model", "")]).strip()
     return f"A spiking {recipe.student.architecture} {how}, on {recipe.data.name}"
 
 

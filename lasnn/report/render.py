@@ -24,7 +24,7 @@ def render(facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": as_percent, "photo": picture.photo, "bar": bar, "uj": microjoule}
+    environment.filters |= {"percent": as_percent, "photo": picture.photo, "bar": bar, "digits": three_digits}
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.globals |= {"heat": heat_pair, "matrix": matrix_picture, "scale": picture.scale()}
     template = environment.get_template("page.html")
@@ -184,8 +184,8 @@ def as_percent(value: float | None, places: int = 1) -> str:
     return "–" if value is None else f"{100 * value:.{places}f} %"
 
 
-def microjoule(value: float | None) -> str:
-    """Energy in three digits; None as a dash."""
+def three_digits(value: float | None) -> str:
+    """A positive figure in three digits; None as a dash."""
     return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
