@@ -1,6 +1,13 @@
-"""docs/recipes.md lists every key of a recipe with its type, default and meaning."""
+"""docs/recipes.md lists every key of a recipe with its type, default and meaning; the commands in the docs can run."""
+
+import re
+import shlex
+
+import pytest
+import typer.main
 
 from common import ROOT
+from lasnn import cli
 from lasnn.recipe import (
     AugmentTable,
     DataTable,
@@ -44,6 +51,55 @@ def reference() -> str:
 def test_recipes_md_is_current():
     text = (ROOT / "docs" / "recipes.md").read_text()
     assert reference() in text, "run: python tests/test_docs.py, and commit docs/recipes.md"
+
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "recipes").glob("*.toml"))]
+# What stands for something else.
+MEANT = {"RECIPE": "quickstart", "RUN": "runs/x", "$s": "0", "$seed": "0", "SEED": "0"}
+
+
+def commands() -> list[str]:
+    """The commands of lasnn in the pages' shell blocks and lines."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        blocks = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        found += [line.strip() for line in blocks if line.strip().startswith("lasnn ")]
+        found += re.findall(r"`(lasnn [a-z]+ [^`]+)`", text)
+    return list(dict.fromkeys(found))
+
+
+class Planned(Exception):
+    """Everything was checked, and the first run would begin."""
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_docs_can_run(command, tmp_path, monkeypatch):
+    """It is parsed; what trains is planned as well, all its rows."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in MEANT.items():
+        command = command.replace(name, value)
+    _, *words = shlex.split(command, comments=True)
+    parsed = typer.main.get_command(cli.app)
+    while hasattr(parsed, "commands"):
+        parsed = parsed.commands[words.pop(0)]
+    with parsed.make_context(parsed.name, [*words]) as context:
+        if parsed.name == "distill":
+            context.params["dry_run"] = True
+            parsed.invoke(context)
+        elif parsed.name == "compare":
+
+            def begin(*_, **__):
+                raise Planned
+
+            monkeypatch.setattr("lasnn.compare.distill", begin)
+            context.params["seeds"] = 1
+            with pytest.raises(Planned):
+                parsed.invoke(context)
+
+
+def test_the_docs_have_commands():
+    assert {"compare", "distill", "evaluate", "bench"} <= {command.split()[1] for command in commands()}
 
 
 if __name__ == "__main__":
