@@ -1,6 +1,7 @@
 """NIR graphs: run from the file by NIR's own equations, they give the network's spikes."""
 
 import json
+import re
 
 import nir
 import nir_reference
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import TINY, TINY_DATA
+from common import ROOT, TINY, TINY_DATA
 from lasnn import Staged, __version__, architectures, distill, load_run, neurons
 from lasnn.errors import UserError
 from lasnn.export import Disagreement, export, nir_graph
@@ -326,6 +327,19 @@ def test_the_metadata_and_the_file_alone_give_the_students_logits(trained, tmp_p
     student.timesteps = 5
     with torch.no_grad():
         torch.testing.assert_close(logits.mean(0), student(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_pages_snippet_gives_the_students_logits(trained, tmp_path, monkeypatch):
+    pytest.importorskip("snntorch")
+    (tmp_path / "mine").mkdir()
+    export(trained, "nir", timesteps=4, out=tmp_path / "mine" / "student-t4.nir")
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"```python\n(import nir\n.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    names = {}
+    exec(compile(snippet, "docs/export.md", "exec"), names)
+    student = load_run(trained).student
+    student.timesteps = 4
+    torch.testing.assert_close(names["logits"].detach(), student(names["images"]).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrong_file_is_found_out(trained, tmp_path, monkeypatch):
