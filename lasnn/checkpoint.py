@@ -133,8 +133,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = file.metadata() or {}
         description = _description(metadata)
         # Files of before the digest covered their description have a "sha256", which is not checked any more.
-        sealed = "lasnn" in metadata and "sha256" not in metadata
-        if sealed and metadata.get("digest") != digest(weights, metadata["lasnn"]):
+        sealed = {"lasnn", "digest"} & metadata.keys() and "sha256" not in metadata
+        if sealed and metadata.get("digest") != digest(weights, metadata.get("lasnn", "")):
             raise UserError(f"{path} is damaged: it is not what was saved")
     return weights, description
 
@@ -180,7 +180,7 @@ def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     with _blaming(path, "a whole file of weights"):
         # Old files are no archives, and have no checksums.
         if device != "meta" and zipfile.is_zipfile(path):
-            _check_archive(path)
+            check_archive(path)
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -196,12 +196,16 @@ def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 
-def _check_archive(path: Path) -> None:
-    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums."""
-    with zipfile.ZipFile(path) as archive:
+def check_archive(path: Path) -> None:
+    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with _blaming(path, "a whole checkpoint"), zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(f"{path} is damaged (checksum of {damaged})")
+        if damaged is not None:
+            raise UserError(f"{path} is damaged (checksum of {damaged})")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -217,8 +221,8 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     Raises:
         UserError: the file is damaged or holds code.
     """
+    check_archive(path)
     with _blaming(path, "a whole checkpoint"):
-        _check_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():
             raise UserError(f"{path} is not the state of a run")

@@ -64,6 +64,10 @@ def distill(
     detect_anomaly: Annotated[
         bool, typer.Option("--detect-anomaly", help="Find the operation at which a training breaks; slow.")
     ] = False,
+    callbacks: Annotated[
+        list[str] | None,
+        typer.Option("--callback", metavar="NAME", help="Also tell this one of the run, as tensorboard. Repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
@@ -84,16 +88,12 @@ def distill(
         from lasnn.distillation import distill as run_recipe
         from lasnn.run import resume_command
 
-        progress = Shown(console)
+        options = {"overrides": overrides or [], "resume": resume, "detect_anomaly": detect_anomaly}
         try:
-            options = {"overrides": overrides or [], "resume": resume, "detect_anomaly": detect_anomaly}
-            run = run_recipe(recipe, out, progress=progress, **options)
+            run = run_recipe(recipe, out, progress=Shown(console), callbacks=callbacks or [], **options)
         except Stopped as stopped:
-            progress.close()
             say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")
             raise typer.Exit(128 + stopped.signum) from None
-        finally:
-            progress.close()
         answer.update({"run": str(run.path), **run.read_json("summary.json")})
 
 
@@ -301,7 +301,8 @@ def list_parts(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="architectures, teachers, encoders, neurons, losses, datasets, augmentations, exporters or recipes.",
+            help="architectures, teachers, encoders, neurons, losses, datasets, augmentations, exporters, "
+            "callbacks, recipes or runs.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -311,8 +312,11 @@ def list_parts(
     from lasnn.registry import REGISTRIES, REQUIRED
 
     kinds = [*REGISTRIES, "recipes"]
+    if what == "runs":
+        list_runs(as_json)
+        return
     if what is not None and what not in kinds:
-        raise UserError(unknown("kind", what, kinds))
+        raise UserError(unknown("kind", what, [*kinds, "runs"]))
     from lasnn.recipe import shipped, summary
 
     found: dict[str, dict] = {}
@@ -338,6 +342,19 @@ def list_parts(
     from lasnn.display import print_parts, to_stdout
 
     print_parts(to_stdout(), found)
+
+
+def list_runs(as_json: bool) -> None:
+    """The runs under runs/, the newest last: how far they are, and whether they can be resumed."""
+    from lasnn.run import all_runs, status
+
+    found = [status(folder) for folder in all_runs(compared=True)]
+    if as_json:
+        print(json.dumps({"runs": found}))
+        return
+    from lasnn.display import print_runs, to_stdout
+
+    print_runs(to_stdout(), found)
 
 
 @bench.command("kernels")

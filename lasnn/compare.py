@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lasnn import checkpoint
-from lasnn.display import Progress, Silent
+from lasnn.callback import Callback
 from lasnn.distillation import Stopped, distill
 from lasnn.errors import UserError
 from lasnn.matched import (
@@ -257,7 +257,7 @@ def compare(
     against_conversion: bool = False,
     longest: int = LONGEST,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Train a recipe's student with and without its teacher, over seeds.
@@ -308,7 +308,7 @@ def compare(
         where = f"{at}/{len(todo)}  {arm.name}, T = {arm.timesteps}, seed {seed}"
         if not done[arm, seed]:
             tell(f"{where}: {path}")
-            distill(plans[arm, seed].recipe, path, resume=True, progress=progress or Silent())
+            distill(plans[arm, seed].recipe, path, resume=True, progress=progress)
         summary = RunFolder(path).read_json("summary.json")
         found.summaries[arm, seed] = summary
         tell(f"{where}: accuracy {summary['accuracy']:.4f}" + (" (done before)" if done[arm, seed] else ""))

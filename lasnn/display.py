@@ -5,44 +5,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-
-class Progress(Protocol):
-    """What is told of a run; implement it to log elsewhere."""
-
-    def start(self, plan: Any, run: Path) -> None:
-        """The run begins; `plan` is a `lasnn.plan.Plan`."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-    def teacher(self, result: Mapping[str, Any]) -> None:
-        """The teacher is ready; `result` has its `accuracy`."""
-
-    def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
-        """An epoch begins; `epoch` counts from 0."""
-
-    def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-        """Some steps are done: images/s, and each term's sum over the epoch's images so far."""
-
-    def end_epoch(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch is done; `metrics` is its line of metrics.jsonl."""
-
-    def finish(self, summary: Mapping[str, Any], run: Path) -> None:
-        """The run is done."""
+from lasnn.callback import Callback
 
 
-class Silent(Progress):
+class Silent(Callback):
     """Tells nobody."""
 
 
-class Shown(Progress):
+class Shown(Callback):
     """One line an epoch on a stream, and on a terminal a live line for the epoch in progress."""
 
     def __init__(self, console: Console):
@@ -318,6 +295,27 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_runs(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each run, and below them what is wrong with those that are broken."""
+    if not found:
+        console.print("no runs in runs/; `lasnn distill quickstart` makes one", markup=False, highlight=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "state", "progress", "accuracy", "teacher", "resumable"):
+        table.add_column(title, justify="right" if title in ("accuracy", "teacher") else "left", no_wrap=True)
+    for run in found:
+        progress = f"{run['phase']} {run['epoch']}/{run['epochs'] or '?'}" if run["phase"] else ""
+        figures = ["" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "teacher_accuracy")]
+        resumable = "yes" if run["resumable"] else "no"
+        table.add_row(Text(run["run"]), run["state"], progress, *figures, resumable)
+    # A narrow terminal wraps the lines rather than losing their ends.
+    console.width = max(console.width, 160)
+    console.print(table)
+    for run in found:
+        if run["problem"]:
+            console.print(run["problem"], markup=False, highlight=False, soft_wrap=True)
 
 
 def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

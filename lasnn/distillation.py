@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from lasnn import __version__, checkpoint, lock
 from lasnn.anomaly import Watch, largest, layers_watched
+from lasnn.callback import Callback, Together
 from lasnn.data import Batches, Images
-from lasnn.display import Progress, Silent
 from lasnn.errors import MachineError, UserError
 from lasnn.loss import reading_of
 from lasnn.measure import accuracy, measure, teacher_accuracy
@@ -59,7 +59,8 @@ def distill(
     *,
     overrides: Iterable[str] = (),
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Callback | None = None,
+    callbacks: Iterable[Callback | str] = (),
     detect_anomaly: bool = False,
 ) -> RunFolder:
     """Run a recipe: train or load the teacher, distil it into the student, leave a run folder.
@@ -70,6 +71,7 @@ def distill(
         overrides: `key.path=value` settings, as for `Recipe.load`.
         resume: go on with the run in `out`, from its last saved state.
         progress: what is told about the progress; None is nobody.
+        callbacks: others that are told, as objects or by the names under which they are registered.
         detect_anomaly: look at every step, and name the operation whose gradient is the first not to be a number; slow.
 
     Returns:
@@ -80,11 +82,14 @@ def distill(
         MachineError: the disk is full, or the loss or its gradient is no longer a finite number.
         Stopped: a signal came; the state is saved.
     """
-    progress = progress or Silent()
     plan = read_plan(recipe, list(overrides))
     recipe = plan.recipe
+    progress = Together([*([progress] if progress else []), *callbacks])
     train, test, placed = load_data(recipe, plan.data, plan.device)
-    with open_run(recipe, None if out is None else Path(out), resume, progress.note) as run:
+    with (
+        closing(progress),
+        open_run(recipe, None if out is None else Path(out), resume, progress.note) as run,
+    ):
         progress.start(plan, run.path)
         progress.note(placed)
         if run.read_json("summary.json"):
@@ -126,7 +131,7 @@ class Session:
     run: RunFolder
     train: Images
     test: Images
-    progress: Progress
+    progress: Callback
     stop: Callable[[], int | None]
     detect_anomaly: bool = False
 

@@ -5,7 +5,9 @@ reported before the first batch, together with whatever else is wrong.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +161,8 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
     def attempt(key: str, make: Callable, default=None):
         """What `make` returns; a failure is reported under the key, and `default` returned."""
         try:
-            return make()
+            with _sizes_named():
+                return make()
         except UserError as error:
             for problem in error.problems:
                 report(key, problem)
@@ -232,6 +235,9 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
     if not problems and not reported:
         for index, loss in enumerate(recipe.losses):
             attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps, mixed))
+    memory = 0
+    if not problems and not reported:
+        memory = attempt("student", lambda: _memory(recipe, data, student, teacher))
     if problems or reported:
         raise UserError(*problems)
     return Plan(
@@ -242,8 +248,22 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         student_parameters=count_parameters(student.network),
         teacher_parameters=count_parameters(teacher.network) if teacher else None,
         teacher_checkpoint=checkpoint,
-        memory_bytes=_memory(recipe, data, student, teacher),
+        memory_bytes=memory,
     )
+
+
+@contextmanager
+def _sizes_named():
+    """Turn what PyTorch says of sizes that it cannot count, or that fit in no memory, into an error of the recipe's."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError("its sizes fit in no memory") from error
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        if not re.search("overflow|too large|too big|can't allocate|invalid size|out of range", reason, re.IGNORECASE):
+            raise
+        raise UserError(f"its sizes are too large: {reason}") from error
 
 
 def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int, mixed: bool) -> None:
@@ -488,7 +508,7 @@ def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Sh
 def _check_pairs(recipe: Recipe, pairs: list[Pair], wrong: list[str]):
     """(key, message) for each loss that cannot work on the pairs; `wrong` pairs are reported already."""
     for index, loss in enumerate(recipe.losses):
-        if "student_features" not in losses[loss.name].inputs:
+        if loss.name not in losses or "student_features" not in losses[loss.name].inputs:
             continue
         if not pairs and not wrong:
             yield f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs"
@@ -510,6 +530,8 @@ def _check_pairs(recipe: Recipe, pairs: list[Pair], wrong: list[str]):
 def _check_chunks(recipe: Recipe):
     """(key, message) for each loss that needs more of the features than chunks of time keep."""
     for index, loss in enumerate(recipe.losses):
+        if loss.name not in losses:
+            continue
         entry = losses[loss.name]
         if "student_features" in entry.inputs and reading_of(entry.function, loss.options) is None:
             fix = 'temporal = "rate" or "step"' if loss.name == "attention" else "mark it with lasnn.loss.over_time"

@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +37,7 @@ from lasnn.registry import (
 
 # Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
 LARGEST, DEEPEST = 2**20, 16
+LARGEST_INTEGER, LARGEST_SEED = 2**31 - 1, 2**63 - 1
 
 # Nothing runs a recipe's code unseen: each plugin is named before it is loaded.
 log = logging.getLogger("lasnn")
@@ -296,8 +297,8 @@ class Recipe(Section):
             return _line(source, overridden, key, message)
 
         found, keys = list(problems), set()
-        if deep := _deepest(tables):
-            raise RecipeError([*found, line(deep, "is nested deeper than any key of a recipe")], None, {deep})
+        if beyond := dict(_beyond(tables)):
+            raise RecipeError([*found, *(line(key, message) for key, message in beyond.items())], None, beyond)
         tables = copy.deepcopy(tables)
         recipe = None
         # A second look without the faulty keys finds what is wrong with the rest of the recipe.
@@ -325,7 +326,7 @@ class Recipe(Section):
     def _without(self, tables: dict[str, Any], keys: list[str]) -> "Recipe | None":
         """The recipe without its faulty options, None where they are needed; names that are not known stay."""
         for key in keys:
-            place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+            place = _place(tables, key)
             if place[-1] not in ("name", "architecture", "encoder"):
                 _remove(tables, place)
         try:
@@ -389,16 +390,19 @@ def parse(content: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: {where}not valid TOML: {str(error).partition(';')[0]}") from error
 
 
-def _deepest(tables: dict[str, Any]) -> str | None:
-    """The key of a value that is nested deeper than any recipe's, None where there is none."""
+def _beyond(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) of values that no recipe has: tables in tables without end, numbers that no size can be."""
     inner = [("", 0, tables)]
     while inner:
         key, depth, value = inner.pop()
         if depth > DEEPEST:
-            return key
+            yield key, "is nested deeper than any key of a recipe"
+            continue
+        largest = LARGEST_SEED if key == "seed" else LARGEST_INTEGER
+        if isinstance(value, int) and abs(value) > largest:
+            yield key, f"{value if abs(value) < 1e40 else 'a number of very many digits'} is too large"
         pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         inner += [(f"{key}.{name}" if key else str(name), depth + 1, item) for name, item in pairs]
-    return None
 
 
 def find(recipe: str | Path) -> Path:
@@ -711,6 +715,18 @@ def _field(place: tuple):
         if isinstance(part, str):
             model = tables.get(part, model)
     return model, model.model_fields.get(place[-1]) if isinstance(place[-1], str) else None
+
+
+def _place(here: Any, key: str) -> tuple:
+    """Where a dotted key leads in nested tables; the names on the way may have dots themselves."""
+    if isinstance(here, list):
+        number, _, rest = key.partition(".")
+        return (int(number), *(_place(here[int(number)], rest) if rest else ()))
+    if isinstance(here, dict) and key not in here:
+        for name in here:
+            if key.startswith(f"{name}."):
+                return (name, *_place(here[name], key.removeprefix(f"{name}.")))
+    return (key,)
 
 
 def _remove(tables: dict[str, Any], place: tuple) -> bool:

@@ -101,8 +101,11 @@ class Registry:
         """Decorator that adds a function or class under `name`.
 
         Raises:
-            ValueError: the name is taken, or the signature is not one that this kind of part can have.
+            ValueError: the name is taken or has a slash, or the signature is not one that this kind of part can have.
         """
+        if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
+            # Names become parts of file names, as those of cached teachers.
+            raise ValueError(f"{name!r} cannot be a name: it needs letters, no slash, and no dot in front")
         # Built-in parts come first, so that it is the newcomer who is told that a name is taken.
         self._load()
 
@@ -265,6 +268,7 @@ losses = Registry("loss", "lasnn.loss", check=_check_loss)
 datasets = Registry("data set", "lasnn.data")
 augmentations = Registry("augmentation", "lasnn.data.augment", check=_check_augmentation)
 exporters = Registry("format", "lasnn.export")
+callbacks = Registry("callback", "lasnn.callback")
 REGISTRIES = {
     "architectures": architectures,
     "teachers": teachers,
@@ -274,4 +278,5 @@ REGISTRIES = {
     "datasets": datasets,
     "augmentations": augmentations,
     "exporters": exporters,
+    "callbacks": callbacks,
 }

@@ -264,9 +264,47 @@ def find_run(run: str | Path | None) -> RunFolder:
     return RunFolder(runs[-1])
 
 
-def all_runs() -> list[Path]:
-    """The run folders under `runs/`, the newest last."""
-    return sorted((path.parent for path in RUNS.glob("*/recipe.toml")), key=_made)
+def all_runs(compared: bool = False) -> list[Path]:
+    """The run folders under `runs/`, with those of comparisons if they are asked for, the newest last."""
+    patterns = ["*/recipe.toml", *(["compare/*/*/recipe.toml"] if compared else [])]
+    return sorted((path.parent for pattern in patterns for path in RUNS.glob(pattern)), key=_made)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """How far a run is; none of its plugins is loaded.
+
+    Returns:
+        `run`, `state` ("finished", "running", "stopped" or "broken"), `phase`, `epoch` and `epochs` of what it did
+        last, `accuracy` of that epoch, `teacher_accuracy`, `resumable`, and `problem` where it is broken.
+    """
+    run = RunFolder(folder)
+    found: dict[str, Any] = {"run": str(folder), "state": "stopped", "phase": None, "epoch": 0, "epochs": None}
+    found |= {"accuracy": None, "teacher_accuracy": None, "resumable": False, "problem": None}
+    try:
+        tables = parse((folder / "recipe.toml").read_bytes(), str(folder / "recipe.toml"))
+        epochs = run.metrics()
+        summary, teacher = run.read_json("summary.json"), run.read_json("teacher.json")
+        if epochs:
+            phase = str(epochs[-1]["phase"])
+            table = tables.get({"student": "distill"}.get(phase, phase), {})
+            last = {"phase": phase, "epoch": epochs[-1]["epoch"], "accuracy": epochs[-1].get("accuracy")}
+            found |= {**last, "epochs": table.get("epochs") if isinstance(table, dict) else None}
+        found["teacher_accuracy"] = teacher.get("accuracy")
+        if lock.holder(folder):
+            found["state"] = "running"
+        elif summary:
+            found |= {"state": "finished", "accuracy": summary.get("accuracy")}
+        else:
+            if (folder / "last.pt").is_file():
+                checkpoint.check_archive(folder / "last.pt")
+            found["resumable"] = True
+        for key in ("epoch", "epochs", "accuracy", "teacher_accuracy"):
+            if not isinstance(found[key], int | float | None):
+                raise UserError(f"{folder}: its {key} is damaged: {found[key]!r}")
+    except (UserError, OSError) as error:
+        found |= {"state": "broken", "problem": str(error), "resumable": False}
+        found |= {"epoch": 0, "epochs": None, "accuracy": None, "teacher_accuracy": None}
+    return found
 
 
 def _made(folder: Path) -> tuple[int, str]:

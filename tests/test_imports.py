@@ -10,7 +10,7 @@ from common import ROOT
 LAYERS = [
     {"errors", "random", "anomaly", "kernels", "__init__"},
     {"registry", "checkpoint", "lock"},
-    {"neuron", "encoder", "activation"},
+    {"neuron", "encoder", "activation", "callback"},
     {"network"},
     {"architecture", "data", "loss"},
     {"recipe"},

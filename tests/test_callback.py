@@ -1,0 +1,99 @@
+"""Who is told of a run: several at once, registered by a plugin or not, and TensorBoard's event files."""
+
+import sys
+from collections import Counter
+
+import pytest
+from test_distillation import StopAt, digest
+
+from lasnn import Callback, distill
+from lasnn.distillation import Stopped
+from lasnn.errors import UserError
+
+SHORT = ["teacher.epochs=1", "distill.epochs=2"]
+
+
+class Tally(Callback):
+    """Counts what it is told."""
+
+    def __init__(self):
+        self.counts = Counter()
+        for event in ("start", "note", "teacher", "epoch", "step", "end_epoch", "finish", "close"):
+            setattr(self, event, lambda *_, event=event: self.counts.update([event]))
+
+
+def test_everybody_is_told_and_nothing_else_changes(tiny):
+    first, second = Tally(), Tally()
+    run = distill(tiny, overrides=SHORT, progress=first, callbacks=[second])
+    assert first.counts == second.counts
+    wanted = {"start": 1, "teacher": 1, "epoch": 3, "end_epoch": 3, "finish": 1, "close": 1}
+    assert {event: first.counts[event] for event in wanted} == wanted
+    assert first.counts["step"] >= 3
+    assert digest(run / "student.safetensors") == digest(distill(tiny, overrides=SHORT) / "student.safetensors")
+
+
+def test_callbacks_are_closed_when_a_run_is_stopped(tiny):
+    told = Tally()
+    with pytest.raises(Stopped):
+        distill(tiny, overrides=SHORT, progress=StopAt("student", 1, 15), callbacks=[told])
+    assert told.counts["close"] == 1
+    assert told.counts["finish"] == 0
+
+
+def test_a_plugins_callback_goes_by_its_name(tiny, lasnn):
+    (tiny.parent / "log.py").write_text(
+        """
+from lasnn import Callback, callbacks
+
+@callbacks.register("my-log")
+class MyLog(Callback):
+    \"\"\"Lines in a file.\"\"\"
+    def end_epoch(self, metrics):
+        with open("my.log", "a") as file:
+            file.write(f"{metrics['phase']} {metrics['epoch']}\\\\n")
+
+@callbacks.register("broken")
+class Broken(Callback):
+    \"\"\"Fails.\"\"\"
+    def end_epoch(self, metrics):
+        raise KeyError("loss_of_my_own")
+
+@callbacks.register("no-callback")
+def no_callback():
+    \"\"\"Something else.\"\"\"
+""".replace("\\\\n", "\\n")
+    )
+    plugins = ['plugins=["tiny_clothes.py","log.py"]', *SHORT]
+    distill(tiny, overrides=plugins, callbacks=["my-log"])
+    assert (tiny.parent / "my.log").read_text().splitlines() == ["teacher 1", "student 1", "student 2"]
+    with pytest.raises(UserError, match=r"callback 'broken' \(.*log.py:\d+\) failed: KeyError: 'loss_of_my_own'"):
+        distill(tiny, overrides=plugins, callbacks=["broken"])
+    before = sorted(tiny.parent.glob("runs/*"))
+    with pytest.raises(UserError, match=r"callback 'no-callback' \(.*\) must be a lasnn.Callback"):
+        distill(tiny, overrides=plugins, callbacks=["no-callback"])
+    error = lasnn("distill", "tiny.toml", "--callback", "tensorbord", code=2).stderr
+    assert error.startswith("lasnn: unknown callback 'tensorbord'; did you mean 'tensorboard'? known: ")
+    assert sorted(tiny.parent.glob("runs/*")) == before, "no run folder is left"
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tiny):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = [*SHORT, "data.batch_size=10"]
+    with pytest.raises(Stopped):
+        distill(tiny, "out", overrides=settings, progress=StopAt("student", 1, 15), callbacks=["tensorboard"])
+    run = distill(tiny, "out", overrides=settings, resume=True, callbacks=["tensorboard"])
+    for phase, epochs in (("teacher", 1), ("student", 2)):
+        events = accumulator.EventAccumulator(str(run / "tensorboard" / phase)).Reload()
+        lines = [line for line in run.metrics() if line["phase"] == phase]
+        accuracy = [(event.step, pytest.approx(event.value)) for event in events.Scalars("accuracy")]
+        assert accuracy == [(40 * line["epoch"], line["accuracy"]) for line in lines]
+        assert [event.value for event in events.Scalars("epoch/loss")] == pytest.approx([it["loss"] for it in lines])
+        steps = [event.step for event in events.Scalars("this epoch so far/cross-entropy")]
+        assert steps == [40 * epoch + step for epoch in range(epochs) for step in (0, 20, 39)]
+
+
+def test_tensorboard_that_is_not_installed(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install 'lasnn\[tensorboard\]'"):
+        distill(tiny, callbacks=["tensorboard"])
+    assert not (tiny.parent / "runs").exists()
