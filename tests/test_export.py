@@ -402,7 +402,7 @@ class PlainOwn(nn.Module):
         super().__init__()
 
     def forward(self, current, v0=None, timesteps=None):
-        spikes = (current > 0).to(current.dtype).expand(timesteps, *current.shape[1:])
+        spikes = (current > 0).expand(timesteps, *current.shape[1:])
         return spikes, current[-1]
 
 

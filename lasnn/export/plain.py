@@ -24,8 +24,8 @@ class Trace:
 
     spikes: dict[str, Tensor] = field(default_factory=dict)
     """Folded, [T*B, ...]."""
-    potentials: dict[str, Tensor] = field(default_factory=dict)
-    """h, [T, B, ...]."""
+    potentials: dict[str, list[Tensor]] = field(default_factory=dict)
+    """h at each step, [B, ...]."""
 
 
 class PlainUnit(nn.Module):
@@ -56,7 +56,10 @@ class PlainUnit(nn.Module):
         current = self.clock.unfold((x - self.mean) * self.scale + self.bias if self.fused else self.norm(x))
         if residual is not None:
             current = current + self.clock.unfold(residual)
-        spikes = self.neuron(current, timesteps=self.clock.steps)[0].flatten(0, 1) if self.own else self.fire(current)
+        if self.own:
+            spikes = self.neuron(current, timesteps=self.clock.steps)[0].to(x.dtype).flatten(0, 1)
+        else:
+            spikes = self.fire(current)
         self.trace.spikes[self.name] = spikes
         return spikes
 
