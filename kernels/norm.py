@@ -23,6 +23,12 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     group: "dist.ProcessGroup | None" = None
+    # Elements of a channel that all processes together had in the last such pass.
+    count: Tensor | int = 0
+
+    def __getstate__(self) -> dict:
+        # A process group belongs to its process: copies are without.
+        return {name: value for name, value in self.__dict__.items() if name != "group"}
 
     def forward(self, y: Tensor) -> Tensor:
         if self.group is None or not (self.training or self.running_mean is None):
@@ -31,6 +37,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if memory_format(y) is None:
             y = y.contiguous()
         statistics, count = merged(ops.norm_statistics(y.detach()), y.numel() // y.shape[1], self.group)
+        self.count = count
         if self.running_mean is not None:
             mean, var = updated(self, statistics, count)
             self.running_mean.copy_(mean)

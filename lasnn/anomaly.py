@@ -28,7 +28,7 @@ class Watch:
 
     def broken(self) -> Tensor:
         """1 once any of them was not finite, else 0: what an optimiser takes as `found_inf`."""
-        return (self.first != NEVER).any().float()
+        return (self.first != NEVER).any().to(torch.float32)
 
     def found(self) -> tuple[int, list[str]] | None:
         """The first step at which any was not finite, and which; None where all were."""

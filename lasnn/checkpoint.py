@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lasnn import distributed
 from lasnn.errors import MachineError, UserError
 
 TORCH_SAVED = (".pth", ".pt")
@@ -30,11 +31,14 @@ SAVE_WEIGHTS = "save the weights alone: torch.save(network.state_dict(), file)"
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Replace the file at `path` in one step; a kill leaves the old content or the new one.
+    """Replace the file at `path` in one step; a kill leaves the old content or the new one. Of several processes the
+    main one writes.
 
     Raises:
         MachineError: the disk is full, read-only or failing; the old file is untouched.
     """
+    if not distributed.is_main():
+        return
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -85,11 +89,13 @@ def sweep(folder: Path, names: Iterable[str]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk.
+    """Append one line and flush it to the disk. Of several processes the main one writes.
 
     Raises:
         MachineError: the disk is full, read-only or failing; the lines before are as they were.
     """
+    if not distributed.is_main():
+        return
     size = None
     try:
         with path.open("ab") as file:

@@ -2,11 +2,12 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,11 +43,13 @@ def show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if (command := context.invoked_subcommand) != "distill" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"lasnn {command} runs in one process: start it without torchrun")
 
 
 @app.command()
@@ -72,13 +75,18 @@ def distill(
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
     with json_alone(as_json) as answer:
+        from lasnn import distributed
         from lasnn.display import Shown, print_plan, to_stderr, to_stdout
 
+        distributed.join()
         console = to_stderr() if as_json else to_stdout()
+        console.quiet = not distributed.is_main()
         if dry_run:
             from lasnn.plan import read_plan
 
             plan = read_plan(recipe, overrides or [])
+            if not distributed.is_main():
+                return
             if as_json:
                 answer.update(plan.summary())
             else:
@@ -92,8 +100,11 @@ def distill(
         try:
             run = run_recipe(recipe, out, progress=Shown(console), callbacks=callbacks or [], **options)
         except Stopped as stopped:
-            say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")
+            if distributed.is_main():
+                say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")
             raise typer.Exit(128 + stopped.signum) from None
+        if not distributed.is_main():
+            return
         answer.update({"run": str(run.path), **run.read_json("summary.json")})
 
 
@@ -473,7 +484,8 @@ class Lines(logging.Handler):
     """What lasnn logs (the plugins that it loads), among the lines that the command prints."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(record.getMessage(), flush=True)
 
 
 def main() -> None:
@@ -486,21 +498,37 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        for problem in error.problems:
-            say_error(problem)
-        sys.exit(2)
+        fail(2, *error.problems)
     except MachineError as error:
-        say_error(str(error))
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if (said := out_of_memory(error)) is None:
-            raise
-        say_error(said)
-        sys.exit(1)
+        fail(1, str(error))
     except OSError as error:
         # A disk's failure outside the places that expect one; a missing or wrong file was caught before.
-        say_error(f"{error.filename or 'the system'}: {error.strerror or error}")
-        sys.exit(1)
+        fail(1, f"{error.filename or 'the system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        say_error("stopped")
-        sys.exit(130)
+        fail(130, "stopped")
+    except Exception as error:
+        if said := out_of_memory(error):
+            fail(1, said)
+        distributed = sys.modules.get("lasnn.distributed")
+        if distributed is not None and distributed.connection_lost(error):
+            fail(1, "another of the run's processes has ended")
+        if speaks(str(error)):
+            raise
+        sys.exit(1)
+
+
+def fail(code: int, *lines: str) -> NoReturn:
+    """End with an exit code; of several processes the first that fails says why."""
+    if speaks("\n".join(lines)):
+        for line in lines:
+            say_error(line)
+    sys.exit(code)
+
+
+def speaks(text: str) -> bool:
+    """Whether this process is the one to tell of a failure (see `lasnn.distributed.speaks`)."""
+    distributed = sys.modules.get("lasnn.distributed")
+    if distributed is None:
+        # All of them have found it.
+        return int(os.environ.get("RANK", 0)) == 0
+    return distributed.speaks(text)

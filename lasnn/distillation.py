@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasnn import __version__, checkpoint, lock
+from lasnn import __version__, checkpoint, distributed, lock
 from lasnn.anomaly import Watch, largest, layers_watched
 from lasnn.callback import Callback, Together
 from lasnn.data import Batches, Images
@@ -82,23 +82,24 @@ def distill(
         MachineError: the disk is full, or the loss or its gradient is no longer a finite number.
         Stopped: a signal came; the state is saved.
     """
+    distributed.join()
+    progress = Together([*([progress] if progress else []), *callbacks] if distributed.is_main() else [])
+    resume = resume or distributed.restarted()
     plan = read_plan(recipe, list(overrides))
     recipe = plan.recipe
-    progress = Together([*([progress] if progress else []), *callbacks])
-    train, test, placed = load_data(recipe, plan.data, plan.device)
-    with (
-        closing(progress),
-        open_run(recipe, None if out is None else Path(out), resume, progress.note) as run,
-    ):
+    check_processes(recipe)
+    with distributed.in_turn():
+        train, test, placed = load_data(recipe, plan.data, plan.device)
+    opened = open_run(recipe, None if out is None else Path(out), resume, progress.note)
+    with closing(progress), distributed.by_main(opened) as run:
         progress.start(plan, run.path)
         progress.note(placed)
-        if run.read_json("summary.json"):
+        if distributed.from_main(lambda: run.read_json("summary.json")):
             progress.note(f"{run.path} is finished; there is nothing to resume")
             return run
-        state = None
-        if (run / STATE).is_file():
-            state = checkpoint.load_state(run / STATE, plan.device)
-        elif resume:
+        saved = run / STATE
+        state = distributed.from_main(lambda: checkpoint.load_state(saved) if saved.is_file() else None)
+        if state is None and resume:
             progress.note(f"nothing to resume in {run.path}; starting from the beginning")
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
@@ -174,25 +175,27 @@ class Session:
             teacher = make_teacher(self.recipe, self.plan.data)
         teacher.to(self.plan.device)
         weights = self.run / "teacher.safetensors"
-        if weights.is_file() and "accuracy" in self.run.read_json("teacher.json"):
-            load_into(teacher.network, weights)
+        if distributed.from_main(lambda: weights.is_file() and "accuracy" in self.run.read_json("teacher.json")):
+            distributed.from_main(lambda: load_into(teacher.network, weights))
         elif self.plan.teacher_checkpoint:
-            load_into(teacher.network, self.plan.teacher_checkpoint)
+            distributed.from_main(lambda: load_into(teacher.network, self.plan.teacher_checkpoint))
+            distributed.copy_from_main(teacher)
             self.progress.note(f"teacher: {table.architecture} from {self.plan.teacher_checkpoint}")
             measured = teacher_accuracy(teacher.eval(), self.test, batch_size=self.batch_size)
             self._keep_teacher(teacher, {"accuracy": measured, "seconds": 0.0})
         else:
             key = teacher_key(self.recipe, self.plan.device, self.train)
             cache = RunFolder(RUNS / CACHE / f"{table.architecture}-{key}")
-            result = self._cached_teacher(cache, teacher)
+            result = distributed.from_main(lambda: self._cached_teacher(cache, teacher))
             if result is None:
                 result = self._train_teacher(teacher, state)
                 self._keep_teacher(teacher, result)
-                self._cache_teacher(cache, teacher, result)
+                distributed.from_main(lambda: self._cache_teacher(cache, teacher, result))
             else:
                 self._keep_teacher(teacher, result)
                 self.progress.note(f"teacher: {table.architecture} from the cache ({cache.path}), not trained again")
         self.progress.teacher(self.run.read_json("teacher.json"))
+        distributed.copy_from_main(teacher)
         self.identity["teacher"] = checkpoint.digest(teacher.network.state_dict())
         return teacher.eval().requires_grad_(False)
 
@@ -201,6 +204,8 @@ class Session:
 
         def objective(images: Tensor, targets: Tensor, _: Place) -> dict[str, Tensor]:
             logits = teacher(images).float()
+            if not len(targets):
+                return {"cross-entropy": distributed.nothing([logits])}
             return {"cross-entropy": nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)}
 
         def evaluate() -> float:
@@ -269,7 +274,12 @@ class Session:
             taps = [pair.student for pair in pairs]
 
             def values(which: list, logits: Tensor, features: dict[str, Tensor]) -> list[Tensor]:
-                known = {**given, "logits": logits, "student_features": [features[tap] for tap in taps]}
+                mine = {"logits": logits, "student_features": [features[tap] for tap in taps]}
+                if not len(targets):
+                    # Other processes have all the images.
+                    used = [[mine[name] for name in entry.inputs if name in mine] for _, entry, _ in which]
+                    return [distributed.nothing(tensors) for tensors in used]
+                known = {**given, **mine}
                 return [
                     entry.function(*(known[name] for name in entry.inputs), **options) for _, entry, options in which
                 ]
@@ -298,6 +308,8 @@ class Session:
         recipe = self.recipe
         options = {"batch_size": self.batch_size, "seed": recipe.seed}
         [result] = measure(student, self.test, [recipe.student.timesteps], **options)
+        if not distributed.is_main():
+            return
         description = self._description(recipe.student.architecture, recipe.student.options)
         description["recipe"] = (self.run / "recipe.toml").read_text(encoding="utf-8")
         checkpoint.save_weights(self.run / "student.safetensors", student.network.state_dict(), description)
@@ -343,6 +355,7 @@ class Session:
         Returns the last accuracy, the seconds and the throughput.
         """
         module = networks[phase]
+        objective = distributed.parallel(module, objective)
         scaler = torch.amp.GradScaler(self.plan.device.type, enabled=self.recipe.precision == "fp16")
         # A fused optimiser can leave a step out on the device (`found_inf`), as a scaler does itself; PyTorch's fused
         # SGD must not go on after that, for its momentum would begin with what lies in unused memory.
@@ -375,14 +388,16 @@ class Session:
         def micro_batches(images: Tensor, targets: Tensor, epoch: int, step: int) -> Iterator[tuple[dict, int]]:
             """The terms of each of the parts that a batch is computed in, and the images in it."""
             # For layers that draw of their own accord, as dropout does.
-            seed_globals(self.recipe.seed, phase, epoch, step)
-            parts, first = self.plan.micro_batches(len(targets)), 0
-            for some, theirs in zip(images.tensor_split(parts), targets.tensor_split(parts), strict=True):
-                with self._autocast():
-                    terms = objective(some, theirs, Place(epoch, step, first, len(targets)))
+            seed_globals(self.recipe.seed, phase, epoch, step, *distributed.numbered())
+            total = self._images_in(step)
+            parts = self._parts(total)
+            sizes = [len(part) for part in parts]
+            for part, some, theirs in zip(parts, images.split(sizes), targets.split(sizes), strict=True):
+                place = Place(epoch, step, part[0].item() if len(part) else 0, total)
+                with self._autocast(), distributed.last_of(objective, part is parts[-1]):
+                    terms = objective(some, theirs, place)
                 terms["loss"] = sum(weights[name] * term for name, term in terms.items())
                 yield terms, len(theirs)
-                first += len(theirs)
 
         def check(watch: Watch, epoch: int, step: int) -> None:
             if (found := watch.found()) is None:
@@ -398,12 +413,15 @@ class Session:
             again = next(iter(make_batches(epoch, step)))
             with layers_watched(networks) as layers, torch.autograd.set_detect_anomaly(False):
                 for terms, _ in micro_batches(*again, epoch, step):
-                    if "forward" not in layers and terms["loss"].isfinite():
+                    broken = "forward" in layers or not terms["loss"].isfinite()
+                    if distributed.highest(broken) == [0]:
                         terms["loss"].backward()
+            for found_there in distributed.gathered(dict(layers)):
+                layers = found_there | layers
             self._broken(phase, epoch, step, names, layers)
 
         def make_batches(epoch: int, start: int) -> Batches:
-            options = {"seed": self.recipe.seed, "epoch": epoch, "augment": augmentation}
+            options = {"seed": self.recipe.seed, "epoch": epoch, "augment": augmentation, "share": self._share}
             return Batches(self.train, self.batch_size, start=start, **options)
 
         saved = time.monotonic()
@@ -426,6 +444,8 @@ class Session:
                 "latest": latest,
             }
             checkpoint.save_state(self.run / STATE, kept)
+            # Until it is written no process ends, which would end the others.
+            distributed.wait()
             saved = time.monotonic()
 
         for epoch in range(first_epoch, table.epochs):
@@ -440,16 +460,20 @@ class Session:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(table, epoch * steps + step, steps)
                 optimizer.zero_grad(set_to_none=True)
+                total = self._images_in(step)
                 # Sums stay on the device: reading one would wait for it.
                 batch = dict.fromkeys([*weights, "loss"], 0.0)
                 for terms, count in micro_batches(images, targets, epoch, step):
                     for name, term in terms.items():
                         batch[name] = batch[name] + term.detach().double() * count
                     if self.detect_anomaly:
-                        watch.see(step, {**batch, "gradient": terms["loss"]})
+                        watch.see(step, self._totals({**batch, "gradient": terms["loss"]}))
                         check(watch, epoch, step)
                     with anomaly_named(phase, epoch, step):
-                        scaler.scale(terms["loss"] * (count / len(targets))).backward()
+                        # The gradients' mean over the processes is to be that of the mean over the batch's images.
+                        weight = distributed.world_size() * count / total
+                        scaler.scale(terms["loss"] * weight).backward()
+                batch = self._totals(batch)
                 if scaler.is_enabled():
                     watch.see(step, batch)
                 else:
@@ -464,14 +488,16 @@ class Session:
                 scaler.update()
                 for name, value in batch.items():
                     sums[name] = sums[name] + value
-                trained += len(targets)
+                trained += total
                 if step % interval == 0 or step + 1 == steps:
                     check(watch, epoch, step)
                 if step % 20 == 0 or step + 1 == steps:
                     self.progress.step(step, trained / (time.perf_counter() - epoch_begin), sums, weights)
                 epoch_spent = time.perf_counter() - epoch_begin
-                signum = self.stop()
-                if signum or time.monotonic() - saved >= 60 * self.recipe.save_minutes:
+                # All processes stop, or save, after the same step.
+                due = time.monotonic() - saved >= 60 * self.recipe.save_minutes
+                signum, due = distributed.highest(self.stop() or 0, due)
+                if signum or due:
                     check(watch, epoch, step)
                     save(epoch, step + 1)
                 if signum:
@@ -492,7 +518,7 @@ class Session:
             self.run.add_metrics(latest)
             save(epoch + 1, 0)
             self.progress.end_epoch(latest)
-            if signum := self.stop():
+            if signum := distributed.highest(self.stop() or 0)[0]:
                 raise Stopped(signum, self.run.path)
         return {
             "accuracy": latest["accuracy"],
@@ -504,6 +530,26 @@ class Session:
         """After how many steps the watch is read: it waits for the device, as fp16's scaler does at each step."""
         rarely = self.plan.device.type == "cuda" and self.recipe.precision != "fp16" and not self.detect_anomaly
         return 20 if rarely else 1
+
+    def _images_in(self, step: int) -> int:
+        """How many images a step's batch has, those of other processes too."""
+        return min(self.batch_size, len(self.train) - step * self.batch_size)
+
+    def _parts(self, total: int) -> list[Tensor]:
+        """Which images of a batch of `total` this process has, in each of the parts that the batch is computed in."""
+        parts = torch.arange(total).tensor_split(self.plan.micro_batches(total))
+        return [part[distributed.share(len(part))] for part in parts]
+
+    def _share(self, total: int) -> Tensor:
+        """Which images of a batch of `total` this process has."""
+        return torch.cat(self._parts(total))
+
+    def _totals(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over all processes' images, none of which waits for the device."""
+        if distributed.world_size() == 1:
+            return sums
+        own = torch.stack([value.detach().double() for value in sums.values()])
+        return dict(zip(sums, distributed.summed(own), strict=True))
 
     def _autocast(self):
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.precision]
@@ -559,6 +605,21 @@ def anomaly_named(phase: str, epoch: int, step: int):
         raise MachineError(
             f"the {phase}'s gradient breaks in epoch {epoch + 1}, step {step + 1}: {reason}{where}"
         ) from error
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Check that a recipe can be run by the processes that there are.
+
+    Raises:
+        UserError: it cannot.
+    """
+    count, problems = distributed.world_size(), []
+    if (batch := recipe.data.batch_size) < count:
+        problems.append(recipe.line("data.batch_size", f"{batch} images cannot be shared by {count} processes"))
+    if count > 1 and ":" in recipe.device:
+        problems.append(recipe.line("device", f'one GPU for {count} processes; with "cuda" each takes its own'))
+    if problems:
+        raise UserError(*problems)
 
 
 def make_optimizer(module: nn.Module, table: Training, fused: bool = False) -> torch.optim.Optimizer:

@@ -8,7 +8,9 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lasnn import distributed
 from lasnn.data import Batches, Images
 from lasnn.errors import MachineError
 from lasnn.network import NormSpike, Student, Teacher
@@ -180,6 +183,16 @@ class Counter:
         clock = self.student.network.clock
         return slice(clock.start, clock.start + clock.steps)
 
+    def join(self) -> None:
+        """Take in what the other processes have counted of their images."""
+        counts = ("spikes", "additions", "multiply_additions")
+        own = {name: getattr(self, name) for name in ("images", *counts)}
+        every = distributed.gathered({**own, "first": {name: step.cpu() for name, step in self.first.items()}})
+        self.images = sum(part["images"] for part in every)
+        for name in counts:
+            setattr(self, name, _merged([part[name] for part in every], torch.add))
+        self.first = _merged([part["first"] for part in every], torch.minimum)
+
     def after(self, steps: int) -> dict[str, Any]:
         """Firing rates, silent fractions and energy of a run of the first `steps` steps."""
         spikes = {name: float(count[:steps].sum()) for name, count in self.spikes.items()}
@@ -211,6 +224,11 @@ class Counter:
         return 1e-6 * pj.cumsum(0)
 
 
+def _merged(parts: Sequence[dict[str, Tensor]], how: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: reduce(how, [part[name] for part in parts if name in part]) for name in names}
+
+
 class Tally:
     """Right and wrong answers after a number of steps, as they come in batch by batch."""
 
@@ -231,6 +249,11 @@ class Tally:
         bins = (confidence * CONFIDENCE_BINS).ceil().long().clamp(1, CONFIDENCE_BINS) - 1
         for row, weights in zip(self.bins, (torch.ones_like(confidence), confidence, answer == labels), strict=True):
             row.index_add_(0, bins, weights.double())
+
+    def __add__(self, other: "Tally") -> "Tally":
+        both = Tally(len(self.confusion))
+        both.confusion, both.bins = self.confusion + other.confusion, self.bins + other.bins
+        return both
 
     def result(self) -> dict[str, Any]:
         """Accuracy, by class too (None for a class without images), calibration error and confusion."""
@@ -267,6 +290,12 @@ class Exit:
         self.correct += int((answer.gather(0, last)[0] == labels).sum())
         self.steps += int(last.sum()) + len(labels)
         self.energy_uj += float(energy_uj.gather(0, last.cpu()).sum())
+
+    def __add__(self, other: "Exit") -> "Exit":
+        both = Exit(self.threshold)
+        for name in ("images", "correct", "steps", "energy_uj"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
 
     def result(self) -> dict[str, float]:
         """Threshold, mean steps used, accuracy, energy an image."""
@@ -326,8 +355,8 @@ def measure(
         tallies: dict[int, Tally] = {}
         exits = {} if early_exit is None else {t: Exit(early_exit) for t in steps}
         with Counter(student, longest) as counter:
-            for index, (batch, labels) in enumerate(_batches(images, batch_size, seed)):
-                logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device, draw))
+            for index, batch, labels, place in _batches(images, batch_size):
+                logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device, draw), **place)
                 counted = torch.arange(1, longest + 1, device=batch.device)[:, None, None]
                 means = logits.float().cumsum(0) / counted
                 for t in steps:
@@ -337,6 +366,10 @@ def measure(
                     early.add(means[:t], labels, energy[:t])
                 if watch is not None:
                     watch(means, labels, energy)
+        counter.join()
+        every = distributed.gathered((tallies, exits))
+        tallies = _merged([part for part, _ in every], add)
+        exits = _merged([part for _, part in every], add)
         total = counter.after(longest)["firing_rate"]
         if not math.isfinite(total):
             raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
@@ -360,17 +393,18 @@ def _draws(seed: int, index: int, device: torch.device, draw: int = 0) -> torch.
 def accuracy(student: Student, images: Images, *, batch_size: int, seed: int) -> float:
     """Fraction of the images that the student classifies correctly at its T; the same draws as `measure`."""
     correct = 0
-    for index, (batch, labels) in enumerate(_batches(images, batch_size, seed)):
-        logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device))
+    for index, batch, labels, place in _batches(images, batch_size):
+        logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device), **place)
         correct += int((logits.float().sum(0).argmax(-1) == labels).sum())
-    return correct / len(images)
+    return sum(distributed.gathered(correct)) / len(images)
 
 
 @torch.no_grad()
 def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> float:
     """Fraction of the images that the teacher classifies correctly."""
-    batches = _batches(images, batch_size, 0)
-    return sum(int((teacher(batch).argmax(-1) == labels).sum()) for batch, labels in batches) / len(images)
+    batches = _batches(images, batch_size)
+    correct = sum(int((teacher(batch).argmax(-1) == labels).sum()) for _, batch, labels, _ in batches)
+    return sum(distributed.gathered(correct)) / len(images)
 
 
 @torch.no_grad()
@@ -472,5 +506,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _batches(images: Images, batch_size: int, seed: int) -> Batches:
-    return Batches(images, batch_size, seed=seed, epoch=0, shuffle=False)
+def _batches(images: Images, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor, dict[str, int]]]:
+    """Number, images and labels of each batch in order; where processes share it, which of its images they are."""
+    batches = Batches(images, batch_size, seed=0, epoch=0, shuffle=False, share=distributed.share)
+    for index, (batch, labels) in enumerate(batches):
+        total = batches.images_in(index)
+        if len(labels) == total:
+            yield index, batch, labels, {}
+        elif len(labels):
+            yield index, batch, labels, {"first": distributed.share(total).start, "total": total}

@@ -177,7 +177,7 @@ def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
     passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {}
 
     def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
-        count = inputs[0].numel() // inputs[0].shape[1]
+        count = inputs[0].numel() // inputs[0].shape[1] if getattr(norm, "group", None) is None else int(norm.count)
         mean, var = (value.to(torch.float64, copy=True) for value in (norm.running_mean, norm.running_var))
         passes.setdefault(norm, []).append((count, mean, var))
 

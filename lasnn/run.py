@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lasnn import __version__, checkpoint, lock
+from lasnn import __version__, checkpoint, distributed, lock
 from lasnn.data import Dataset
 from lasnn.errors import MachineError, UserError
 from lasnn.network import Student, Teacher
@@ -238,7 +238,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "world_size": 1,
+        "world_size": distributed.world_size(),
         "command": sys.argv,
     }
 
@@ -383,8 +383,9 @@ def _recipe_in(path: Path) -> Recipe:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that goes on with a run."""
-    return shlex.join(["lasnn", "distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"])
+    """The command that goes on with a run, in as many processes as there are now."""
+    command = ["distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"]
+    return shlex.join([*distributed.launcher(), *command])
 
 
 def load_into(network: nn.Module, path: Path) -> None:

@@ -9,7 +9,7 @@ from common import ROOT
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
     {"errors", "random", "anomaly", "kernels", "__init__"},
-    {"registry", "checkpoint", "lock"},
+    {"registry", "checkpoint", "distributed", "lock"},
     {"neuron", "encoder", "activation", "callback"},
     {"network"},
     {"architecture", "data", "loss"},

@@ -1,6 +1,6 @@
 """One epoch of batches from images that live on the device as bytes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Batches:
         augment: the augmentation, or names of those that need nothing of the data set, in order.
         shuffle: False keeps the order of `images` (evaluation).
         start: number of the first batch to yield; `len` counts the batches from there on.
+        share: which of a batch of n images this process is to have, a slice or their numbers; None is all. The batch is
+            drawn and augmented as ever, so that an image does not depend on who has it.
 
     Raises:
         ValueError: `batch_size` is below 1, or `start` is not a batch's number (or the number of batches).
@@ -42,6 +44,7 @@ class Batches:
         augment: Augmentation | Sequence[str] = (),
         shuffle: bool = True,
         start: int = 0,
+        share: Callable[[int], slice | Tensor] | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -55,9 +58,14 @@ class Batches:
         self.augment = augment if isinstance(augment, Augmentation) else Augmentation(augment)
         self.shuffle = shuffle
         self.start = start
+        self.share = share
 
     def __len__(self) -> int:
         return self.total - self.start
+
+    def images_in(self, batch: int) -> int:
+        """How many images a batch has, those of other processes too."""
+        return min(self.batch_size, len(self.images) - batch * self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU: generators of different devices give different orders.
@@ -65,10 +73,17 @@ class Batches:
         count = len(self.images)
         order = torch.randperm(count, generator=draws) if self.shuffle else torch.arange(count)
         chosen = order.split(self.batch_size)[self.start :]
+        if self.share is not None and not self.augment.steps:
+            # Nothing is drawn that needs the other images.
+            chosen = [batch[self.share(len(batch))] for batch in chosen]
         for step, (pixels, labels) in enumerate(self.images.batches(chosen), start=self.start):
             # Drawn on the CPU, for the same reason.
             draws = generator(self.seed, "augment", self.epoch, step)
             # A user's augmentation may draw from the global generators instead: those are keyed as well.
             with keyed(self.seed, "augment", self.epoch, step):
-                batch = self.augment(pixels.float() / 255, labels, draws)
-            yield batch
+                images, targets = self.augment(pixels.float() / 255, labels, draws)
+            if self.share is None or not self.augment.steps:
+                yield images, targets
+            else:
+                mine = self.share(len(targets))
+                yield images[mine], targets[mine]

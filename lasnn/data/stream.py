@@ -5,6 +5,7 @@ streamed is what would have been resident, byte for byte: order and augmentation
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -79,9 +80,16 @@ class Streamed:
             batch_size=None,
             num_workers=min(self.workers, len(chosen)),
             pin_memory=pinned,
+            worker_init_fn=_leave_signals,
         )
         for pixels, labels in loader:
             yield pixels.to(self.device, non_blocking=pinned), labels.to(self.device, non_blocking=pinned)
+
+
+def _leave_signals(_: int) -> None:
+    """A worker ends with its process, which goes on to the end of a step where a signal comes to both."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class _Choices(torch.utils.data.Dataset):
@@ -96,6 +104,9 @@ class _Choices(torch.utils.data.Dataset):
 
     def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
         index = self.chosen[batch]
+        if not index:
+            # Another process has them all.
+            return torch.empty(0, *self.source.shape[1:], dtype=torch.uint8), self.source.labels[:0]
         return self.source.read(index), self.source.labels[index]
 
 

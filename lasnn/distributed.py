@@ -1,0 +1,252 @@
+"""One run in several processes, as torchrun starts them. In one process every function here is a plain no-op.
+
+torchrun tells a process by environment variables which one it is. The main process, number 0, is the one that writes
+and prints. What the processes tell each other about the run goes over the CPU (gloo), so that it does not wait for a
+GPU; gradients and batch norms' statistics go over NCCL on GPUs.
+"""
+
+import atexit
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from lasnn.errors import UserError
+from lasnn.kernels import BatchNorm2d
+
+T = TypeVar("T")
+
+# Longer than any download or evaluation that one process does while others wait: it ends what hangs.
+TIMEOUT = timedelta(hours=2)
+
+# Where processes leave word for each other, beside the process group.
+_store: "dist.Store | None" = None
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def numbered() -> tuple[int, ...]:
+    """What makes a key of random numbers this process's own; nothing in the main process, as in one alone."""
+    return (rank(),) if rank() else ()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has started the processes again after one failed (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def join() -> None:
+    """Join the processes that torchrun started, once, until the program ends; on GPUs each process takes its own.
+
+    Raises:
+        UserError: there are more processes on this machine than GPUs, or the environment is only half torchrun's.
+    """
+    global _store
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(missing)} not; start several processes with torchrun")
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # After a restart the store may be the one that the processes before left their addresses in.
+    _store = dist.PrefixStore(f"lasnn-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    local, gpus = _local_rank(), torch.cuda.device_count()
+    if gpus:
+        if local >= gpus:
+            raise UserError(f"{_local_count()} processes but {gpus} GPUs on this machine; --nproc-per-node {gpus}")
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)
+
+
+def launcher() -> list[str]:
+    """The words that start lasnn as this process was started."""
+    if world_size() == 1:
+        return ["lasnn"]
+    nodes = ["--nnodes", str(world_size() // _local_count())] if world_size() != _local_count() else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(_local_count()), "-m", "lasnn"]
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _local_count() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` returns in the main process, which alone calls it."""
+    if world_size() == 1:
+        return function()
+    box = [function() if is_main() else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def copy_from_main(module: nn.Module) -> None:
+    """Give `module` the main process's parameters and buffers."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, src=0)
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, in their order; tensors in it must be on the CPU."""
+    if world_size() == 1:
+        return [value]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def highest(*values: int) -> list[int]:
+    """The highest of all processes' values, each for itself; no GPU is waited for."""
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of all processes' tensors."""
+    if world_size() == 1:
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def wait() -> None:
+    """Return once all processes are here."""
+    highest(0)
+
+
+@contextmanager
+def by_main(context: AbstractContextManager[T]) -> Iterator[T]:
+    """Enter `context` in the main process alone; every process gets what it yields."""
+    with ExitStack() as stack:
+        yield from_main(lambda: stack.enter_context(context))
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let the main process go first, then one on each other machine, then the rest: what they find on disk is whole."""
+    turn = 0 if is_main() else 1 if _local_rank() == 0 else 2
+    for _ in range(turn):
+        wait()
+    yield
+    for _ in range(turn, 2):
+        wait()
+
+
+def share(count: int) -> slice:
+    """Which of `count` things, as a batch's images, are this process's; they differ by one at most."""
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+class _Call(nn.Module):
+    """A function of a module as the forward pass of one, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.module = module
+        self.function = function
+        # One that is never used: without any, DistributedDataParallel advises against looking for them.
+        self.unused = nn.Parameter(torch.zeros((), device=next(module.parameters()).device))
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def parallel(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, which runs `module`, such that all processes train the module together.
+
+    In the backward pass the gradients of what it returns are averaged over the processes, and batch norms in training
+    have the statistics of all processes' images.
+
+    Raises:
+        UserError: the module has batch norms whose statistics would stay each process's own.
+    """
+    if world_size() == 1:
+        return function
+    norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)}
+    known = (nn.BatchNorm2d, BatchNorm2d)
+    other = [f"{name} ({type(norm).__name__})" for name, norm in norms.items() if type(norm) not in known]
+    if other:
+        raise UserError(
+            f"in several processes these would normalise by a part of the batch each: {', '.join(other)}; use "
+            "nn.BatchNorm2d, or train in one process"
+        )
+    for norm in norms.values():
+        # In place: a network's stages may be views of its layers (see Borrowed).
+        norm.__class__ = BatchNorm2d
+        norm.group = dist.group.WORLD
+    with warnings.catch_warnings():
+        # Buffers are equal as they are; torch 2.14 has another name for saying so.
+        warnings.simplefilter("ignore", FutureWarning)
+        # Blocks that a forward pass leaves out are found in each. So the buckets stay as they are, too, and a resumed
+        # run adds up in the same order.
+        return DistributedDataParallel(_Call(module, function), broadcast_buffers=False, find_unused_parameters=True)
+
+
+def last_of(function: Callable[..., Any], last: bool) -> AbstractContextManager:
+    """Around a call of what `parallel` returned: where several gradients add up, the `last` one exchanges the sum."""
+    return nullcontext() if last or not isinstance(function, DistributedDataParallel) else function.no_sync()
+
+
+def nothing(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
+    """The loss of no image: 0, from a network's empty outputs, whose parameters get gradients as ever."""
+    tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
+    return torch.stack([tensor.sum().float() for tensor in tensors]).sum()
+
+
+def speaks(text: str) -> bool:
+    """Whether this process is the one to tell the user of a failure: the first that fails.
+
+    The others fail because of it, or in the same way. `text` is what torchrun's own report will show.
+    """
+    if _store is None:
+        return True
+    # The others may not come to take leave, and the process ends anyway.
+    atexit.unregister(dist.destroy_process_group)
+    try:
+        first = _store.add("failed", 1) == 1
+    except RuntimeError:
+        # Its keeper is gone, and was not able to speak.
+        first = True
+    if first and (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        report = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with open(file, "w", encoding="utf-8") as report_file:
+            json.dump(report, report_file)
+    return first
+
+
+def connection_lost(error: BaseException) -> bool:
+    """Whether an error is of the connection between the processes, as when one of them was killed."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
