@@ -12,6 +12,8 @@ from common import ROOT
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHORT = ["--set", "teacher.epochs=1", "--set", "distill.epochs=1"]
+# What shortens a command.
+SHORTER = {"distill": SHORT, "report": ["--converted", "none"]}
 
 
 def code(language):
@@ -30,7 +32,7 @@ def test_commands(lasnn):
         if words[0] == "make":
             continue
         assert words[0] == "lasnn"
-        out = lasnn(*words[1:], *(SHORT if words[1] == "distill" else [])).stdout
+        out = lasnn(*words[1:], *SHORTER.get(words[1], [])).stdout
         assert out.strip(), words
         run += 1
     assert run >= 6
