@@ -5,12 +5,14 @@ images -> teacher (eval, no gradient) -> its logits and stage features
        -> objective: named terms -> weighted sum -> backward -> optimiser
 """
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -40,6 +42,8 @@ from lasnn.run import RUNS, WRITTEN, RunFolder, environment, load_into, open_run
 
 CACHE = "teachers"
 STATE = "last.pt"
+# Of <malloc.h>.
+M_MMAP_THRESHOLD = -3
 # A scaler halves its scale at each overflow: from 65,536 forty in a row come here, and no further one would help.
 SMALLEST_SCALE = 2.0**-24
 
@@ -104,6 +108,8 @@ def distill(
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
 
         # The caller's random state is as it was when the run is over.
+        if recipe.time_chunk and plan.device.type == "cpu":
+            return_large_blocks()
         # A gradient that overflows under fp16's scaler is none.
         anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and recipe.precision != "fp16")
         with stop_on_signals() as stop, globals_kept(plan.device), deterministic(recipe.deterministic), anomalies:
@@ -620,6 +626,17 @@ def check_processes(recipe: Recipe) -> None:
         problems.append(recipe.line("device", f'one GPU for {count} processes; with "cuda" each takes its own'))
     if problems:
         raise UserError(*problems)
+
+
+def return_large_blocks() -> None:
+    """Let glibc give each block of 64 KiB and more back to the system when it is freed (elsewhere: nothing).
+
+    Otherwise it keeps those of up to 32 MiB in its heap, which the voltages between the chunks of time then fragment:
+    the process grows several times beyond the tensors that it holds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 64 * 2**10)
 
 
 def make_optimizer(module: nn.Module, table: Training, fused: bool = False) -> torch.optim.Optimizer:

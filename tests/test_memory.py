@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import cli, distill, network
+from lasnn import cli, distill, distillation, network
 from lasnn.distillation import Stopped
 from lasnn.errors import UserError, out_of_memory
 from lasnn.kernels import reference
@@ -354,3 +354,13 @@ def test_every_kind_names_the_settings_that_help(error, monkeypatch, capsys):
 def test_other_errors_are_not_taken_for_it():
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert out_of_memory(ValueError("out of memory")) is None
+
+
+def test_freed_blocks_are_given_back_where_time_is_in_chunks(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distillation, "return_large_blocks", lambda: asked.append(True))
+    settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", "distill.time_chunk=1"]
+    distill(tiny, overrides=settings)
+    assert asked
+    distill(tiny, overrides=[*settings, "student.timesteps=1"])
+    assert len(asked) == 1
