@@ -26,6 +26,7 @@ from lasnn import distributed
 from lasnn.errors import MachineError, UserError
 
 TORCH_SAVED = (".pth", ".pt")
+DIGEST_SIZE = hashlib.sha256().digest_size
 STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "net")
 SAVE_WEIGHTS = "save the weights alone: torch.save(network.state_dict(), file)"
 
@@ -186,7 +187,7 @@ def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     with _blaming(path, "a whole file of weights"):
         # Old files are no archives, and have no checksums.
         if device != "meta" and zipfile.is_zipfile(path):
-            check_archive(path)
+            _check_archive(path)
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except pickle.UnpicklingError as error:
@@ -202,23 +203,37 @@ def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 
-def check_archive(path: Path) -> None:
-    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    with _blaming(path, "a whole checkpoint"), zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path} is damaged (checksum of {damaged})")
+def _check_archive(path: Path) -> None:
+    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums."""
+    with zipfile.ZipFile(path) as archive:
+        # What is marked as a folder is not read by torch.load, which then takes what lies in memory for the weight.
+        folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+        damaged = archive.testzip() or next(folders, None)
+    if damaged is not None:
+        raise UserError(f"{path} is damaged (checksum of {damaged})")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write the full state of a run: tensors and plain values only."""
+    """Write the full state of a run: tensors and plain values only, with a digest of the whole file as its archive's
+    comment, where `torch.load` looks past it.
+    """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write(path, buffer.getvalue())
+    # The last two bytes of an archive are the length of its comment.
+    content = buffer.getvalue()[:-2] + DIGEST_SIZE.to_bytes(2, "little")
+    write(path, content + hashlib.sha256(content).digest())
+
+
+def check_state(path: Path) -> None:
+    """Check that a file is, to the last bit, what `save_state` wrote.
+
+    Raises:
+        UserError: it is not.
+    """
+    with _blaming(path, "a whole checkpoint"):
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-DIGEST_SIZE]).digest() != content[-DIGEST_SIZE:]:
+            raise ValueError("it is damaged, or lasnn did not write it")
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -227,7 +242,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     Raises:
         UserError: the file is damaged or holds code.
     """
-    check_archive(path)
+    check_state(path)
     with _blaming(path, "a whole checkpoint"):
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():

@@ -296,7 +296,7 @@ def status(folder: Path) -> dict[str, Any]:
             found |= {"state": "finished", "accuracy": summary.get("accuracy")}
         else:
             if (folder / "last.pt").is_file():
-                checkpoint.check_archive(folder / "last.pt")
+                checkpoint.check_state(folder / "last.pt")
             found["resumable"] = True
         for key in ("epoch", "epochs", "accuracy", "teacher_accuracy"):
             if not isinstance(found[key], int | float | None):

@@ -29,8 +29,12 @@ def test_state_loads_without_code(tmp_path):
 
 def test_a_state_with_code_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    torch.save({"x": os.system}, path)
+    # As someone would make it who wants it to be run: with the digest of what lasnn writes.
+    checkpoint.save_state(path, {"x": os.system})
     with pytest.raises(UserError, match="is damaged, or holds code, and is not a whole checkpoint"):
+        checkpoint.load_state(path)
+    torch.save({"x": os.system}, path)
+    with pytest.raises(UserError, match="is not a whole checkpoint: it is damaged, or lasnn did not write it"):
         checkpoint.load_state(path)
 
 
@@ -49,7 +53,7 @@ def test_damaged_states_are_named(tmp_path, damage):
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path):
-    torch.save({"module": {}}, tmp_path / "last.pt")
+    checkpoint.save_state(tmp_path / "last.pt", {"module": {}})
     with pytest.raises(UserError, match="is not the state of a run"):
         checkpoint.load_state(tmp_path / "last.pt")
 

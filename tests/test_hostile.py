@@ -283,7 +283,9 @@ def damaged(path, load, examples):
             assert "\n" not in problem
             found.append(problem)
             return
-        assert same(loaded, wanted)
+        now = path.read_bytes()
+        changed = [at for at, pair in enumerate(zip(whole, now, strict=False)) if pair[0] != pair[1]]
+        assert same(loaded, wanted), f"{len(whole)} -> {len(now)} bytes, changed at {changed[:20]}"
 
     settings(QUIET, max_examples=examples)(given(damage())(check_damaged))()
     # Padding and a zip's dates may change unnoticed, and nothing else: most damage is found.
