@@ -427,7 +427,7 @@ def teacher_energy_uj(teacher: Teacher, image: tuple[int, int, int]) -> float:
 
 
 @torch.no_grad()
-def speed(run: Callable[[Tensor], Any], images: Images, *, batch_size: int, seconds: float = 1.0) -> dict[str, float]:
+def speed(run: Callable[[Tensor], Any], images: Images, *, batch_size: int, seconds: float = 0.4) -> dict[str, float]:
     """How fast a network is on this machine, nothing else running.
 
     Args:
