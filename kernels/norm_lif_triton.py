@@ -395,8 +395,8 @@ def backward_tile(y: Tensor, timesteps: int, learnt: bool) -> int:
 
 
 def uncapped() -> dict:
-    """Launch options of the pass whose registers are most: NVIDIA's assembler gives up a word or two of them to end at
-    128 or 168, for one more program at a time, unless it is told of a limit itself; AMD's takes none.
+    """Launch options of the backward passes, which take many registers: NVIDIA's assembler gives up a word or two of
+    them to end at 128 or 168, for one more program at a time, unless it is told of a limit itself; AMD's takes none.
     """
     return {} if torch.version.hip else {"maxnreg": 255}
 
@@ -589,6 +589,7 @@ def norm_lif_grad(
             SURROGATE=surrogate,
             SUMS=False,
             WRITE=True,
+            **uncapped(),
             **given(y, residual=None, weight=weight, bias=bias, means=means),
             **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
             **where,
