@@ -87,11 +87,12 @@ def distill(
         Stopped: a signal came; the state is saved.
     """
     distributed.join()
-    progress = Together([*([progress] if progress else []), *callbacks] if distributed.is_main() else [])
     resume = resume or distributed.restarted()
     plan = read_plan(recipe, list(overrides))
     recipe = plan.recipe
     check_processes(recipe)
+    # A plugin's callback is known once the recipe has been read.
+    progress = Together([*([progress] if progress else []), *callbacks] if distributed.is_main() else [])
     with distributed.in_turn():
         train, test, placed = load_data(recipe, plan.data, plan.device)
     opened = open_run(recipe, None if out is None else Path(out), resume, progress.note)
