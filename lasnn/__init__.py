@@ -19,11 +19,11 @@ _HOMES = {
     "neurons": "lasnn.registry",
     "teachers": "lasnn.registry",
     "Callback": "lasnn.callback",
-    "Recipe": "lasnn.recipe",
-    "Staged": "lasnn.network",
-    "distill": "lasnn.distillation",
-    "evaluate": "lasnn.evaluation",
-    "load_run": "lasnn.evaluation",
+    "Recipe": "lasnn.recipe.schema",
+    "Staged": "lasnn.network.staged",
+    "distill": "lasnn.training.distill",
+    "evaluate": "lasnn.evaluation.evaluate",
+    "load_run": "lasnn.run",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lasnn.errors import UserError
-from lasnn.registry import Entry, blaming, callbacks
+from lasnn.registry import Entry, callbacks, translate_errors
 
 
 class Callback:
@@ -51,7 +51,7 @@ class Callback:
         """The last call, whatever ended the run."""
 
 
-class Together(Callback):
+class CallbackList(Callback):
     """Tells several, in order; what a user's registered one raises becomes one line that names it."""
 
     def __init__(self, told: Iterable[Callback | str]):
@@ -66,7 +66,7 @@ class Together(Callback):
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback, entry in self.told:
-            with blaming(entry) if entry else nullcontext():
+            with translate_errors(entry) if entry else nullcontext():
                 getattr(callback, event)(*arguments)
 
     def start(self, plan: Any, run: Path) -> None:

@@ -75,35 +75,35 @@ def distill(
 ) -> None:
     """Train or load the teacher, distil it into the student, leave a run folder."""
     with json_alone(as_json) as answer:
-        from lasnn import distributed
-        from lasnn.display import Shown, print_plan, to_stderr, to_stdout
+        from lasnn import processes
+        from lasnn.console import ConsoleProgress, print_plan, to_stderr, to_stdout
 
-        distributed.join()
+        processes.join()
         console = to_stderr() if as_json else to_stdout()
-        console.quiet = not distributed.is_main()
+        console.quiet = not processes.is_main()
         if dry_run:
             from lasnn.plan import read_plan
 
             plan = read_plan(recipe, overrides or [])
-            if not distributed.is_main():
+            if not processes.is_main():
                 return
             if as_json:
                 answer.update(plan.summary())
             else:
                 print_plan(console, plan)
             return
-        from lasnn.distillation import Stopped
-        from lasnn.distillation import distill as run_recipe
         from lasnn.run import resume_command
+        from lasnn.training.distill import distill as run_recipe
+        from lasnn.training.stop import Stopped
 
         options = {"overrides": overrides or [], "resume": resume, "detect_anomaly": detect_anomaly}
         try:
-            run = run_recipe(recipe, out, progress=Shown(console), callbacks=callbacks or [], **options)
+            run = run_recipe(recipe, out, progress=ConsoleProgress(console), callbacks=callbacks or [], **options)
         except Stopped as stopped:
-            if distributed.is_main():
+            if processes.is_main():
                 say_error(f"{stopped}\ngo on with: {resume_command(stopped.run)}")
             raise typer.Exit(128 + stopped.signum) from None
-        if not distributed.is_main():
+        if not processes.is_main():
             return
         answer.update({"run": str(run.path), **run.read_json("summary.json")})
 
@@ -152,8 +152,8 @@ def evaluate(
         raise UserError("--membrane-start goes with --converted; a student's neurons start from rest")
     options = {"membrane_start": membrane_start} | ({} if percentile is None else {"percentile": percentile})
     with json_alone(as_json) as answer:
-        from lasnn.evaluation import conditions, load_run
-        from lasnn.evaluation import evaluate as measure_run
+        from lasnn.evaluation.evaluate import conditions, load_run
+        from lasnn.evaluation.evaluate import evaluate as measure_run
 
         loaded = load_run(run, device="auto")
         results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
@@ -164,7 +164,7 @@ def evaluate(
             results = [{key: value for key, value in result.items() if key != "converted"} for result in results]
         answer.update({**known, **results[0]} if len(results) == 1 else {**known, "results": results})
     if not as_json:
-        from lasnn.display import print_evaluation, to_stdout
+        from lasnn.console import print_evaluation, to_stdout
 
         print_evaluation(to_stdout(), known, results)
 
@@ -200,7 +200,7 @@ def export(
             answer.update(disagreement.result)
             raise
     if not as_json:
-        from lasnn.display import print_export, to_stdout
+        from lasnn.console import print_export, to_stdout
 
         print_export(to_stdout(), answer)
 
@@ -245,7 +245,7 @@ def compare(
     with json_alone(as_json) as answer:
         from lasnn.compare import Stopped
         from lasnn.compare import compare as compare_rows
-        from lasnn.display import print_comparison, to_stderr, to_stdout
+        from lasnn.console import print_comparison, to_stderr, to_stdout
 
         console = to_stderr() if as_json else to_stdout()
         try:
@@ -293,7 +293,7 @@ def report(
     """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
     with json_alone(as_json) as answer:
-        from lasnn.display import to_stderr, to_stdout
+        from lasnn.console import to_stderr, to_stdout
         from lasnn.report import report as write_report
 
         console = to_stderr() if as_json else to_stdout()
@@ -328,7 +328,7 @@ def list_parts(
         return
     if what is not None and what not in kinds:
         raise UserError(unknown("kind", what, [*kinds, "runs"]))
-    from lasnn.recipe import shipped, summary
+    from lasnn.recipe.load import shipped, summary
 
     found: dict[str, dict] = {}
     for kind in kinds if what is None else [what]:
@@ -350,7 +350,7 @@ def list_parts(
     if as_json:
         print(json.dumps(found))
         return
-    from lasnn.display import print_parts, to_stdout
+    from lasnn.console import print_parts, to_stdout
 
     print_parts(to_stdout(), found)
 
@@ -363,7 +363,7 @@ def list_runs(as_json: bool) -> None:
     if as_json:
         print(json.dumps({"runs": found}))
         return
-    from lasnn.display import print_runs, to_stdout
+    from lasnn.console import print_runs, to_stdout
 
     print_runs(to_stdout(), found)
 
@@ -394,7 +394,7 @@ def bench_kernels(
     with json_alone(as_json) as answer:
         from lasnn.bench.kernels import Options, measure
         from lasnn.bench.report import LEGEND, complain, conditions, save, table
-        from lasnn.display import print_bench, to_stderr, to_stdout
+        from lasnn.console import print_bench, to_stderr, to_stdout
 
         options = Options.read(device, timesteps, dtype, op, quick, out, write)
         with to_stderr().status("") as status:
@@ -419,7 +419,7 @@ def bench_memory(
         raise UserError(f"--precision {precision}: it is fp32, bf16 or fp16")
     with json_alone(as_json) as answer:
         from lasnn.bench.memory import complain, measure, table
-        from lasnn.display import to_stderr
+        from lasnn.console import to_stderr
 
         with to_stderr().status("") as status:
             result = measure(device, batch_size, precision, status.update)
@@ -509,8 +509,8 @@ def main() -> None:
     except Exception as error:
         if said := out_of_memory(error):
             fail(1, said)
-        distributed = sys.modules.get("lasnn.distributed")
-        if distributed is not None and distributed.connection_lost(error):
+        processes = sys.modules.get("lasnn.processes")
+        if processes is not None and processes.connection_lost(error):
             fail(1, "another of the run's processes has ended")
         if speaks(str(error)):
             raise
@@ -526,9 +526,9 @@ def fail(code: int, *lines: str) -> NoReturn:
 
 
 def speaks(text: str) -> bool:
-    """Whether this process is the one to tell of a failure (see `lasnn.distributed.speaks`)."""
-    distributed = sys.modules.get("lasnn.distributed")
-    if distributed is None:
+    """Whether this process is the one to tell of a failure (see `lasnn.processes.reports_failure`)."""
+    processes = sys.modules.get("lasnn.processes")
+    if processes is None:
         # All of them have found it.
         return int(os.environ.get("RANK", 0)) == 0
-    return distributed.speaks(text)
+    return processes.reports_failure(text)

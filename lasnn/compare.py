@@ -12,11 +12,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lasnn import checkpoint
+from lasnn import files
 from lasnn.callback import Callback
-from lasnn.distillation import Stopped, distill
 from lasnn.errors import UserError
-from lasnn.matched import (
+from lasnn.evaluation.iso_accuracy import (
     LONGEST,
     METHODS,
     accuracy_over_time,
@@ -29,9 +28,12 @@ from lasnn.matched import (
     sentence,
 )
 from lasnn.plan import Plan, read_plan
-from lasnn.recipe import LossTable, Recipe, find, toml_value
+from lasnn.recipe.load import find, toml_value
+from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses
 from lasnn.run import RUNS, RunFolder, environment, finished
+from lasnn.training.distill import distill
+from lasnn.training.stop import Stopped
 
 DISTILLED, ALONE = "distilled", "alone"
 # What a row has of its own, and the option that sets it.
@@ -457,7 +459,7 @@ def plan_all(recipe: str, arms: Iterable[Arm], seeds: Iterable[int]) -> dict[tup
 def write(found: Comparison) -> None:
     """Write the tables beside the runs."""
     RunFolder(found.folder).write_json("compare.json", found.as_json())
-    checkpoint.write(found.folder / "compare.md", found.as_markdown())
+    files.write(found.folder / "compare.md", found.as_markdown())
 
 
 def paired_gain(

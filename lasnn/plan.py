@@ -12,33 +12,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from lasnn.checkpoint import TORCH_SAVED, weight_shapes
-from lasnn.data import Augmentation, Dataset, Images, Streamed
-from lasnn.data.stream import check_labels, place
-from lasnn.encoder import Encoder
+from lasnn.compatibility import Shape, check_same_weights, check_weights
+from lasnn.data import Augmentation, Dataset
 from lasnn.errors import UserError, unknown
-from lasnn.kernels.ops import require_triton
-from lasnn.loss import reading_of
-from lasnn.network import (
-    Act,
-    Borrowed,
-    Staged,
-    Student,
-    Teacher,
-    ann_units,
-    build,
-    even_chunks,
-    probe,
-    snn_units,
-    without_activations,
+from lasnn.factory import (
+    find_checkpoint,
+    make_augmentation,
+    make_data,
+    make_encoder,
+    make_network,
+    make_student,
+    make_teacher,
+    pick_device,
 )
+from lasnn.loss import reading_of
+from lasnn.memory import _memory, _voltages, count_parameters
+from lasnn.network.staged import probe
+from lasnn.network.units import ann_units
 from lasnn.random import generator
-from lasnn.recipe import LossTable, Recipe, RecipeError, StudentTable, TeacherTable
-from lasnn.registry import architectures, blaming, datasets, encoders, losses, neurons, teachers
-
-Shape = tuple[int, ...]
+from lasnn.recipe.schema import LossTable, Recipe, RecipeError
+from lasnn.registry import losses, neurons, translate_errors
 
 
 @dataclass(frozen=True)
@@ -105,18 +99,14 @@ class Plan:
         """Of the images that are there; once they are loaded, of those that could be read."""
         return math.ceil(self.data.train_size / self.recipe.data.batch_size)
 
-    def micro_batches(self, images: int) -> int:
-        """How many parts a batch of so many images is computed in, one after the other: of even sizes."""
-        return parts_of(images, self.recipe)
-
     @property
     def _teacher_steps(self) -> int:
         teacher = self.recipe.teacher
         return 0 if teacher is None or self.teacher_checkpoint else teacher.epochs * self.steps_per_epoch
 
 
-def parts_of(images: int, recipe: Recipe) -> int:
-    """How many micro-batches `data.accumulate` makes of a batch of so many images."""
+def micro_batches(images: int, recipe: Recipe) -> int:
+    """How many parts, of even sizes, `data.accumulate` makes of a batch of so many images."""
     return math.ceil(images / math.ceil(recipe.data.batch_size / recipe.data.accumulate))
 
 
@@ -220,7 +210,7 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         report("data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size")
     full = min(recipe.data.batch_size, data.train_size)
     last = data.train_size % full or full
-    if 1 in (images // parts_of(images, recipe) for images in (full, last)):
+    if 1 in (images // micro_batches(images, recipe) for images in (full, last)):
         single = [shape for shape in teacher_shapes.values() if not checkpoint and shape[1:] == (1, 1)]
         single += [shape for shape in shapes.values() if table.timesteps == 1 and shape[1:] == (1, 1)]
         if single:
@@ -281,53 +271,11 @@ def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int,
         "student_features": [torch.rand(timesteps, 2, *pair.student_shape, generator=draws) for pair in pairs],
         "teacher_features": [torch.rand(2, *pair.teacher_shape, generator=draws) for pair in pairs],
     }
-    with blaming(entry):
+    with translate_errors(entry):
         value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
     if not isinstance(value, torch.Tensor) or value.ndim != 0:
         what = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise UserError(f"loss {loss.name!r} ({entry.where}) must return one number, a tensor []; it returned {what}")
-
-
-def make_data(recipe: Recipe) -> Dataset:
-    """The recipe's data set; no image is read yet."""
-    data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
-    if not isinstance(data, Dataset):
-        where = datasets[recipe.data.name].where
-        raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
-    # One that has to look at its folders for them finds their faults now.
-    _ = data.classes, data.train_size, data.test_size
-    return data
-
-
-def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Images | Streamed, Images | Streamed, str]:
-    """Read a data set's training and test images, check them against what it says of itself, and place them.
-
-    Returns:
-        Training and test images, on the device or streamed to it, and a line that says which and why.
-
-    Raises:
-        UserError: a file is missing or broken, or the images are not what was announced.
-    """
-    entry = datasets[recipe.data.name]
-    with blaming(entry):
-        splits = data.load()
-        sizes = (data.train_size, data.test_size)
-    for what, images, size in zip(("training", "test"), splits, sizes, strict=True):
-        found, wanted = tuple(images.shape), (size, data.channels, data.height, data.width)
-        if found != wanted or size < 1:
-            raise UserError(
-                f"data set {entry.name!r}: its {what} images are {list(found)}; it announced {list(wanted)}"
-            )
-        check_labels(images.labels, len(data.classes), f"data set {entry.name!r}: {what}")
-    (train, test), said = place(splits, device, residence=recipe.data.residence, workers=recipe.data.workers)
-    return train, test, said
-
-
-def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
-    """The recipe's augmentations, for the data's images."""
-    chosen = data.augment if recipe.data.augment is None else recipe.data.augment
-    steps = [step if isinstance(step, str) else step.model_dump() for step in chosen]
-    return Augmentation(steps, data.mean, len(data.classes))
 
 
 def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
@@ -343,148 +291,6 @@ def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
         wanted = [torch.float32, list(shape)]
         if (what == "images" or augmentation.mixes) and [tensor.dtype, list(tensor.shape)] != wanted:
             raise UserError(f"its {what} are {tensor.dtype} {list(tensor.shape)}; they must be {wanted[0]} {wanted[1]}")
-
-
-def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
-    """The student's encoder."""
-    table = recipe.student.encoder_table
-    encoder = encoders.build(table.name, data.mean, data.std, **table.options)
-    if not isinstance(encoder, Encoder):
-        raise UserError(f"encoder {table.name!r} ({encoders[table.name].where}) must be a lasnn.encoder.Encoder")
-    return encoder
-
-
-def make_student(recipe: Recipe, data: Dataset) -> Student:
-    """The student on the current default device, with the layers' own initialisation."""
-    table = recipe.student
-    act = snn_units(table.neuron.name, **table.neuron.options)
-    return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
-
-
-def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
-    """The teacher on the current default device, with the layers' own initialisation."""
-    table = recipe.teacher
-    act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
-    if table.architecture in architectures:
-        return Teacher(make_network(table, act, data), data.mean, data.std)
-    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
-    network = teachers.build(table.architecture, **shape, **table.options)
-    if not isinstance(network, Borrowed):
-        where = teachers[table.architecture].where
-        raise UserError(f"teacher {table.architecture!r} ({where}) must be a lasnn.network.Borrowed")
-    return Teacher(network, *(network.normalisation or (data.mean, data.std)))
-
-
-def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset) -> Staged:
-    """The network that a table names, for the data's images."""
-    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
-    return build(table.architecture, act, **shape, **table.options)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a recipe names.
-
-    Raises:
-        UserError: there is no such device here, or what the kernels need on it is not installed.
-    """
-    device = _named_device(name)
-    if device.type == "cuda":
-        try:
-            require_triton()
-        except ImportError as error:
-            raise UserError(str(error)) from error
-    return device
-
-
-def _named_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
-        raise UserError(f'{name!r} is not a device; it is "auto", "cpu", "cuda" or "cuda:N"')
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(f'{name!r} is not here ({torch.cuda.device_count()} CUDA devices found); "auto" takes what is')
-    return torch.device(name)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Learnable numbers in the network."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def find_checkpoint(name: str) -> Path:
-    """The weights file that `teacher.checkpoint` means: itself, or a run folder's teacher.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(name)
-    if path.is_dir():
-        path = path / "teacher.safetensors"
-    if not path.is_file():
-        fix = "give a .safetensors or .pth file, or a run folder that has a teacher.safetensors"
-        raise UserError(f"no file {path}; {fix}")
-    if path.suffix not in (".safetensors", *TORCH_SAVED):
-        raise UserError(f"{path} is not a .safetensors, .pth or .pt file")
-    return path
-
-
-def check_weights(path: Path, network: Staged, num_classes: int) -> None:
-    """Check that a weights file fits a network, by the names and shapes in it alone.
-
-    Raises:
-        UserError: it is not a file of weights, or how it differs.
-    """
-    found, description = weight_shapes(path)
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    classes = description.get("num_classes", num_classes)
-    # A file without a description says it by the shape of its last layer, if that is all that differs.
-    other = [name for name in wanted if name in found and found[name] != wanted[name]]
-    last = next(reversed(wanted)).rpartition(".")[0]
-    if other and wanted.keys() == found.keys() and all(name.rpartition(".")[0] == last for name in other):
-        classes = (found[other[0]] or (classes,))[0]
-    if classes != num_classes:
-        fix = f"train its last layer ({last}) anew with {num_classes} outputs, and give that file"
-        raise UserError(f"{path} was trained for {classes} classes; the data set has {num_classes}: {fix}")
-    # Files from before PyTorch 0.4.1 do not count batches; batch norm then starts to count at 0.
-    _compare(str(path), found, wanted, {name for name in wanted if name.endswith(".num_batches_tracked")})
-
-
-def check_same_weights(student: Staged, teacher: Staged) -> None:
-    """Check that a teacher's weights can start its student.
-
-    Raises:
-        UserError: which weights do not fit.
-    """
-    wanted = {name: tuple(value.shape) for name, value in student.state_dict().items()}
-    learnt = {name for name, _ in student.named_parameters() if ".neuron." in name}
-    found = {name: tuple(value.shape) for name, value in without_activations(teacher).items()}
-    _compare('"teacher" needs the same architecture and options: the teacher', found, wanted, learnt)
-
-
-def _compare(what: str, found: dict[str, Shape], wanted: dict[str, Shape], extra: set[str] = frozenset()) -> None:
-    misfits = sorted((set(found) ^ set(wanted)) - extra)
-    if misfits and all(name.endswith(".activation.threshold") for name in misfits):
-        has = "has" if misfits[0] in found else "has no"
-        raise UserError(f"{what} {has} {misfits[0]!r}; was it trained on another teacher.activation?")
-    differences = {
-        "lacks": [repr(name) for name in wanted if name not in found and name not in extra],
-        "has besides": [repr(name) for name in found if name not in wanted],
-        "has other shapes:": [
-            f"{name!r} {list(found[name])}, not {list(shape)}"
-            for name, shape in wanted.items()
-            if shape != found.get(name, shape)
-        ],
-    }
-    said = [f"{verb} {_some(names)}" for verb, names in differences.items() if names]
-    if said:
-        raise UserError(f"{what} {'; '.join(said)}; is it another architecture?")
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    """The names, or the first few and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:
@@ -540,53 +346,3 @@ def _check_chunks(recipe: Recipe):
                 f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
                 f"set time_chunk = 0, or {fix}",
             )
-
-
-def _voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
-    """What is carried from one chunk of time to the next, on the meta device.
-
-    Raises:
-        UserError: the neuron cannot go on from a voltage.
-    """
-    student.eval()
-    with blaming(neurons[recipe.student.neuron.name]), student.network.clock.carried({}) as voltages:
-        student.network(_encoded(recipe, data, student, 1), 1)
-    return list(voltages.values())
-
-
-def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> torch.Tensor:
-    """The first steps of what a micro-batch of images is encoded to, on the meta device."""
-    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
-    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
-    return student.encoder.part(images, recipe.student.timesteps, stop=steps)
-
-
-def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
-    """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
-
-    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device; half
-    precision is counted as half of them. With time in chunks they are those of one chunk, and the voltages before each.
-    Workspaces of the convolutions are not in it.
-    """
-    saved: dict[int, int] = {}
-    kept = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if id(storage) not in saved and not isinstance(tensor, nn.Parameter):
-            kept.append(storage)
-            saved[id(storage)] = storage.nbytes()
-        return tensor
-
-    timesteps, carried = recipe.student.timesteps, 0
-    if recipe.time_chunk:
-        count, timesteps = even_chunks(timesteps, recipe.time_chunk)
-        carried = count * sum(voltage.nbytes for voltage in _voltages(recipe, data, student))
-    student.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student.network(_encoded(recipe, data, student, timesteps), timesteps)
-    activations = sum(saved.values()) // (1 if recipe.precision == "fp32" else 2) + carried
-    states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
-    learnt = 4 * count_parameters(student.network) * (2 + states)
-    frozen = 4 * count_parameters(teacher.network) if teacher else 0
-    return activations + learnt + frozen

@@ -134,7 +134,7 @@ class Registry:
             UserError: the name is not known, or a part that is not lasnn's own fails.
         """
         entry = self[name]
-        with blaming(entry):
+        with translate_errors(entry):
             return entry.function(*inputs, **options)
 
     def __getitem__(self, name: str) -> Entry:
@@ -172,7 +172,7 @@ class Registry:
 
 
 @contextmanager
-def blaming(entry: Entry):
+def translate_errors(entry: Entry):
     """Turn what a user's own part raises into one line that names it; a built-in part's error is a bug, and shown."""
     try:
         yield

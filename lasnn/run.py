@@ -24,12 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lasnn import __version__, checkpoint, distributed, lock
+from lasnn import __version__, files, lock, processes
 from lasnn.data import Dataset
 from lasnn.errors import MachineError, UserError
-from lasnn.network import Student, Teacher
-from lasnn.plan import make_data, make_student, make_teacher, pick_device
-from lasnn.recipe import Recipe, parse
+from lasnn.factory import make_data, make_student, make_teacher, pick_device
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.recipe.load import parse
+from lasnn.recipe.schema import Recipe
+from lasnn.weights import check_state, load_weights, weight_shapes
 
 RUNS = Path("runs")
 WRITTEN = (
@@ -55,7 +58,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file in one step."""
-        checkpoint.write(self / name, json.dumps(value, indent=2) + "\n")
+        files.write(self / name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the run, {} where there is none yet."""
@@ -87,11 +90,11 @@ class RunFolder:
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         """Replace the epochs, as a resumed run does with those it does again."""
-        checkpoint.write(self / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+        files.write(self / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
 
     def add_metrics(self, epoch: dict[str, Any]) -> None:
         """Append one epoch."""
-        checkpoint.append_line(self / "metrics.jsonl", json.dumps(epoch))
+        files.append_line(self / "metrics.jsonl", json.dumps(epoch))
 
 
 @contextmanager
@@ -133,9 +136,9 @@ def _begin(run: RunFolder, recipe: Recipe, text: str, resume: bool) -> None:
     """Write the recipe and its plugins, or check that they are those of the run that is there."""
     if not (run / "recipe.toml").is_file():
         # The recipe comes first: it makes the folder one that can be resumed.
-        checkpoint.write(run / "recipe.toml", text)
+        files.write(run / "recipe.toml", text)
         for plugin in recipe.plugin_files:
-            checkpoint.write(run / plugin.name, plugin.read_bytes())
+            files.write(run / plugin.name, plugin.read_bytes())
         return
     if not resume:
         raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
@@ -143,7 +146,7 @@ def _begin(run: RunFolder, recipe: Recipe, text: str, resume: bool) -> None:
     if before != text:
         raise UserError(f"{run.path} holds a run of another recipe; {_first_difference(before, text)}")
     _check_plugins(recipe, run)
-    checkpoint.sweep(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
+    files.remove_partial(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
 
 
 def read_text(path: Path) -> str:
@@ -170,7 +173,7 @@ def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
     for plugin in recipe.plugin_files:
         copy = run / plugin.name
         if not copy.is_file():
-            checkpoint.write(copy, plugin.read_bytes())
+            files.write(copy, plugin.read_bytes())
         elif copy.read_bytes() != plugin.read_bytes():
             raise UserError(
                 f"{plugin} has changed since the run in {run.path} began; resume with {run / 'recipe.toml'}"
@@ -238,7 +241,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "world_size": distributed.world_size(),
+        "world_size": processes.world_size(),
         "command": sys.argv,
     }
 
@@ -296,7 +299,7 @@ def status(folder: Path) -> dict[str, Any]:
             found |= {"state": "finished", "accuracy": summary.get("accuracy")}
         else:
             if (folder / "last.pt").is_file():
-                checkpoint.check_state(folder / "last.pt")
+                check_state(folder / "last.pt")
             found["resumable"] = True
         for key in ("epoch", "epochs", "accuracy", "teacher_accuracy"):
             if not isinstance(found[key], int | float | None):
@@ -372,7 +375,7 @@ def load_run(run: str | Path | None = None, device: str = "cpu") -> Run:
 
 def _recipe_in(path: Path) -> Recipe:
     """The recipe in the metadata of a student's file; plugins that are files are looked for beside it."""
-    _, description = checkpoint.weight_shapes(path)
+    _, description = weight_shapes(path)
     text = description.get("recipe")
     if not isinstance(text, str):
         raise UserError(
@@ -382,10 +385,21 @@ def _recipe_in(path: Path) -> Recipe:
     return Recipe.from_tables(parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(path))
 
 
+def describe_network(architecture: str, options: dict[str, Any], recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """What a weights file says of the network that it is of."""
+    return {
+        "architecture": architecture,
+        "options": options,
+        "in_channels": data.channels,
+        "num_classes": len(data.classes),
+        "data": recipe.data.name,
+    }
+
+
 def resume_command(folder: Path) -> str:
     """The command that goes on with a run, in as many processes as there are now."""
     command = ["distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"]
-    return shlex.join([*distributed.launcher(), *command])
+    return shlex.join([*processes.launcher(), *command])
 
 
 def load_into(network: nn.Module, path: Path) -> None:
@@ -394,7 +408,7 @@ def load_into(network: nn.Module, path: Path) -> None:
     Raises:
         UserError: the file is damaged or does not fit.
     """
-    weights, _ = checkpoint.load_weights(path)
+    weights, _ = load_weights(path)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -12,16 +12,16 @@ from common import TINY, TINY_DATA, Command
 @pytest.fixture(autouse=True)
 def registries_as_they_were():
     """What a test registers, itself or by a plugin, is forgotten after it."""
-    from lasnn import recipe
+    from lasnn.recipe import plugins
     from lasnn.registry import REGISTRIES
 
     kept = {registry: dict(registry._entries) for registry in REGISTRIES.values() if registry.names()}
-    loaded = dict(recipe._loaded_plugins)
+    loaded = dict(plugins._loaded_plugins)
     yield
     for registry, entries in kept.items():
         registry._entries = entries
-    recipe._loaded_plugins.clear()
-    recipe._loaded_plugins.update(loaded)
+    plugins._loaded_plugins.clear()
+    plugins._loaded_plugins.update(loaded)
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ def make_run(
     folder: Path, architecture="vgg5", encoder="direct", neuron="lif", timesteps=3, width=4, plugins=(), **student
 ):
     """A run folder on the tiny data set; returns its path."""
-    from lasnn import checkpoint
-    from lasnn.plan import make_data, make_student
-    from lasnn.recipe import Recipe
+    from lasnn import weights
+    from lasnn.factory import make_data, make_student
+    from lasnn.recipe.schema import Recipe
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny_clothes.py").write_text(TINY_DATA)
@@ -51,5 +51,5 @@ def make_run(
                 module.running_var.uniform_(0.02, 0.2)
                 module.weight.uniform_(0.5, 2)
                 module.bias.normal_(0.5, 0.5)
-    checkpoint.save_weights(folder / "student.safetensors", network.state_dict(), {"recipe": recipe.to_toml()})
+    weights.save_weights(folder / "student.safetensors", network.state_dict(), {"recipe": recipe.to_toml()})
     return folder

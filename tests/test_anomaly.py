@@ -8,11 +8,13 @@ import pytest
 import torch
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import distill, distillation
-from lasnn.anomaly import Watch
-from lasnn.checkpoint import load_state
-from lasnn.distillation import Session, Stopped
+from lasnn import distill
 from lasnn.errors import MachineError
+from lasnn.plan import read_plan
+from lasnn.training.nonfinite import NonFiniteMonitor
+from lasnn.training.stop import Stopped
+from lasnn.training.trainer import Trainer
+from lasnn.weights import load_state
 
 BREAKS = '''
 import torch
@@ -57,10 +59,15 @@ def breaks(tiny):
     return tiny
 
 
+def check_every(monkeypatch, interval):
+    """Look at what was found after so many steps, as a GPU does after 20."""
+    monkeypatch.setattr(NonFiniteMonitor, "due", lambda _, step, steps: step % interval == 0 or step + 1 == steps)
+
+
 @pytest.mark.parametrize("interval", [1, 20])
 def test_the_step_the_term_and_the_layer(breaks, monkeypatch, interval):
     # 20 is what a GPU gets: the break is found steps later, in the same epoch, and yet named exactly.
-    monkeypatch.setattr(Session, "_interval", lambda *_: interval)
+    check_every(monkeypatch, interval)
     with pytest.raises(MachineError) as caught:
         distill(breaks, "out", overrides=SETTINGS)
     message = str(caught.value)
@@ -74,21 +81,19 @@ def test_the_step_the_term_and_the_layer(breaks, monkeypatch, interval):
 
 def test_nothing_is_learnt_from_a_broken_step(breaks, monkeypatch):
     """The weights are still those from before it when it is found."""
-    seen, heads = {}, []
-    monkeypatch.setattr(Session, "_interval", lambda *_: 20)
-    monkeypatch.setattr(Session, "_broken", lambda self, *_: seen.update(self.watched.state_dict()) or 1 / 0)
-    kept = Session._fit
+    check_every(monkeypatch, 20)
+    seen, heads, check = {}, [], Trainer.check
 
-    def fit(self, phase, networks, *rest):
-        self.watched = networks[phase]
-        return kept(self, phase, networks, *rest)
+    def looked_at(self, phase, *rest):
+        seen.update({name: value.clone() for name, value in phase.model.state_dict().items()})
+        check(self, phase, *rest)
 
-    monkeypatch.setattr(Session, "_fit", fit)
+    monkeypatch.setattr(Trainer, "check", looked_at)
     for at in (10, 13):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(MachineError):
             distill(breaks, overrides=[*SETTINGS, f"student.at={at}", "data.augment=[]"])
         assert all(value.isfinite().all() for name, value in seen.items() if "weight" in name)
-        heads.append(seen["network.head.2.weight"].clone())
+        heads.append(seen["network.head.2.weight"])
     assert not torch.equal(*heads), "three more steps were learnt from"
 
 
@@ -124,27 +129,38 @@ def test_the_flag(breaks, lasnn):
 
 
 def test_the_first_of_each():
-    watch = Watch(["a", "b"], torch.device("cpu"))
+    monitor = NonFiniteMonitor(["a", "b"], torch.device("cpu"), watches_gradient=False)
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
-    watch.see(0, {"a": good, "b": good})
-    assert watch.found() is None
-    assert watch.broken() == 0
-    watch.see(1, {"a": good, "b": bad})
-    watch.see(2, {"a": bad, "b": good})
-    assert watch.found() == (1, ["b"])
-    assert watch.broken() == 1
+    monitor.update(0, {"a": good, "b": good, "loss": good})
+    assert monitor.first_failure() is None
+    monitor.update(1, {"a": good, "b": bad, "loss": good})
+    monitor.update(2, {"a": bad, "b": good, "loss": good})
+    assert monitor.first_failure() == (1, ["b"])
+    assert monitor.found_inf() is None, "a scaler decides"
+    monitor.begin_epoch()
+    assert monitor.first_failure() is None
+
+
+def test_a_gradient_that_is_not_finite_stops_the_optimiser():
+    model = torch.nn.Linear(2, 1)
+    monitor = NonFiniteMonitor([], torch.device("cpu"))
+    for value, found_inf in ((1.0, 0), (float("inf"), 1), (1.0, 1)):
+        model.weight.grad = torch.full((1, 2), value)
+        monitor.update(0, {"loss": torch.tensor(1.0)}, model)
+        assert monitor.found_inf() == found_inf
+    assert monitor.first_failure() == (0, ["gradient"])
 
 
 @pytest.fixture
 def fp16(tiny, monkeypatch):
     """fp16 with its scaler, where there is no GPU: the CPU computes it slowly."""
-    read = distillation.read_plan
+    read = read_plan
 
-    def read_plan(*arguments):
+    def in_fp16(*arguments):
         plan = read(*arguments)
         return dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"precision": "fp16"}))
 
-    monkeypatch.setattr(distillation, "read_plan", read_plan)
+    monkeypatch.setattr("lasnn.training.distill.read_plan", in_fp16)
     return tiny
 
 

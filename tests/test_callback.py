@@ -7,13 +7,13 @@ import pytest
 from test_distillation import StopAt, digest
 
 from lasnn import Callback, distill
-from lasnn.distillation import Stopped
 from lasnn.errors import UserError
+from lasnn.training.stop import Stopped
 
 SHORT = ["teacher.epochs=1", "distill.epochs=2"]
 
 
-class Tally(Callback):
+class AccuracyMetrics(Callback):
     """Counts what it is told."""
 
     def __init__(self):
@@ -23,7 +23,7 @@ class Tally(Callback):
 
 
 def test_everybody_is_told_and_nothing_else_changes(tiny):
-    first, second = Tally(), Tally()
+    first, second = AccuracyMetrics(), AccuracyMetrics()
     run = distill(tiny, overrides=SHORT, progress=first, callbacks=[second])
     assert first.counts == second.counts
     wanted = {"start": 1, "teacher": 1, "epoch": 3, "end_epoch": 3, "finish": 1, "close": 1}
@@ -33,7 +33,7 @@ def test_everybody_is_told_and_nothing_else_changes(tiny):
 
 
 def test_callbacks_are_closed_when_a_run_is_stopped(tiny):
-    told = Tally()
+    told = AccuracyMetrics()
     with pytest.raises(Stopped):
         distill(tiny, overrides=SHORT, progress=StopAt("student", 1, 15), callbacks=[told])
     assert told.counts["close"] == 1

@@ -10,7 +10,7 @@ from lasnn.cli import parse_variants
 from lasnn.compare import Arm, Comparison, paired_gain, student_t
 from lasnn.compare import compare as compare_rows
 from lasnn.errors import UserError
-from lasnn.matched import accuracy_over_time, match, say_ratio, say_reached
+from lasnn.evaluation.iso_accuracy import accuracy_over_time, match, say_ratio, say_reached
 
 SHORT = ("--set", "teacher.epochs=1", "--set", "distill.epochs=1")
 

@@ -10,19 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import TINY
-from lasnn import Staged, architectures, conversion
+from lasnn import Staged, architectures
 from lasnn.activation import QCFS
-from lasnn.conversion import BalancedIF, Converted, Distribution, check, convert, measured_thresholds
 from lasnn.data import Images
-from lasnn.distillation import teacher_key
 from lasnn.errors import MachineError, UserError
-from lasnn.evaluation import evaluate, load_run, smallest_match
-from lasnn.matched import convert_until, match, sentence
-from lasnn.measure import Counter, measure
-from lasnn.network import NormSpike, Teacher, ann_units, build, snn_units, without_activations
-from lasnn.plan import make_plan, make_teacher
-from lasnn.recipe import Recipe
+from lasnn.evaluation import conversion
+from lasnn.evaluation.conversion import BalancedIF, Converted, Distribution, check, convert, measured_thresholds
+from lasnn.evaluation.evaluate import evaluate, first_reaching, load_run
+from lasnn.evaluation.iso_accuracy import convert_until, match, sentence
+from lasnn.evaluation.measure import measure
+from lasnn.evaluation.operations import OperationCounter
+from lasnn.factory import make_teacher
+from lasnn.network.staged import build
+from lasnn.network.teacher import Teacher, without_activations
+from lasnn.network.units import NormSpike, ann_units, snn_units
+from lasnn.plan import make_plan
+from lasnn.recipe.schema import Recipe
 from lasnn.registry import teachers
+from lasnn.training.teacher import teacher_key
 
 
 def images(count=12, channels=3, size=32):
@@ -138,7 +143,7 @@ def test_a_run_in_pieces_is_the_run_spike_for_spike(name, monkeypatch):
     taps, found = ["stage1", "stage3"], []
     for chunk in (1, 4, 13, 100):
         monkeypatch.setattr(conversion, "CHUNK", chunk)
-        with Counter(converted, 13) as counter:
+        with OperationCounter(converted, 13) as counter:
             _, features = converted.steps(batch, taps)
         found.append((features, counter.images, counter.after(13), counter.after(5)))
         # Nothing is left of one run in the next.
@@ -160,7 +165,7 @@ def test_spikes_count_as_one_whatever_they_carry():
     stages["stage3"] = nn.Sequential(nn.Conv2d(4, 2, 3, padding=1), act(2))
     network = Staged(stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)))
     converted = convert(teacher_of(network), "maxnorm", images(size=8), timesteps=20)
-    with Counter(converted, 20) as counter:
+    with OperationCounter(converted, 20) as counter:
         _, features = converted.steps(images(size=8).pixels.float() / 255, ["stage1", "stage2", "stage3"])
     first, third = (features[name].ne(0).float() for name in ("stage1", "stage3"))
     result = counter.after(20)
@@ -290,9 +295,9 @@ def test_one_run_gives_every_t():
         for key in ("timesteps", "accuracy", "firing_rate", "energy_uj"):
             assert alone[key] == pytest.approx(together[t - 1][key])
     curve = [{"timesteps": t, "accuracy": accuracy} for t, accuracy in ((8, 0.7), (2, 0.5), (4, 0.6), (16, 0.55))]
-    assert smallest_match(curve, 0.6)["timesteps"] == 4
-    assert smallest_match(curve, 0.55)["timesteps"] == 4
-    assert smallest_match(curve, 0.71) is None
+    assert first_reaching(curve, 0.6)["timesteps"] == 4
+    assert first_reaching(curve, 0.55)["timesteps"] == 4
+    assert first_reaching(curve, 0.71) is None
 
 
 def recipe(**teacher):
@@ -391,9 +396,11 @@ def test_a_conversion_is_followed_to_the_end_in_a_few_runs(runs, tmp_path, monke
     monkeypatch.chdir(runs.folder)
     [whole] = evaluate("relu", 40, converted="maxnorm")
     ran = []
-    monkeypatch.setattr("lasnn.evaluation.speed", lambda *_, **__: pytest.fail("speed is measured"))
-    monkeypatch.setattr("lasnn.evaluation.dense_operations", lambda *_, **__: pytest.fail("counted for each T"))
-    monkeypatch.setattr("lasnn.evaluation.measure", lambda *a, **k: ran.append(len(a[2])) or measure(*a, **k))
+    monkeypatch.setattr("lasnn.evaluation.evaluate.speed", lambda *_, **__: pytest.fail("speed is measured"))
+    monkeypatch.setattr(
+        "lasnn.evaluation.evaluate.dense_operations", lambda *_, **__: pytest.fail("counted for each T")
+    )
+    monkeypatch.setattr("lasnn.evaluation.evaluate.measure", lambda *a, **k: ran.append(len(a[2])) or measure(*a, **k))
     for _ in range(2):
         found = convert_until(Path("relu"), "maxnorm", 1.01, 40, tmp_path / "kept.json")
         assert [result["timesteps"] for result in found["results"]] == list(range(1, 41))

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from lasnn import distill, evaluate, load_run
-from lasnn.checkpoint import load_state
+from lasnn.console import NoProgress
 from lasnn.data import Images
-from lasnn.display import Silent
-from lasnn.distillation import Stopped, learning_rate, make_optimizer, stop_on_signals, teacher_key
 from lasnn.errors import MachineError, UserError
-from lasnn.recipe import Recipe, Training
+from lasnn.recipe.schema import Recipe, Training
+from lasnn.training.optimizer import learning_rate, make_optimizer
+from lasnn.training.stop import Stopped, stop_on_signals
+from lasnn.training.teacher import teacher_key
+from lasnn.weights import load_state
 
 FILES = {
     "recipe.toml",
@@ -210,7 +212,7 @@ def test_without_a_teacher(tiny):
     assert "teacher_accuracy" not in evaluate(run.path)[0]
 
 
-class StopAt(Silent):
+class StopAt(NoProgress):
     """Raises a signal after a number of reports, as a user or a scheduler would."""
 
     def __init__(self, phase, at_epoch, signum):
@@ -311,21 +313,21 @@ def test_signals_are_left_alone_outside_a_run_and_in_threads():
     before = signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
         assert signal.getsignal(signal.SIGTERM) != before
-        assert stop() is None
+        assert stop.signum == 0
     assert signal.getsignal(signal.SIGTERM) == before
     seen = []
 
     def elsewhere():
         with stop_on_signals() as stop:
-            seen.append(stop())
+            seen.append(stop.signum)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [None]
+    assert seen == [0]
 
 
-class Notes(Silent):
+class Notes(NoProgress):
     def __init__(self):
         self.lines = []
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import TINY_DATA
-from lasnn.checkpoint import digest, load_weights
+from lasnn.weights import digest, load_weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 

@@ -8,7 +8,8 @@ import typer.main
 
 from common import ROOT
 from lasnn import cli
-from lasnn.recipe import (
+from lasnn.recipe.messages import fields
+from lasnn.recipe.schema import (
     AugmentTable,
     DataTable,
     DistillTable,
@@ -18,7 +19,6 @@ from lasnn.recipe import (
     Recipe,
     StudentTable,
     TeacherTable,
-    fields,
 )
 
 TABLES = {

@@ -5,16 +5,21 @@ import torch
 from test_measure import images, small
 
 from lasnn.errors import UserError
-from lasnn.evaluation import evaluate, load_run, merge
-from lasnn.measure import Counter, Exit, Tally, measure, speed
-from lasnn.network import Student, build, snn_units
+from lasnn.evaluation.evaluate import evaluate, load_run, merge
+from lasnn.evaluation.measure import measure
+from lasnn.evaluation.metrics import AccuracyMetrics, EarlyExit
+from lasnn.evaluation.operations import OperationCounter
+from lasnn.evaluation.speed import speed
+from lasnn.network.staged import build
+from lasnn.network.student import Student
+from lasnn.network.units import snn_units
 from lasnn.registry import encoders
 
 OPTIONS = {"batch_size": 16, "seed": 3}
 
 
 def test_classes_confusion_and_calibration_by_hand():
-    tally = Tally(3)
+    tally = AccuracyMetrics(3)
     confident, unsure = torch.tensor([0.98, 0.01, 0.01]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
     tally.add(torch.stack([confident, confident, unsure]), torch.tensor([0, 1, 0]))
     # A second batch, of another class: no image of class 2 is ever seen.
@@ -28,7 +33,7 @@ def test_classes_confusion_and_calibration_by_hand():
 
 
 def test_a_confidence_of_one_and_one_on_a_border_are_counted():
-    tally = Tally(15)
+    tally = AccuracyMetrics(15)
     tally.add(torch.eye(15) * 100, torch.arange(15))
     tally.add(torch.zeros(1, 15), torch.tensor([0]))
     assert tally.bins[0].tolist() == [1, *[0] * 13, 15]
@@ -41,7 +46,7 @@ def test_silent_is_who_never_spiked_on_any_image():
     for steps in (1, 3):
         fired.clear()
         student.timesteps = steps
-        with Counter(student, steps) as counter, torch.no_grad():
+        with OperationCounter(student, steps) as counter, torch.no_grad():
             hooks = [
                 unit.register_forward_hook(
                     lambda _, __, spikes, name=name: fired.update(
@@ -88,7 +93,7 @@ def test_early_exit_is_the_run_that_stops():
 
 
 def test_an_unreachable_threshold_takes_every_step():
-    early = Exit(1.0)
+    early = EarlyExit(1.0)
     early.add(torch.zeros(3, 2, 5), torch.tensor([0, 1]), torch.ones(3, 2).cumsum(0))
     assert early.result() == {"threshold": 1.0, "mean_steps": 3.0, "accuracy": 0.5, "energy_uj": 3.0}
 
@@ -131,7 +136,7 @@ def test_operations_are_those_of_spikingjelly():
     with torch.no_grad():
         with counters.DispatchCounterMode([theirs]):
             student.steps(batch, generator=torch.Generator().manual_seed(5))
-        with Counter(student, 3) as ours:
+        with OperationCounter(student, 3) as ours:
             student.steps(batch, generator=torch.Generator().manual_seed(5))
     assert ours.after(3)["operations"]["additions"] * 4 == theirs.get_total() > 10_000
 

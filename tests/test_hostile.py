@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lasnn import checkpoint
+from lasnn import weights
 from lasnn.errors import UserError
 from lasnn.plan import Plan, read_plan
-from lasnn.recipe import shipped
+from lasnn.recipe.load import shipped
 
 # The same examples every time; no shrinking, which would read hundreds of recipes more.
 QUIET = settings(
@@ -293,13 +293,13 @@ def damaged(path, load, examples):
 
 
 FILES = {
-    "last.pt": (lambda path: checkpoint.save_state(path, a_state()), checkpoint.load_state),
+    "last.pt": (lambda path: weights.save_state(path, a_state()), weights.load_state),
     "student.safetensors": (
-        lambda path: checkpoint.save_weights(path, a_state()["module"], {"architecture": "vgg9", "recipe": TEXTS[0]}),
-        checkpoint.load_weights,
+        lambda path: weights.save_weights(path, a_state()["module"], {"architecture": "vgg9", "recipe": TEXTS[0]}),
+        weights.load_weights,
     ),
     # A teacher's checkpoint of somebody else.
-    "teacher.pth": (lambda path: torch.save(a_state()["module"], path), checkpoint.load_weights),
+    "teacher.pth": (lambda path: torch.save(a_state()["module"], path), weights.load_weights),
 }
 
 
@@ -321,14 +321,14 @@ def test_thousands_of_damaged_files_are_found(tmp_path, name):
 def test_every_bit_of_a_small_file_of_weights(tmp_path):
     """All single flips: none of them is missed, in the header, the description or the weights."""
     path = tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, {"a": torch.arange(3.0), "n": torch.tensor(3)}, {"architecture": "vgg9"})
-    whole, wanted = path.read_bytes(), checkpoint.load_weights(path)
+    weights.save_weights(path, {"a": torch.arange(3.0), "n": torch.tensor(3)}, {"architecture": "vgg9"})
+    whole, wanted = path.read_bytes(), weights.load_weights(path)
     for bit in range(8 * len(whole)):
         content = bytearray(whole)
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
         try:
-            assert same(checkpoint.load_weights(path), wanted), f"bit {bit}"
+            assert same(weights.load_weights(path), wanted), f"bit {bit}"
         except UserError as error:
             problem = str(error)
         else:

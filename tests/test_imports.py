@@ -8,19 +8,18 @@ from common import ROOT
 
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
-    {"errors", "random", "anomaly", "kernels", "__init__"},
-    {"registry", "checkpoint", "distributed", "lock"},
+    {"errors", "random", "kernels", "__init__"},
+    {"registry", "processes", "files", "lock", "weights"},
     {"neuron", "encoder", "activation", "callback"},
     {"network"},
     {"architecture", "data", "loss"},
     {"recipe"},
+    {"factory", "memory", "compatibility"},
     {"plan"},
-    {"measure", "conversion"},
     {"run"},
-    {"display"},
-    {"distillation", "evaluation", "export", "bench"},
-    {"matched"},
-    {"compare", "report"},
+    {"evaluation"},
+    {"training", "export", "console"},
+    {"bench", "compare", "report"},
     {"cli", "__main__"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

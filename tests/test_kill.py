@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from common import TINY, TINY_DATA, Command
-from lasnn import checkpoint
+from lasnn.weights import load_state
 
 EPOCHS = 4
 # Every step is saved, so that kills fall into saves as well, and a resumed run goes on in the middle of an epoch.
@@ -28,7 +28,7 @@ COMMAND = ("distill", "tiny.toml", "--out", "run", "--resume")
 
 # Forks of a process that has imported lasnn and done nothing since: autograd's threads would not survive a fork.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lasnn.cli", "lasnn.distillation", "lasnn.display"])
+SERVER.set_forkserver_preload(["lasnn.cli", "lasnn.training.distill", "lasnn.console"])
 
 
 class Forked:
@@ -135,7 +135,7 @@ def kill_and_resume(folder, start, signum, kills, seed):
         hit["kills"] += 1
         if (run / "last.pt").is_file():
             # What is there is whole, whenever the kill came.
-            state = checkpoint.load_state(run / "last.pt")
+            state = load_state(run / "last.pt")
             hit[state["phase"]] += 1
             hit["inside an epoch"] += state["step"] > 0
     process = start(folder, *COMMAND)

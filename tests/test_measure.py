@@ -7,8 +7,12 @@ from torch import nn
 
 from lasnn import Staged
 from lasnn.data import Images
-from lasnn.measure import Counter, accuracy, measure, teacher_energy_uj
-from lasnn.network import Student, Teacher, ann_units, build, snn_units
+from lasnn.evaluation.measure import accuracy, measure
+from lasnn.evaluation.operations import OperationCounter, teacher_energy_uj
+from lasnn.network.staged import build
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import ann_units, snn_units
 from lasnn.registry import encoders
 
 
@@ -44,7 +48,7 @@ def test_operations_against_brute_force(encoder):
     batch = data.pixels.float() / 255
     with torch.no_grad():
         draws = torch.Generator().manual_seed(5)
-        with Counter(student, 3) as counter:
+        with OperationCounter(student, 3) as counter:
             student.steps(batch, generator=draws)
         draws = torch.Generator().manual_seed(5)
         _, taps = student.steps(batch, ["stage1", "stage2", "stage3"], draws)
@@ -77,7 +81,7 @@ def test_a_real_valued_layer_at_every_step_costs_t_times():
     stages = {"stage1": nn.Sequential(act(2), nn.Sigmoid(), nn.Conv2d(2, 4, 1, bias=False), act(4))}
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
     student = Student(Staged(stages, head), encoders.build("direct", (0.5, 0.5), (0.25, 0.25)), 3).eval()
-    with torch.no_grad(), Counter(student, 3) as counter:
+    with torch.no_grad(), OperationCounter(student, 3) as counter:
         student.steps(images().pixels.float() / 255)
     assert counter.after(3)["operations"]["multiply_additions"] == 3 * 12 * 12 * 8
 
@@ -96,7 +100,7 @@ def test_one_pass_gives_the_accuracy_at_every_t(encoder):
 
 def test_hooks_leave_no_trace():
     student = small()
-    with Counter(student, 3):
+    with OperationCounter(student, 3):
         pass
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in student.modules())
 

@@ -8,15 +8,19 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import cli, distill, distillation, network
-from lasnn.distillation import Stopped
+from lasnn import cli, distill
 from lasnn.errors import UserError, out_of_memory
 from lasnn.kernels import reference
 from lasnn.loss import attention, reading_of
-from lasnn.network import Student, build, running_statistics_pooled, snn_units
-from lasnn.plan import parts_of, read_plan
+from lasnn.network import time
+from lasnn.network.staged import build
+from lasnn.network.student import Student
+from lasnn.network.time_chunks import running_statistics_pooled
+from lasnn.network.units import snn_units
+from lasnn.plan import micro_batches, read_plan
 from lasnn.random import generator
 from lasnn.registry import encoders, losses
+from lasnn.training.stop import Stopped
 
 # Without batch norm a batch's gradient is the mean of its images' gradients, however they are grouped.
 PLAIN = '''
@@ -61,7 +65,7 @@ def test_the_gradient_is_the_mean_over_the_batch(plain):
 )
 def test_how_many_parts(tiny, images, batch, accumulate, parts):
     recipe = read_plan(tiny, [f"data.batch_size={batch}", f"data.accumulate={accumulate}"]).recipe
-    assert parts_of(images, recipe) == parts
+    assert micro_batches(images, recipe) == parts
 
 
 def test_more_parts_than_images(tiny):
@@ -132,7 +136,9 @@ def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, 
         return (features["stage1"].sum(2) * torch.linspace(0, 1, 8)).square().mean() + logits.square().mean()
 
     chunked = gradients(student(encoder, architecture, neuron), 4, of_steps)
-    monkeypatch.setattr(network, "again_backward", lambda _, function, *args, **options: function(*args, **options))
+    monkeypatch.setattr(
+        "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
+    )
     monkeypatch.setattr("lasnn.neuron.lif", reference.lif)
     plain = gradients(student(encoder, architecture, neuron), 4, of_steps)
     assert max(value.abs().max() for name, value in plain.items() if name.endswith("weight")) > 1e-3
@@ -141,12 +147,12 @@ def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, 
 
 def test_gradients_flow_through_the_carried_voltages(monkeypatch):
     whole = gradients(student("poisson"), 4)
-    carried = network.Clock.carried
+    carried = time.TimeContext.carry_state
 
     def cut(self, voltages, start=0):
         return carried(self, {name: value.detach() for name, value in voltages.items()}, start)
 
-    monkeypatch.setattr(network.Clock, "carried", cut)
+    monkeypatch.setattr(time.TimeContext, "carry_state", cut)
     detached = gradients(student("poisson"), 4)
     name = "network.stage1.0.weight"
     assert torch.equal(whole["logits"], detached["logits"])
@@ -214,7 +220,9 @@ def test_what_layers_draw_is_the_same_again(monkeypatch):
         net.train()
         torch.manual_seed(3)
         values.append(gradients(net, 4))
-        monkeypatch.setattr(network, "again_backward", lambda _, function, *args, **options: function(*args, **options))
+        monkeypatch.setattr(
+            "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
+        )
     assert_equal(*values)
 
 
@@ -358,7 +366,7 @@ def test_other_errors_are_not_taken_for_it():
 
 def test_freed_blocks_are_given_back_where_time_is_in_chunks(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(distillation, "return_large_blocks", lambda: asked.append(True))
+    monkeypatch.setattr("lasnn.training.distill.return_large_blocks", lambda: asked.append(True))
     settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", "distill.time_chunk=1"]
     distill(tiny, overrides=settings)
     assert asked

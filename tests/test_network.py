@@ -9,7 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lasnn import Staged, architectures
 from lasnn.errors import UserError
 from lasnn.kernels import lif
-from lasnn.network import Clock, NormActivate, NormSpike, Student, Teacher, ann_units, build, probe, snn_units
+from lasnn.network.staged import build, probe
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.time import TimeContext
+from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
 from lasnn.neuron import LIF
 from lasnn.random import generator
 from lasnn.registry import encoders
@@ -247,7 +251,7 @@ def test_a_neuron_with_a_forward_of_its_own_is_not_fused():
             return super().forward(2 * current, v0, timesteps)
 
     torch.manual_seed(0)
-    clock = Clock(3, 2)
+    clock = TimeContext(3, 2)
     units = [NormSpike(4, neuron, clock) for neuron in (LIF(), Doubled(), LIF(threshold=0.5))]
     assert [unit.fused for unit in units] == [True, False, True]
     y = torch.randn(6, 4, 5, 5)
@@ -258,7 +262,7 @@ def test_a_neuron_with_a_forward_of_its_own_is_not_fused():
 
 def test_the_fused_unit_is_batch_norm_then_neuron():
     torch.manual_seed(0)
-    unit = NormSpike(4, LIF(tau=3.0, v_reset=-0.25), Clock(3, 2))
+    unit = NormSpike(4, LIF(tau=3.0, v_reset=-0.25), TimeContext(3, 2))
     norm = nn.BatchNorm2d(4)
     for training in (True, True, False):
         y = torch.randn(6, 4, 5, 5) + 1
@@ -331,7 +335,7 @@ def test_a_long_evaluation_in_pieces_has_the_spikes_of_the_whole(architecture, e
     network.register_forward_hook(lambda *_: lengths.append(network.clock.steps))
     found = []
     for piece in (8, 19):
-        monkeypatch.setattr("lasnn.network.PIECE", piece)
+        monkeypatch.setattr("lasnn.network.student.TIME_CHUNK", piece)
         with torch.no_grad():
             found.append(student.steps(images, ["stage1"], generator(1)))
     assert lengths == [8, 8, 3, 19]

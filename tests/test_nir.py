@@ -16,7 +16,8 @@ from lasnn.errors import UserError
 from lasnn.export import Disagreement, export, nir_graph
 from lasnn.export.nir_graph import DT
 from lasnn.export.nir_graph import build as to_nir
-from lasnn.network import NormSpike, build, snn_units
+from lasnn.network.staged import build
+from lasnn.network.units import NormSpike, snn_units
 from lasnn.neuron import IF, LIF
 
 T, B, K = 4, 3, 5

@@ -11,7 +11,7 @@ from lasnn.export import export
 from lasnn.export.nir import READERS, NirExporter
 from lasnn.export.nir_graph import DT
 from lasnn.export.verification import Verification, samples
-from lasnn.plan import load_data
+from lasnn.factory import load_data
 
 pytestmark = pytest.mark.full
 

@@ -7,9 +7,11 @@ from safetensors.torch import save_file
 from common import TINY
 from lasnn import augmentations, losses
 from lasnn.errors import UserError
-from lasnn.network import ann_units, build
-from lasnn.plan import make_plan, pick_device
-from lasnn.recipe import Recipe
+from lasnn.factory import pick_device
+from lasnn.network.staged import build
+from lasnn.network.units import ann_units
+from lasnn.plan import make_plan
+from lasnn.recipe.schema import Recipe
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_memory_grows_with_batch_and_time(plain):
 
 def test_memory_is_of_the_size_of_what_autograd_keeps(plain):
     """The estimate on the meta device is what a real forward pass saves."""
-    from lasnn.plan import make_data, make_student
+    from lasnn.factory import make_data, make_student
 
     recipe = Recipe.load(plain)
     student = make_student(recipe, make_data(recipe)).train()

@@ -4,7 +4,9 @@ import pytest
 
 from common import TINY
 from lasnn.errors import UserError
-from lasnn.recipe import Recipe, Training, dump_toml, fields, shipped
+from lasnn.recipe.load import dump_toml, shipped
+from lasnn.recipe.messages import fields
+from lasnn.recipe.schema import Recipe, Training
 
 
 def problems(path, *overrides):

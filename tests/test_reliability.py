@@ -13,11 +13,12 @@ import torch
 from test_distillation import Notes, StopAt, digest, without_times
 
 from common import TINY, TINY_DATA, Command
-from lasnn import checkpoint, distill, lock
+from lasnn import distill, files, lock, weights
 from lasnn.data import Images
-from lasnn.distillation import Stopped
 from lasnn.errors import MachineError, UserError
 from lasnn.run import status
+from lasnn.training import checkpoints
+from lasnn.training.stop import Stopped
 
 SHORT = ["teacher.epochs=1", "distill.epochs=2"]
 
@@ -50,7 +51,7 @@ def test_a_disk_that_is_full_costs_one_save(tiny, monkeypatch):
         monkeypatch.setattr(os, "fsync", real)
         assert not [name for name in os.listdir(out) if name.startswith(".")]
         if (tiny.parent / out / "last.pt").exists():
-            checkpoint.load_state(tiny.parent / out / "last.pt")
+            weights.load_state(tiny.parent / out / "last.pt")
         run = distill(tiny, out, overrides=SHORT, resume=True)
         assert digest(run / "student.safetensors") == digest(whole / "student.safetensors")
         assert without_times(run.metrics()) == without_times(whole.metrics())
@@ -126,29 +127,29 @@ def test_a_torn_last_line_is_repaired_on_resume(tiny):
 
 def test_a_metrics_line_that_cannot_be_written_leaves_the_others(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
-    checkpoint.append_line(path, '{"a": 1}')
+    files.append_line(path, '{"a": 1}')
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError):
-        checkpoint.append_line(path, '{"a": 2}')
+        files.append_line(path, '{"a": 2}')
     assert path.read_text() == '{"a": 1}\n'
 
 
 def test_a_state_goes_on_with_its_own_images_and_teacher_only(tiny, monkeypatch):
     run = stopped(tiny)
-    state = checkpoint.load_state(run / "last.pt")
-    assert state["teacher"] == checkpoint.digest(checkpoint.load_weights(run / "teacher.safetensors")[0])
-    weights, description = checkpoint.load_weights(run / "teacher.safetensors")
-    other = {**weights, next(iter(weights)): next(iter(weights.values())) + 1}
-    checkpoint.save_weights(run / "teacher.safetensors", other, description)
+    state = weights.load_state(run / "last.pt")
+    assert state["teacher"] == weights.digest(weights.load_weights(run / "teacher.safetensors")[0])
+    kept, description = weights.load_weights(run / "teacher.safetensors")
+    other = {**kept, next(iter(kept)): next(iter(kept.values())) + 1}
+    weights.save_weights(run / "teacher.safetensors", other, description)
     with pytest.raises(
         UserError, match=r"last.pt cannot be resumed: the weights in .*teacher.safetensors are not those"
     ):
         distill(tiny, "out", overrides=SHORT, resume=True)
-    checkpoint.save_weights(run / "teacher.safetensors", weights, description)
+    weights.save_weights(run / "teacher.safetensors", kept, description)
     monkeypatch.setattr(Images, "fingerprint", lambda self: "other images")
     with pytest.raises(UserError, match=r"last.pt cannot be resumed: the training images are not those"):
         distill(tiny, "out", overrides=SHORT, resume=True)
@@ -165,14 +166,14 @@ def test_a_state_goes_on_with_its_own_images_and_teacher_only(tiny, monkeypatch)
 )
 def test_a_state_that_is_whole_but_made_up(tiny, change, message):
     run = stopped(tiny)
-    checkpoint.save_state(run / "last.pt", {**checkpoint.load_state(run / "last.pt"), **change})
+    weights.save_state(run / "last.pt", {**weights.load_state(run / "last.pt"), **change})
     with pytest.raises(UserError, match=f"last.pt .*{re.escape(message)}"):
         distill(tiny, "out", overrides=SHORT, resume=True)
 
 
 def test_minutes_between_saves(tiny, monkeypatch):
     saves = []
-    monkeypatch.setattr(checkpoint, "save_state", lambda path, state: saves.append((state["epoch"], state["step"])))
+    monkeypatch.setattr(checkpoints, "save_state", lambda path, state: saves.append((state["epoch"], state["step"])))
     distill(tiny, overrides=[*SHORT, "teacher.epochs=1", "distill.epochs=1"])
     assert saves == [(1, 0), (1, 0)], "ten minutes are long"
     saves.clear()
@@ -188,7 +189,7 @@ def test_deterministic_runs_are_the_same_to_the_last_bit_or_refused(tiny):
     for _ in range(2):
         shutil.rmtree("runs", ignore_errors=True)
         run = distill(tiny, overrides=settings)
-        hashes.append([checkpoint.digest(checkpoint.load_weights(run / f"{who}.safetensors")[0]) for who in NETWORKS])
+        hashes.append([weights.digest(weights.load_weights(run / f"{who}.safetensors")[0]) for who in NETWORKS])
     assert hashes[0] == hashes[1]
     assert not torch.are_deterministic_algorithms_enabled(), "as it was before"
     (tiny.parent / "drawn.py").write_text(

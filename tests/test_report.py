@@ -19,14 +19,14 @@ from PIL import Image
 
 from common import ROOT, TINY, TINY_DATA
 from lasnn.data import Batches
-from lasnn.distillation import distill
 from lasnn.errors import UserError
-from lasnn.evaluation import evaluate, load_run
-from lasnn.plan import load_data
+from lasnn.evaluation.evaluate import evaluate, load_run
+from lasnn.factory import load_data
 from lasnn.report import report
 from lasnn.report.chart import Series, apart, lines, ticks
 from lasnn.report.facts import measure_teacher
 from lasnn.report.picture import heat, palette, photo
+from lasnn.training.distill import distill
 
 # Random pixels: as many classes and channels as a test asks for, and names that a page must not believe.
 ODD_DATA = '''

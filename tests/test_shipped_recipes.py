@@ -12,9 +12,10 @@ from lasnn.data.cifar import Cifar10, Cifar100
 from lasnn.data.fashion_mnist import FashionMnist, FashionMnistMini
 from lasnn.data.idx import write_idx
 from lasnn.data.tiny_imagenet import TinyImageNet
-from lasnn.distillation import distill
 from lasnn.plan import make_plan
-from lasnn.recipe import Recipe, shipped, summary
+from lasnn.recipe.load import shipped, summary
+from lasnn.recipe.schema import Recipe
+from lasnn.training.distill import distill
 
 TRAIN, TEST, BATCH = 100, 20, 50
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from common import TINY
 from lasnn import load_run, teachers
 from lasnn.errors import UserError
-from lasnn.network import Borrowed, Teacher, probe
+from lasnn.network.staged import StagedView, probe
+from lasnn.network.teacher import Teacher
 from lasnn.plan import make_plan
-from lasnn.recipe import Recipe
+from lasnn.recipe.schema import Recipe
 
 MODELS = teachers["torchvision"].options["model"].annotation.__args__
 
@@ -177,7 +178,7 @@ def test_a_plugins_own_network_teaches():
         network.body = torch.nn.Conv2d(in_channels, 4, 3)
         network.top = torch.nn.Linear(4, num_classes)
         head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), network.top)
-        return Borrowed(network, {"stage1": network.body}, head, mean=[0.1], std=[0.5])
+        return StagedView(network, {"stage1": network.body}, head, mean=[0.1], std=[0.5])
 
     with torch.device("meta"):
         network = teachers.build("mine", in_channels=1, num_classes=3)

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.kernels import BatchNorm2d
-from lasnn.network import Act, Staged
+from lasnn.network.staged import Staged
+from lasnn.network.units import Act
 from lasnn.registry import architectures
 
 Width = Annotated[int, Field(ge=1)]

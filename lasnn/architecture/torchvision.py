@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.network import Borrowed
+from lasnn.network.staged import StagedView
 from lasnn.registry import teachers
 
 Colour = list[Annotated[float, Field(ge=0, le=1)]] | None
@@ -65,7 +65,7 @@ def torchvision(
     repeat_grey: bool = True,
     mean: Colour = None,
     std: Deviation = None,
-) -> Borrowed:
+) -> StagedView:
     """A ResNet or VGG of torchvision, by the name of its `model`; weights files keep torchvision's keys.
 
     `stem = "small"` is the usual change for small images, to a ResNet: a 3 x 3 first convolution of stride 1, no
@@ -87,7 +87,7 @@ def torchvision(
     network = get_model(model, weights=None, num_classes=num_classes)
     family = _vgg if model.startswith("vgg") else _resnet
     first, stages, head = family(network, model, channels, stem)
-    return Borrowed(network, stages, head, nn.Sequential(Fit(channels, resize), *first), mean=mean, std=std)
+    return StagedView(network, stages, head, nn.Sequential(Fit(channels, resize), *first), mean=mean, std=std)
 
 
 def _resnet(network: nn.Module, model: str, channels: int, stem: str) -> tuple[list, dict[str, nn.Module], nn.Module]:

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from lasnn.network import Act, Staged
+from lasnn.network.staged import Staged
+from lasnn.network.units import Act
 from lasnn.registry import architectures
 
 Pool = Literal["avg", "max"]

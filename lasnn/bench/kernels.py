@@ -21,9 +21,9 @@ from lasnn import kernels
 from lasnn.bench.report import COLUMNS, has_section, markers
 from lasnn.bench.timing import Times, copy_gb_per_s, kept_bytes, take_turns
 from lasnn.errors import UserError, unknown
+from lasnn.factory import pick_device
 from lasnn.kernels import reference
 from lasnn.kernels.layout import stretches
-from lasnn.plan import pick_device
 from lasnn.run import environment
 
 OPS = ("lif", "norm_lif", "norm_lif+residual", "norm_lif+constant", "attention_map")

@@ -41,7 +41,7 @@ def measure(device: str, batch_size: int, precision: str, tell: Callable[[str], 
     """
     import torch
 
-    from lasnn.plan import pick_device
+    from lasnn.factory import pick_device
 
     try:
         found = pick_device(device)
@@ -114,12 +114,12 @@ def _run(case: dict[str, Any], architecture: str = "vgg9", width: int = 16) -> d
     import torch
 
     from lasnn.data import Dataset, Images
-    from lasnn.distillation import distill
-    from lasnn.measure import forget_peak, peak_memory
+    from lasnn.evaluation.speed import forget_peak, peak_memory
     from lasnn.plan import read_plan
     from lasnn.random import generator
-    from lasnn.recipe import Recipe
+    from lasnn.recipe.schema import Recipe
     from lasnn.registry import datasets
+    from lasnn.training.distill import distill
 
     @datasets.register("random-images")
     class RandomImages(Dataset):

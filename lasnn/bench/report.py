@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lasnn import checkpoint
 from lasnn.errors import MachineError
 
 # A row of the result, in the order of the CSV file.
@@ -127,7 +126,7 @@ def save(result: Mapping[str, Any], out: Path, write: Path | None = None) -> lis
     if write is not None:
         files[write] = replaced(write.read_text(encoding="utf-8"), kind, markdown(result))
     for path, content in files.items():
-        checkpoint.write(path, content)
+        files.write(path, content)
     return list(files)
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from lasnn.errors import UserError
-from lasnn.registry import augmentations, blaming
+from lasnn.registry import augmentations, translate_errors
 
 Pixels = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1)]
@@ -83,7 +83,7 @@ class Augmentation:
             targets = F.one_hot(targets, self.num_classes).float()
         for entry, options in self.steps:
             given = {"images": images, "targets": targets, "mean": self.mean, "generator": generator}
-            with blaming(entry):
+            with translate_errors(entry):
                 result = entry.function(*(given[name] for name in entry.inputs), **options)
                 images, targets = result if "targets" in entry.inputs else (result, targets)
         return images, targets

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasnn import checkpoint
+from lasnn import weights
 from lasnn.errors import UserError
 
 # Of images that cannot be read, so many are named.
@@ -49,7 +49,7 @@ class Images:
 
     def fingerprint(self) -> str:
         """What tells these images from others: of their content, not of where they lie."""
-        return checkpoint.digest({"pixels": self.pixels.cpu(), "labels": self.labels.cpu()})
+        return weights.digest({"pixels": self.pixels.cpu(), "labels": self.labels.cpu()})
 
     def batches(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels uint8 [b, C, H, W] and labels [b] of each of several choices of images, given on the CPU."""

@@ -4,13 +4,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lasnn.checkpoint import replacing
 from lasnn.errors import MachineError, UserError, unknown
 from lasnn.export import nir, onnx, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import Agreement, Verification, samples
-from lasnn.plan import load_data
-from lasnn.registry import blaming, exporters
+from lasnn.factory import load_data
+from lasnn.files import atomic_replace
+from lasnn.registry import exporters, translate_errors
 from lasnn.run import Run, load_run
 
 __all__ = ["Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
@@ -56,11 +56,11 @@ def export(
     if not isinstance(run, Run) or run.device.type != "cpu":
         run = load_run(run.folder.path if isinstance(run, Run) else run)
     exporter, path = _prepare(run, form, timesteps, None if out is None else Path(out), force)
-    with blaming(exporters[form]):
+    with translate_errors(exporters[form]):
         exporter.check()
     _, test, _ = load_data(run.recipe, run.data, run.device)
-    with replacing(path) as temporary:
-        with blaming(exporters[form]):
+    with atomic_replace(path) as temporary:
+        with translate_errors(exporters[form]):
             exporter.write(temporary)
             readers = exporter.readers(temporary)
         checks = [Verification(reader, exporter.student) for reader in readers]

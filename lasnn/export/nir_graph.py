@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import folded
-from lasnn.network import NormSpike, Staged
+from lasnn.network.staged import Staged
+from lasnn.network.units import NormSpike
 from lasnn.neuron import Neuron
 
 # One time step, in seconds; snnTorch knows no other.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lasnn.kernels.functional import folded
-from lasnn.network import Clock, NormSpike, Student
+from lasnn.network.student import Student
+from lasnn.network.time import TimeContext
+from lasnn.network.units import NormSpike
 from lasnn.neuron import Neuron
 
 
@@ -34,7 +36,7 @@ class PlainUnit(nn.Module):
     A neuron with a `forward` of its own is called as it is.
     """
 
-    def __init__(self, unit: NormSpike, clock: Clock, trace: Trace):
+    def __init__(self, unit: NormSpike, clock: TimeContext, trace: Trace):
         super().__init__()
         self.name, self.clock, self.trace = unit.name, clock, trace
         self.own = getattr(type(unit.neuron), "forward", None) is not Neuron.forward

@@ -7,7 +7,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lasnn import checkpoint
+from lasnn import weights
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import observe
 from lasnn.registry import exporters
@@ -21,7 +21,7 @@ class SafetensorsExporter(Exporter):
     suffix = ".safetensors"
 
     def write(self, path: Path) -> None:
-        checkpoint.save_weights(path, self.student.network.state_dict(), self.description())
+        weights.save_weights(path, self.student.network.state_dict(), self.description())
 
     def readers(self, path: Path) -> Sequence[Reader]:
         loaded = load_run(path).student

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lasnn.data import Images, Streamed
 from lasnn.export.exporter import Reader, Sample
-from lasnn.network import NormSpike, Student
+from lasnn.network.student import Student
+from lasnn.network.units import NormSpike
 from lasnn.random import generator
 
 # Test images that a reader is held against, spread evenly over the test set.

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lasnn import checkpoint
-from lasnn.conversion import check_options
+from lasnn import files
 from lasnn.errors import UserError
-from lasnn.evaluation import check_conversion, load_run
+from lasnn.evaluation.conversion import check_options
+from lasnn.evaluation.evaluate import check_conversion, load_run
 from lasnn.report.facts import Tell, at_trained, gather
 from lasnn.report.render import render
 from lasnn.run import Run, resume_command
@@ -71,7 +71,7 @@ def report(
     method = {None: "qcfs" if learnt else "percentile", "none": None}.get(converted, converted)
     facts = gather(run, steps, method, longest, tell)
     page = render(facts)
-    checkpoint.write(path, page)
+    files.write(path, page)
     return {"file": str(path), "bytes": len(page.encode()), **headline(facts)}
 
 

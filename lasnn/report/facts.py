@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lasnn.conversion import Method, convert
 from lasnn.data import Batches
 from lasnn.errors import UserError
-from lasnn.evaluation import check_conversion
+from lasnn.evaluation.conversion import Method, convert
+from lasnn.evaluation.evaluate import check_conversion
+from lasnn.evaluation.measure import measure
+from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
+from lasnn.evaluation.operations import PJ_MULTIPLY_ADD, teacher_energy_uj
+from lasnn.factory import load_data
 from lasnn.kernels import attention_map
 from lasnn.loss import same_size
-from lasnn.measure import CONFIDENCE_BINS, PJ_MULTIPLY_ADD, Exit, Tally, measure, teacher_energy_uj
-from lasnn.network import NormActivate, Staged
-from lasnn.plan import count_parameters, load_data, pair_stages
+from lasnn.memory import count_parameters
+from lasnn.network.staged import Staged
+from lasnn.network.units import NormActivate
+from lasnn.plan import pair_stages
 from lasnn.random import generator
 from lasnn.run import Run, environment
 
@@ -112,7 +117,7 @@ class Answers:
     """What a network answers on each test image, in the images' order."""
 
     def __init__(self, classes: int):
-        self.tally = Tally(classes)
+        self.tally = AccuracyMetrics(classes)
         self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
@@ -122,7 +127,7 @@ class Answers:
         self.batches.append((labels.cpu(), answer.cpu(), confidence.cpu()))
 
     def result(self) -> dict[str, Any]:
-        """`Tally.result`, the `bins` of confidence, and `labels`, `answers` and `confidences` of all images [N]."""
+        """`AccuracyMetrics.result`, the `bins` of confidence; `labels`, `answers`, `confidences` of all images [N]."""
         labels, answers, confidences = (torch.cat(parts) for parts in zip(*self.batches, strict=True))
         count, confidence, right = self.tally.bins.tolist()
         bins = [
@@ -142,7 +147,7 @@ def measure_student(run: Run, test: Any, timesteps: list[int]) -> tuple[dict[str
     """The student's answers at the training's T, with `exits` where it can stop early, and `measure`'s results."""
     trained, causal = run.recipe.student.timesteps, run.student.encoder.causal
     answers = Answers(len(run.data.classes))
-    exits = [Exit(threshold) for threshold in EXITS] if causal and trained > 1 else []
+    exits = [EarlyExit(threshold) for threshold in EXITS] if causal and trained > 1 else []
 
     def watch(means: Tensor, labels: Tensor, energy: Tensor) -> None:
         if len(means) != trained and not causal:

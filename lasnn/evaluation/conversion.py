@@ -26,7 +26,10 @@ from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
 from lasnn.errors import MachineError, UserError, unknown
-from lasnn.network import NormActivate, NormSpike, Staged, Student, Teacher
+from lasnn.network.staged import Staged
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import NormActivate, NormSpike
 from lasnn.neuron import IF
 
 Method = Literal["maxnorm", "percentile", "qcfs"]
@@ -97,7 +100,7 @@ class Converted(Student):
         x = self.encoder(images, 1, generator)
         pieces, voltages = [], {}
         for start in range(0, self.timesteps, CHUNK):
-            with self.network.clock.carried(voltages, start) as voltages:
+            with self.network.clock.carry_state(voltages, start) as voltages:
                 pieces.append(self.network(x, min(CHUNK, self.timesteps - start), taps))
         logits, features = zip(*pieces, strict=True)
         return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}

@@ -5,10 +5,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lasnn.conversion import Converted, Method, check, check_options, convert
 from lasnn.errors import UserError
-from lasnn.measure import dense_operations, measure, speed, teacher_energy_uj
-from lasnn.plan import load_data
+from lasnn.evaluation.conversion import Converted, Method, check, check_options, convert
+from lasnn.evaluation.measure import measure
+from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
+from lasnn.evaluation.speed import speed
+from lasnn.factory import load_data
 from lasnn.run import Run, environment, load_run
 
 __all__ = ["Run", "evaluate", "load_run"]
@@ -36,15 +38,15 @@ def evaluate(
         run: a run folder, or what `load_run` returned; None is the newest folder under `runs/`.
         timesteps: T, or several; None is the T of the training, for a conversion 1, 2, 4, ..., 256.
         converted: measure the run's teacher, converted by this method, in the student's place.
-        percentile, membrane_start: of the conversion, as for `lasnn.conversion.convert`.
+        percentile, membrane_start: of the conversion, as for `lasnn.evaluation.conversion.convert`.
         early_exit: also stop each image once the largest class probability reaches this, in (0, 1].
         draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
         brief: leave out what needs runs of its own at each T, `operations.dense`, `images_per_second`, `latency_ms` and
             `peak_memory_mib`: many T then cost no more than the longest.
 
     Returns:
-        One dict for each T, as `lasnn.measure.measure` returns it, and in it `operations.dense`, `images_per_second`,
-        `latency_ms` and `peak_memory_mib` (see `lasnn.measure.speed`), of the teacher `teacher_accuracy` and
+        One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it `operations.dense`, `images_per_second`,
+        `latency_ms` and `peak_memory_mib` (see `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and
         `teacher_energy_uj`. Where the encoder draws, every figure is the mean over the draws, `accuracies` has each and
         `accuracy_deviation` their standard deviation. A conversion has `converted`: its method, options, thresholds and
         number of calibration images.
@@ -138,7 +140,7 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
     """Check that a run's teacher can be converted; nothing is run.
 
     Args:
-        options: of `lasnn.conversion.check`.
+        options: of `lasnn.evaluation.conversion.check`.
 
     Raises:
         UserError: the run has no teacher, or one that cannot be converted.
@@ -151,7 +153,7 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
     check(run.teacher, method, (run.data.channels, run.data.height, run.data.width), **options)
 
 
-def smallest_match(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
+def first_reaching(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
     """The result of the smallest T, of those that `evaluate` returned, whose accuracy is at least `accuracy`.
 
     With `timesteps=range(1, 1025)` and `brief`, at the price of T = 1024 alone, no T is left out. None: it is not

@@ -9,20 +9,16 @@ import atexit
 import json
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from lasnn.errors import UserError
-from lasnn.kernels import BatchNorm2d
 
 T = TypeVar("T")
 
@@ -43,7 +39,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def numbered() -> tuple[int, ...]:
+def process_key() -> tuple[int, ...]:
     """What makes a key of random numbers this process's own; nothing in the main process, as in one alone."""
     return (rank(),) if rank() else ()
 
@@ -99,7 +95,7 @@ def _local_count() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def from_main(function: Callable[[], T]) -> T:
+def broadcast_from_main(function: Callable[[], T]) -> T:
     """What `function` returns in the main process, which alone calls it."""
     if world_size() == 1:
         return function()
@@ -108,14 +104,14 @@ def from_main(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def copy_from_main(module: nn.Module) -> None:
+def broadcast_parameters(module: nn.Module) -> None:
     """Give `module` the main process's parameters and buffers."""
     if world_size() > 1:
         for value in module.state_dict().values():
             dist.broadcast(value, src=0)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every process's value, in their order; tensors in it must be on the CPU."""
     if world_size() == 1:
         return [value]
@@ -124,7 +120,7 @@ def gathered(value: T) -> list[T]:
     return every
 
 
-def highest(*values: int) -> list[int]:
+def all_reduce_max(*values: int) -> list[int]:
     """The highest of all processes' values, each for itself; no GPU is waited for."""
     if world_size() == 1:
         return list(values)
@@ -133,7 +129,7 @@ def highest(*values: int) -> list[int]:
     return tensor.tolist()
 
 
-def summed(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of all processes' tensors."""
     if world_size() == 1:
         return values
@@ -142,91 +138,35 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
-def wait() -> None:
+def barrier() -> None:
     """Return once all processes are here."""
-    highest(0)
+    all_reduce_max(0)
 
 
 @contextmanager
-def by_main(context: AbstractContextManager[T]) -> Iterator[T]:
+def main_process_context(context: AbstractContextManager[T]) -> Iterator[T]:
     """Enter `context` in the main process alone; every process gets what it yields."""
     with ExitStack() as stack:
-        yield from_main(lambda: stack.enter_context(context))
+        yield broadcast_from_main(lambda: stack.enter_context(context))
 
 
 @contextmanager
-def in_turn() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Let the main process go first, then one on each other machine, then the rest: what they find on disk is whole."""
     turn = 0 if is_main() else 1 if _local_rank() == 0 else 2
     for _ in range(turn):
-        wait()
+        barrier()
     yield
     for _ in range(turn, 2):
-        wait()
+        barrier()
 
 
-def share(count: int) -> slice:
+def local_slice(count: int) -> slice:
     """Which of `count` things, as a batch's images, are this process's; they differ by one at most."""
     return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-class _Call(nn.Module):
-    """A function of a module as the forward pass of one, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]):
-        super().__init__()
-        self.module = module
-        self.function = function
-        # One that is never used: without any, DistributedDataParallel advises against looking for them.
-        self.unused = nn.Parameter(torch.zeros((), device=next(module.parameters()).device))
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
-
-
-def parallel(module: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, which runs `module`, such that all processes train the module together.
-
-    In the backward pass the gradients of what it returns are averaged over the processes, and batch norms in training
-    have the statistics of all processes' images.
-
-    Raises:
-        UserError: the module has batch norms whose statistics would stay each process's own.
-    """
-    if world_size() == 1:
-        return function
-    norms = {name: norm for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)}
-    known = (nn.BatchNorm2d, BatchNorm2d)
-    other = [f"{name} ({type(norm).__name__})" for name, norm in norms.items() if type(norm) not in known]
-    if other:
-        raise UserError(
-            f"in several processes these would normalise by a part of the batch each: {', '.join(other)}; use "
-            "nn.BatchNorm2d, or train in one process"
-        )
-    for norm in norms.values():
-        # In place: a network's stages may be views of its layers (see Borrowed).
-        norm.__class__ = BatchNorm2d
-        norm.group = dist.group.WORLD
-    with warnings.catch_warnings():
-        # Buffers are equal as they are; torch 2.14 has another name for saying so.
-        warnings.simplefilter("ignore", FutureWarning)
-        # Blocks that a forward pass leaves out are found in each. So the buckets stay as they are, too, and a resumed
-        # run adds up in the same order.
-        return DistributedDataParallel(_Call(module, function), broadcast_buffers=False, find_unused_parameters=True)
-
-
-def last_of(function: Callable[..., Any], last: bool) -> AbstractContextManager:
-    """Around a call of what `parallel` returned: where several gradients add up, the `last` one exchanges the sum."""
-    return nullcontext() if last or not isinstance(function, DistributedDataParallel) else function.no_sync()
-
-
-def nothing(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
-    """The loss of no image: 0, from a network's empty outputs, whose parameters get gradients as ever."""
-    tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
-    return torch.stack([tensor.sum().float() for tensor in tensors]).sum()
-
-
-def speaks(text: str) -> bool:
+def reports_failure(text: str) -> bool:
     """Whether this process is the one to tell the user of a failure: the first that fails.
 
     The others fail because of it, or in the same way. `text` is what torchrun's own report will show.

@@ -1,18 +1,11 @@
-"""Files that are whole or not there: written beside their place, flushed, then moved over it. No pickled code.
+"""Files of tensors, without pickled code: weights (safetensors, or what `torch.save` wrote) and states of trainings."""
 
-Weights are safetensors with their description in the metadata; a run's full state is a `.pt` of tensors and plain
-values, which loads with `weights_only=True`.
-"""
-
-import glob
 import hashlib
 import io
 import json
-import os
 import pickle
-import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,92 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lasnn import distributed
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import UserError
+from lasnn.files import write
 
-TORCH_SAVED = (".pth", ".pt")
 DIGEST_SIZE = hashlib.sha256().digest_size
+TORCH_SAVED = (".pth", ".pt")
 STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "net")
 SAVE_WEIGHTS = "save the weights alone: torch.save(network.state_dict(), file)"
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Replace the file at `path` in one step; a kill leaves the old content or the new one. Of several processes the
-    main one writes.
-
-    Raises:
-        MachineError: the disk is full, read-only or failing; the old file is untouched.
-    """
-    if not distributed.is_main():
-        return
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file beside `path`, of the same ending, that takes its place at the end of the block.
-
-    Where the block raises, the file is removed, unless the block has moved it.
-
-    Raises:
-        MachineError: the disk is full, read-only or failing; what was at `path` is untouched.
-    """
-    temporary = None
-    try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(descriptor)
-        temporary = Path(name)
-        # mkstemp makes files private; what a run leaves behind follows the user's umask like any other file.
-        os.umask(mask := os.umask(0))
-        temporary.chmod(0o666 & ~mask)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a kill left of files that were being written (see `replacing`); nobody may be writing them now."""
-    for name in names:
-        for stray in folder.glob(f".{glob.escape(name)}.????????{glob.escape(Path(name).suffix)}"):
-            stray.unlink(missing_ok=True)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk. Of several processes the main one writes.
-
-    Raises:
-        MachineError: the disk is full, read-only or failing; the lines before are as they were.
-    """
-    if not distributed.is_main():
-        return
-    size = None
-    try:
-        with path.open("ab") as file:
-            size = file.tell()
-            file.write(f"{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if size is not None:
-            os.truncate(path, size)
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
@@ -135,7 +49,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if path.suffix in TORCH_SAVED:
         return _load_torch_saved(path, "cpu"), {}
-    with _blaming(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+    with translate_file_errors(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
         description = _description(metadata)
@@ -154,7 +68,7 @@ def weight_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any
     """
     if path.suffix in TORCH_SAVED:
         return {name: tuple(value.shape) for name, value in _load_torch_saved(path, "meta").items()}, {}
-    with _blaming(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+    with translate_file_errors(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         return shapes, _description(file.metadata() or {})
 
@@ -167,7 +81,7 @@ def _description(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _blaming(path: Path, what: str) -> Iterator[None]:
+def translate_file_errors(path: Path, what: str) -> Iterator[None]:
     """Turn whatever a parser raises within the block into a line that names the file: a broken or hostile one can make
     it raise anything.
     """
@@ -184,7 +98,7 @@ def _blaming(path: Path, what: str) -> Iterator[None]:
 
 def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
     """The state dict in a file of `torch.save`: alone, or within a training state under one of the usual names."""
-    with _blaming(path, "a whole file of weights"):
+    with translate_file_errors(path, "a whole file of weights"):
         # Old files are no archives, and have no checksums.
         if device != "meta" and zipfile.is_zipfile(path):
             _check_archive(path)
@@ -230,7 +144,7 @@ def check_state(path: Path) -> None:
     Raises:
         UserError: it is not.
     """
-    with _blaming(path, "a whole checkpoint"):
+    with translate_file_errors(path, "a whole checkpoint"):
         content = path.read_bytes()
         if hashlib.sha256(content[:-DIGEST_SIZE]).digest() != content[-DIGEST_SIZE:]:
             raise ValueError("it is damaged, or lasnn did not write it")
@@ -243,7 +157,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         UserError: the file is damaged or holds code.
     """
     check_state(path)
-    with _blaming(path, "a whole checkpoint"):
+    with translate_file_errors(path, "a whole checkpoint"):
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():
             raise UserError(f"{path} is not the state of a run")

@@ -5,43 +5,43 @@ import zipfile
 import pytest
 import torch
 
-from lasnn import checkpoint
+from lasnn import files, weights
 from lasnn.errors import MachineError, UserError
 
 
 def test_weights_round_trip_with_their_description(tmp_path):
     path = tmp_path / "w.safetensors"
-    weights = {"a": torch.randn(3, 4), "b": torch.arange(5)}
-    checkpoint.save_weights(path, weights, {"num_classes": 10})
-    read, description = checkpoint.load_weights(path)
+    tensors = {"a": torch.randn(3, 4), "b": torch.arange(5)}
+    weights.save_weights(path, tensors, {"num_classes": 10})
+    read, description = weights.load_weights(path)
     assert description == {"num_classes": 10}
-    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
 
 
 def test_state_loads_without_code(tmp_path):
     path = tmp_path / "last.pt"
-    checkpoint.save_state(
+    weights.save_state(
         path, {"phase": "student", "step": 0, "epoch": 3, "module": {"w": torch.ones(2)}, "sums": {"loss": 0.5}}
     )
     assert torch.load(path, weights_only=True)["epoch"] == 3
-    assert checkpoint.load_state(path)["sums"] == {"loss": 0.5}
+    assert weights.load_state(path)["sums"] == {"loss": 0.5}
 
 
 def test_a_state_with_code_is_refused(tmp_path):
     path = tmp_path / "last.pt"
     # As someone would make it who wants it to be run: with the digest of what lasnn writes.
-    checkpoint.save_state(path, {"x": os.system})
+    weights.save_state(path, {"x": os.system})
     with pytest.raises(UserError, match="is damaged, or holds code, and is not a whole checkpoint"):
-        checkpoint.load_state(path)
+        weights.load_state(path)
     torch.save({"x": os.system}, path)
     with pytest.raises(UserError, match="is not a whole checkpoint: it is damaged, or lasnn did not write it"):
-        checkpoint.load_state(path)
+        weights.load_state(path)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_damaged_states_are_named(tmp_path, damage):
     path = tmp_path / "last.pt"
-    checkpoint.save_state(path, {"module": {"w": torch.randn(1000)}})
+    weights.save_state(path, {"module": {"w": torch.randn(1000)}})
     content = bytearray(path.read_bytes())
     if damage == "flip":
         with zipfile.ZipFile(path) as archive:
@@ -49,44 +49,44 @@ def test_damaged_states_are_named(tmp_path, damage):
         content[entry.header_offset + 500] ^= 1
     path.write_bytes({"truncate": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
     with pytest.raises(UserError, match="last.pt is (damaged|not a whole)"):
-        checkpoint.load_state(path)
+        weights.load_state(path)
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path):
-    checkpoint.save_state(tmp_path / "last.pt", {"module": {}})
+    weights.save_state(tmp_path / "last.pt", {"module": {}})
     with pytest.raises(UserError, match="is not the state of a run"):
-        checkpoint.load_state(tmp_path / "last.pt")
+        weights.load_state(tmp_path / "last.pt")
 
 
 def test_a_flipped_bit_of_the_weights_is_found(tmp_path):
     path = tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, {"a": torch.randn(100), "n": torch.tensor(3), "e": torch.zeros(0)}, {})
-    checkpoint.load_weights(path)
+    weights.save_weights(path, {"a": torch.randn(100), "n": torch.tensor(3), "e": torch.zeros(0)}, {})
+    weights.load_weights(path)
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="w.safetensors is damaged"):
-        checkpoint.load_weights(path)
+        weights.load_weights(path)
 
 
 def test_truncated_weights_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
-    checkpoint.save_weights(path, {"a": torch.randn(100)}, {})
+    weights.save_weights(path, {"a": torch.randn(100)}, {})
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="w.safetensors is not a whole safetensors file"):
-        checkpoint.load_weights(path)
+        weights.load_weights(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    checkpoint.write(path, "old")
+    files.write(path, "old")
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MachineError, match=r"cannot write .*summary.json: No space left on device"):
-        checkpoint.write(path, "new")
+        files.write(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["summary.json"]
 
@@ -94,7 +94,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def test_written_files_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        checkpoint.write(tmp_path / "x", "x")
+        files.write(tmp_path / "x", "x")
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640

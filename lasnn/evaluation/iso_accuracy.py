@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from lasnn import checkpoint
-from lasnn.conversion import Method, check
 from lasnn.errors import UserError
-from lasnn.evaluation import evaluate, smallest_match
-from lasnn.plan import Plan, make_teacher
-from lasnn.recipe import Recipe, toml_value
+from lasnn.evaluation.conversion import Method, check
+from lasnn.evaluation.evaluate import evaluate, first_reaching
+from lasnn.factory import make_teacher
+from lasnn.plan import Plan
+from lasnn.recipe.load import toml_value
+from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder
+from lasnn.weights import digest, load_weights
 
 METHODS: tuple[Method, ...] = ("maxnorm", "percentile", "qcfs")
 LONGEST = 1024
@@ -67,13 +69,12 @@ def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept
         `method`, `run`, `teacher` (digest of its weights), `teacher_accuracy`, `converted` (see `evaluate`) and
         `results`: `timesteps`, `accuracy`, `firing_rate` and `energy_uj` for T = 1, 2, 3, ...
     """
-    weights, _ = checkpoint.load_weights(run / "teacher.safetensors")
-    teacher = checkpoint.digest(weights)
+    teacher = digest(load_weights(run / "teacher.safetensors")[0])
     folder = RunFolder(kept.parent)
     found = folder.read_json(kept.name)
     if found.get("teacher") != teacher:
         found = {"results": []}
-    while len(found["results"]) < longest and smallest_match(found["results"], accuracy) is None:
+    while len(found["results"]) < longest and first_reaching(found["results"], accuracy) is None:
         steps = min(longest, max(SHORTEST, GROWTH * len(found["results"])))
         results = evaluate(run, range(1, steps + 1), converted=method, brief=True)
         figures = ("timesteps", "accuracy", "firing_rate", "energy_uj")
@@ -100,7 +101,7 @@ def match(
         curves: {seed: what `convert_until` returned}.
     """
     seeds = [seed for seed in students if seed in curves]
-    reached = {seed: smallest_match(curves[seed]["results"][:longest], students[seed]) for seed in seeds}
+    reached = {seed: first_reaching(curves[seed]["results"][:longest], students[seed]) for seed in seeds}
     needed = [math.inf if reached[seed] is None else reached[seed]["timesteps"] for seed in seeds]
     middle = median(needed) if needed else math.inf
     return {

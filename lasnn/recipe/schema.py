@@ -6,15 +6,9 @@ an option of the registered part that the table names, and is checked against th
 """
 
 import copy
-import hashlib
-import importlib
-import importlib.util
 import json
-import logging
-import re
 import sys
-import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,25 +16,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lasnn.errors import UserError, printable, unknown
+from lasnn.recipe.load import LARGEST, _beyond, _override, _place, _remove, dump_toml, find, parse
+from lasnn.recipe.plugins import _is_file, _load_plugins
 from lasnn.registry import (
     Registry,
     architectures,
     augmentations,
     datasets,
-    describe_limits,
-    describe_type,
     encoders,
     losses,
     neurons,
     teachers,
 )
-
-# Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
-LARGEST, DEEPEST = 2**20, 16
-LARGEST_INTEGER, LARGEST_SEED = 2**31 - 1, 2**63 - 1
-
-# Nothing runs a recipe's code unseen: each plugin is named before it is loaded.
-log = logging.getLogger("lasnn")
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -293,6 +280,8 @@ class Recipe(Section):
             UserError: everything that is wrong, a line each.
         """
 
+        from lasnn.recipe.messages import _faults, _line
+
         def line(key: str, message: str) -> str:
             return _line(source, overridden, key, message)
 
@@ -351,6 +340,8 @@ class Recipe(Section):
 
     def line(self, key: str, message: str) -> str:
         """An error line about a key of this recipe."""
+        from lasnn.recipe.messages import _line
+
         return _line(self._source, self._overridden, key, message)
 
     def to_toml(self) -> str:
@@ -365,97 +356,10 @@ class Recipe(Section):
         return dump_toml(tables)
 
 
-def parse(content: bytes, source: str) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        UserError: it is no TOML; one line that names the line of the file.
-    """
-    if len(content) > LARGEST:
-        lines = content.count(b"\n")
-        raise UserError(f"{source}: line {lines}: it goes on after {LARGEST:,} bytes; that is no recipe")
-    try:
-        text = content.decode()
-        return tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        at = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{source}: line {at}: not valid TOML: it is not UTF-8 ({error.reason})") from error
-    except RecursionError as error:
-        at = max(enumerate(text.splitlines(), 1), key=lambda line: line[1].count("[") + line[1].count("{"))[0]
-        raise UserError(f"{source}: line {at}: not valid TOML: nested too deeply") from error
-    except ValueError as error:
-        # TOML's own errors name their line; Python's limit on the digits of a number does not.
-        long = re.search(r"\d[\d_]{4000}", text) if not isinstance(error, tomllib.TOMLDecodeError) else None
-        where = f"line {text.count(chr(10), 0, long.start()) + 1}: " if long else ""
-        raise UserError(f"{source}: {where}not valid TOML: {str(error).partition(';')[0]}") from error
-
-
-def _beyond(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, message) of values that no recipe has: tables in tables without end, numbers that no size can be."""
-    inner = [("", 0, tables)]
-    while inner:
-        key, depth, value = inner.pop()
-        if depth > DEEPEST:
-            yield key, "is nested deeper than any key of a recipe"
-            continue
-        largest = LARGEST_SEED if key == "seed" else LARGEST_INTEGER
-        if isinstance(value, int) and abs(value) > largest:
-            yield key, f"{value if abs(value) < 1e40 else 'a number of very many digits'} is too large"
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        inner += [(f"{key}.{name}" if key else str(name), depth + 1, item) for name, item in pairs]
-
-
-def find(recipe: str | Path) -> Path:
-    """The file of a recipe given as a path or as a shipped recipe's name.
-
-    Raises:
-        UserError: there is neither.
-    """
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    known = shipped()
-    if str(recipe) in known:
-        return known[str(recipe)]
-    if path.is_dir() and (path / "recipe.toml").is_file():
-        return path / "recipe.toml"
-    raise UserError(f"no such file, and {unknown('recipe', path.stem, known)}")
-
-
-def shipped() -> dict[str, Path]:
-    """The recipes that come with lasnn, name -> file."""
-    import lasnn.recipes
-
-    folder = Path(lasnn.recipes.__file__).parent
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def summary(path: Path) -> str:
-    """What a recipe file says of itself: the first line of its header comment."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
-
-
-def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
-    """(key, type, default, what it means) of each key of a table; `None` is the default of what may be left out."""
-    return [
-        (
-            name,
-            describe_type(info.annotation) + describe_limits(info.metadata),
-            "required" if info.is_required() else info.get_default(call_default_factory=True),
-            info.description or "",
-        )
-        for name, info in model.model_fields.items()
-    ]
-
-
-def _line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
-    """One line about a key; what `--set` brought is blamed on it, not on the file."""
-    blamed = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden)
-    return f"{'--set' if blamed else source}: {printable(key, 100)}: {printable(message)}"
-
-
 def _check_parts(recipe: Recipe) -> list[tuple[str, str]]:
     """(key, message) for what is wrong beyond the types of the keys."""
+    from lasnn.recipe.messages import _title
+
     found = list(_load_plugins(recipe))
     supplied = ("in_channels", "num_classes")
     named = [
@@ -515,6 +419,8 @@ def teacher_registry(name: str) -> Registry:
 
 def _model_of(table: str) -> type[Part]:
     """The model of a table given as `student.neuron` or `losses.1`."""
+    from lasnn.recipe.messages import _field
+
     return _field((*table.split("."), ""))[0]
 
 
@@ -553,213 +459,3 @@ def _check_objective(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.student.init == "teacher" and teacher is None:
         found.append(("student.init", "there is no [teacher] to start from"))
     return found
-
-
-_loaded_plugins: dict[str, str] = {}
-
-
-def _is_file(plugin: str) -> bool:
-    return plugin.endswith(".py") or "/" in plugin
-
-
-def _load_plugins(recipe: Recipe):
-    """Import the plugins; yields (key, message) for those that fail."""
-    for index, plugin in enumerate(recipe.plugins):
-        key = f"plugins.{index}"
-        try:
-            if not _is_file(plugin):
-                _import_module(plugin)
-                continue
-            path = recipe._folder / plugin
-            if Path(plugin).name != plugin:
-                yield key, f"{plugin!r} must lie beside the recipe, in {recipe._folder.resolve()}"
-            elif not path.is_file():
-                yield key, f"no file {path}; a plugin is a Python file beside the recipe, or a module's name"
-            else:
-                _import_once(path)
-        except UserError as error:
-            yield key, f"{plugin}: {error}"
-        except Exception as error:
-            # Whatever the user's code raises is the user's to mend; the line says where it was raised.
-            if isinstance(error, ModuleNotFoundError) and not _is_file(plugin) and plugin.startswith(error.name or "-"):
-                yield key, f"no module {error.name!r}; install it, or name its folder in PYTHONPATH"
-                continue
-            line = f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
-            yield key, line
-
-
-def _place_in(plugin: str, error: BaseException) -> str:
-    place, traceback = "", error.__traceback__
-    while traceback:
-        if Path(traceback.tb_frame.f_code.co_filename).name == Path(plugin).name:
-            place = f" (line {traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    return place
-
-
-def _import_module(name: str) -> None:
-    """Import a module, and say where it lies the first time."""
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        log.info("plugin: %s", spec.origin or name if spec else name)
-    importlib.import_module(name)
-
-
-def _import_once(path: Path) -> None:
-    """Import a file; the copy of a file that is already loaded (a run folder's) registers nothing twice."""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if content in _loaded_plugins:
-        return
-    log.info("plugin: %s", path.resolve())
-    name = f"lasnn_plugin_{path.stem}_{content[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    _loaded_plugins[content] = name
-
-
-def _override(tables: dict[str, Any], setting: str) -> str:
-    """Apply `a.b=c` to the tables; returns the key. `losses.attention.weight` finds a list's entry by its name, and is
-    returned with the entry's number.
-    """
-    key, equals, text = setting.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise ValueError("write it as key=value, for example student.timesteps=2")
-    if not setting.isprintable() and any("\ud800" <= character <= "\udfff" for character in setting):
-        raise ValueError("it is not UTF-8")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
-    steps: list[str | int] = []
-    here: Any = tables
-    for step in key.split("."):
-        if steps:
-            where = ".".join(map(str, steps))
-            if isinstance(here, dict):
-                here = here.setdefault(steps[-1], {})
-            else:
-                here = here[steps[-1]]
-            if not isinstance(here, (dict, list)):
-                raise ValueError(f"{where} is a value, not a table")
-        steps.append(_entry(here, step, ".".join(map(str, steps))) if isinstance(here, list) else step)
-    if text.strip():
-        here[steps[-1]] = value
-    elif isinstance(here, list) or steps[-1] in here:
-        del here[steps[-1]]
-    else:
-        raise ValueError("the recipe has no such key to remove")
-    return ".".join(map(str, steps))
-
-
-def _entry(entries: list, step: str, where: str) -> int:
-    """The number of the list's entry that is named `step`, or has that number."""
-    for number, entry in enumerate(entries):
-        if isinstance(entry, dict) and entry.get("name") == step:
-            return number
-    if step.isdecimal() and int(step) < len(entries):
-        return int(step)
-    names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
-    raise ValueError(unknown(f"entry of {where}", step, names))
-
-
-def _faults(error: ValidationError):
-    """(place, message) of each of pydantic's errors, in lasnn's words."""
-    seen = set()
-    for fault in error.errors(include_url=False):
-        if fault["loc"][-1] == "str" and isinstance(fault["input"], dict):
-            continue  # "or text" is no advice for what is written as a table
-        place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable", "AugmentTable"))
-        if place in seen:
-            continue
-        seen.add(place)
-        model, info = _field(place)
-        if fault["type"] == "extra_forbidden":
-            message = unknown(f"key of {_title(place[:-1])}", place[-1], model.model_fields if model else ())
-        elif fault["type"] == "missing":
-            message = f"missing; {_title(place[:-1])} needs it"
-        elif info is not None:
-            kind = describe_type(info.annotation)
-            message = f"{fault['input']!r} is not valid; it takes {kind}{describe_limits(info.metadata)}"
-        else:
-            message = f"{fault['input']!r} is not valid: {fault['msg'].lower()}"
-        yield place, message
-
-
-def _title(place: tuple) -> str:
-    if not place:
-        return "the recipe"
-    return f"[[{place[0]}]]" if place[0] == "losses" else f"[{'.'.join(map(str, place))}]"
-
-
-def _field(place: tuple):
-    """The model that holds the last part of `place` and its field, where there is one."""
-    tables = {
-        "data": DataTable,
-        "teacher": TeacherTable,
-        "student": StudentTable,
-        "distill": DistillTable,
-        "losses": LossTable,
-        "neuron": NeuronTable,
-        "encoder": EncoderTable,
-        "augment": AugmentTable,
-    }
-    model: type[BaseModel] = Recipe
-    for part in place[:-1]:
-        if isinstance(part, str):
-            model = tables.get(part, model)
-    return model, model.model_fields.get(place[-1]) if isinstance(place[-1], str) else None
-
-
-def _place(here: Any, key: str) -> tuple:
-    """Where a dotted key leads in nested tables; the names on the way may have dots themselves."""
-    if isinstance(here, list):
-        number, _, rest = key.partition(".")
-        return (int(number), *(_place(here[int(number)], rest) if rest else ()))
-    if isinstance(here, dict) and key not in here:
-        for name in here:
-            if key.startswith(f"{name}."):
-                return (name, *_place(here[name], key.removeprefix(f"{name}.")))
-    return (key,)
-
-
-def _remove(tables: dict[str, Any], place: tuple) -> bool:
-    """Delete the value at `place`; False if there is nothing to delete (a missing key)."""
-    here: Any = tables
-    try:
-        for part in place[:-1]:
-            here = here[part]
-        del here[place[-1]]
-    except (KeyError, IndexError, TypeError):
-        return False
-    return True
-
-
-def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
-    """Nested dicts as TOML: values first, then tables, then lists of tables."""
-    values, nested = [], []
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            nested.append(f"\n[{prefix}{key}]\n{dump_toml(value, f'{prefix}{key}.')}")
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            nested += [f"\n[[{prefix}{key}]]\n{dump_toml(item, f'{prefix}{key}.')}" for item in value]
-        else:
-            values.append(f"{key} = {toml_value(value)}\n")
-    return "".join(values + nested)
-
-
-def toml_value(value: Any) -> str:
-    """A value as TOML on one line."""
-    if isinstance(value, list):
-        return f"[{', '.join(map(toml_value, value))}]"
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
-    # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not, nor a bare DEL.
-    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)

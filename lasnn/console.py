@@ -15,11 +15,11 @@ from rich.text import Text
 from lasnn.callback import Callback
 
 
-class Silent(Callback):
+class NoProgress(Callback):
     """Tells nobody."""
 
 
-class Shown(Callback):
+class ConsoleProgress(Callback):
     """One line an epoch on a stream, and on a terminal a live line for the epoch in progress."""
 
     def __init__(self, console: Console):

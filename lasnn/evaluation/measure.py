@@ -1,0 +1,132 @@
+"""What a spiking network does on images: accuracy, firing rate and operations, after every time step.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lasnn import processes
+from lasnn.data import Batches, Images
+from lasnn.errors import MachineError
+from lasnn.evaluation.metrics import AccuracyMetrics, EarlyExit
+from lasnn.evaluation.operations import OperationCounter, _merged
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.random import generator
+
+
+@torch.no_grad()
+def measure(
+    student: Student,
+    images: Images,
+    timesteps: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    draw: int = 0,
+    early_exit: float | None = None,
+    watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Accuracy, firing rate and energy of a student at each of several T.
+
+    With a causal encoder one pass of the longest run serves all: the logits after t steps are those of a run of t.
+
+    Args:
+        student: in eval mode.
+        images: test images, on the student's device.
+        timesteps: the values of T.
+        batch_size: images a batch.
+        seed: keys the encoder's random numbers.
+        draw: further random numbers of the same seed, for an encoder that draws.
+        early_exit: stop an image as soon as the largest class probability reaches this; for causal encoders.
+        watch: called with each batch of each run: the mean logits of its first 1 to T steps [T, B, K], the labels [B]
+            and the energy in µJ of these steps [T, B].
+
+    Returns:
+        One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `accuracy_by_class`,
+        `calibration_error` (expected, 15 bins), `confusion` (rows: true classes), `firing_rate` (spikes per neuron and
+        step), `silent` (the fraction of neurons that spike on no image) and both by layer, `energy_uj` (per image; also
+        by layer), `operations` (per image), with `early_exit` also `exit`: its `threshold`, `mean_steps`, `accuracy`
+        and `energy_uj`.
+
+    Raises:
+        ValueError: `early_exit` with an encoder that is not causal.
+        MachineError: the spikes are not finite numbers.
+    """
+    causal = student.encoder.causal
+    if early_exit is not None and not causal:
+        raise ValueError("early exit needs a causal encoder")
+    results: dict[int, dict[str, Any]] = {}
+    for longest in [max(timesteps)] if causal else sorted(set(timesteps)):
+        steps = sorted(set(timesteps)) if causal else [longest]
+        student.timesteps = longest
+        tallies: dict[int, AccuracyMetrics] = {}
+        exits = {} if early_exit is None else {t: EarlyExit(early_exit) for t in steps}
+        with OperationCounter(student, longest) as counter:
+            for index, batch, labels, place in _batches(images, batch_size):
+                logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device, draw), **place)
+                counted = torch.arange(1, longest + 1, device=batch.device)[:, None, None]
+                means = logits.float().cumsum(0) / counted
+                for t in steps:
+                    tallies.setdefault(t, AccuracyMetrics(logits.shape[-1])).add(means[t - 1], labels)
+                energy = counter.energy_by_image() if exits or watch else None
+                for t, early in exits.items():
+                    early.add(means[:t], labels, energy[:t])
+                if watch is not None:
+                    watch(means, labels, energy)
+        counter.join()
+        every = processes.all_gather((tallies, exits))
+        tallies = _merged([part for part, _ in every], add)
+        exits = _merged([part for _, part in every], add)
+        total = counter.after(longest)["firing_rate"]
+        if not math.isfinite(total):
+            raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
+        for t in steps:
+            results[t] = {
+                "timesteps": t,
+                "images": len(images),
+                **tallies[t].result(),
+                **counter.after(t),
+                **({"exit": exits[t].result()} if exits else {}),
+            }
+    return [results[t] for t in timesteps]
+
+
+def _draws(seed: int, index: int, device: torch.device, draw: int = 0) -> torch.Generator:
+    """The random numbers of a batch in evaluation; draw 0 is that of the training's own evaluations."""
+    return generator(seed, "evaluate", index, *([draw] if draw else []), device=device)
+
+
+@torch.no_grad()
+def accuracy(student: Student, images: Images, *, batch_size: int, seed: int) -> float:
+    """Fraction of the images that the student classifies correctly at its T; the same draws as `measure`."""
+    correct = 0
+    for index, batch, labels, place in _batches(images, batch_size):
+        logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device), **place)
+        correct += int((logits.float().sum(0).argmax(-1) == labels).sum())
+    return sum(processes.all_gather(correct)) / len(images)
+
+
+@torch.no_grad()
+def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> float:
+    """Fraction of the images that the teacher classifies correctly."""
+    batches = _batches(images, batch_size)
+    correct = sum(int((teacher(batch).argmax(-1) == labels).sum()) for _, batch, labels, _ in batches)
+    return sum(processes.all_gather(correct)) / len(images)
+
+
+def _batches(images: Images, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor, dict[str, int]]]:
+    """Number, images and labels of each batch in order; where processes share it, which of its images they are."""
+    batches = Batches(images, batch_size, seed=0, epoch=0, shuffle=False, share=processes.local_slice)
+    for index, (batch, labels) in enumerate(batches):
+        total = batches.images_in(index)
+        if len(labels) == total:
+            yield index, batch, labels, {}
+        elif len(labels):
+            yield index, batch, labels, {"first": processes.local_slice(total).start, "total": total}

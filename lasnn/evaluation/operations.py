@@ -1,0 +1,236 @@
+"""Spikes and synaptic operations of a spiking network, counted by hooks."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lasnn import processes
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import NormSpike
+
+# Energy of one 32-bit operation in a 45 nm process, in pJ (Horowitz, ISSCC 2014), as SNN papers count it.
+PJ_ADD = 0.9
+PJ_MULTIPLY_ADD = 4.6
+
+POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+SAME = (nn.Identity, nn.Flatten, nn.Dropout)
+
+
+class OperationCounter:
+    """Counts spikes and synaptic operations in forward passes, by hooks that live as long as the `with` block.
+
+    A layer fed by spikes costs one addition for each connection that a spike meets; connections that end in the
+    padding do not exist. An average pool is linear: a spike that enters it costs what it would cost in the layer
+    behind the pool. A layer fed by anything else costs its multiply-additions, once where its input is constant in
+    time and T times where it is not.
+    """
+
+    def __init__(self, student: Student, timesteps: int):
+        self.student = student
+        self.timesteps = timesteps
+        self.images = 0
+        self.spikes: dict[str, Tensor] = {}
+        # The step at which each neuron first spiked, on any image; `timesteps` where it never did.
+        self.first: dict[str, Tensor] = {}
+        # Of each layer, by step.
+        self.additions: dict[str, Tensor] = {}
+        self.multiply_additions: dict[str, Tensor] = {}
+        # Additions of all layers for each step and image of the current batch, [T, B].
+        self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
+        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass. The reference
+        # is weak, so that features are freed as ever; it also tells a tensor from a later one with the same identity.
+        self._marked: dict[int, tuple[float, weakref.ref]] = {}
+        self._fanout: dict[tuple, Tensor] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> "OperationCounter":
+        network = self.student.network
+        self._hooks.append(network.stem.register_forward_pre_hook(self._enter))
+        for name, module in network.named_modules():
+            if isinstance(module, NormSpike):
+                hook = self._count_spikes(name)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                hook = self._count_operations(name)
+            elif isinstance(module, (*POOLS, *SAME)):
+                hook = self._pass_on
+            else:
+                continue
+            self._hooks.append(module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._marked.clear()
+        clock = self.student.network.clock
+        if clock.start == 0:
+            # A run that is made in pieces sees its images in each of them.
+            self.images += clock.batch
+            self.batch_additions = torch.zeros(self.timesteps, clock.batch, dtype=torch.float64)
+        if getattr(self.student.encoder, "spiking", False):
+            self._mark(inputs[0], 1.0)
+
+    def _mark(self, x: Tensor, spikes_per_one: float) -> None:
+        self._marked[id(x)] = (spikes_per_one, weakref.ref(x))
+
+    def _spikes_per_one(self, x: Tensor) -> float | None:
+        """How many spikes a value of 1 in `x` stands for; None where `x` is not made of spikes."""
+        scale, reference = self._marked.get(id(x), (None, None))
+        return scale if reference is not None and reference() is x else None
+
+    def _count_spikes(self, name: str):
+        def hook(unit: NormSpike, _: object, spikes: Tensor) -> None:
+            # A converted network's spikes carry their layer's threshold, and count as one.
+            spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
+            count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
+            count[self._now] += spikes_per_one * self._by_step(spikes)
+            fired = self.student.network.clock.unfold(spikes).detach().ne(0).any(1)
+            step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
+            self.first[name] = torch.minimum(self.first.get(name, step), step)
+            self._mark(spikes, spikes_per_one)
+
+        return hook
+
+    def _pass_on(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        scale = self._spikes_per_one(inputs[0])
+        if scale is None:
+            return
+        if isinstance(module, nn.AvgPool2d):
+            size = module.kernel_size
+            scale *= size * size if isinstance(size, int) else size[0] * size[1]
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
+        self._mark(output, scale)
+
+    def _count_operations(self, name: str):
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0]
+            clock = self.student.network.clock
+            spikes = self._spikes_per_one(x)
+            if spikes is not None:
+                fanout = self._fanout_of(layer, x, output)
+                # Summed over channels first, so that nothing of the feature's size is made.
+                by_pixel = clock.unfold(x).sum(2, dtype=torch.float64)
+                if by_pixel.ndim == 2:
+                    by_pixel = by_pixel[..., None]
+                by_image = spikes * (by_pixel * fanout).flatten(2).sum(2).cpu()
+                self.batch_additions[self._now] += by_image
+                self._count(self.additions, name)[self._now] += by_image.sum(1)
+                return
+            multiply_additions = output.numel() * layer.weight[0].numel()
+            count = self._count(self.multiply_additions, name)
+            if x.shape[0] != clock.batch:
+                count[self._now] += multiply_additions / clock.steps
+            elif clock.start == 0:
+                count[0] += multiply_additions
+
+        return hook
+
+    def _count(self, counts: dict[str, Tensor], name: str) -> Tensor:
+        return counts.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
+
+    def _fanout_of(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Connections that each input of a layer has: [H, W] for a convolution, [] for a linear layer."""
+        if isinstance(layer, nn.Linear):
+            return torch.tensor(float(layer.out_features), dtype=torch.float64, device=x.device)
+        key = (id(layer), x.shape[-2:])
+        if key not in self._fanout:
+            # The transposed convolution of ones counts, at each input, the outputs that read it.
+            ones = torch.ones(1, 1, *output.shape[-2:], dtype=torch.float64, device=x.device)
+            kernel = torch.ones(1, 1, *layer.kernel_size, dtype=torch.float64, device=x.device)
+            options = {"stride": layer.stride, "dilation": layer.dilation}
+            reads = F.conv_transpose2d(ones, kernel, **options)
+            # PyTorch's own padding of each side, last dimension first; layer.padding may be a word.
+            left, _, top, _ = layer._reversed_padding_repeated_twice
+            height, width = x.shape[-2:]
+            # A stride may leave the last rows unread; they count zero.
+            reads = F.pad(reads, (0, max(0, left + width - reads.shape[-1]), 0, max(0, top + height - reads.shape[-2])))
+            reads = reads[0, 0, top : top + height, left : left + width]
+            self._fanout[key] = reads * (layer.out_channels // layer.groups)
+        return self._fanout[key]
+
+    def _by_step(self, x: Tensor) -> Tensor:
+        """Sum over everything but time: [T*B, ...] -> [T], in fp64 on the CPU."""
+        x = self.student.network.clock.unfold(x)
+        sums = x.flatten(1).sum(1, dtype=torch.float64).cpu()
+        steps = self.student.network.clock.steps
+        return sums if len(sums) == steps else sums.repeat(steps)
+
+    @property
+    def _now(self) -> slice:
+        """The steps that the current pass makes; all of them unless the run is made in pieces."""
+        clock = self.student.network.clock
+        return slice(clock.start, clock.start + clock.steps)
+
+    def join(self) -> None:
+        """Take in what the other processes have counted of their images."""
+        counts = ("spikes", "additions", "multiply_additions")
+        own = {name: getattr(self, name) for name in ("images", *counts)}
+        every = processes.all_gather({**own, "first": {name: step.cpu() for name, step in self.first.items()}})
+        self.images = sum(part["images"] for part in every)
+        for name in counts:
+            setattr(self, name, _merged([part[name] for part in every], torch.add))
+        self.first = _merged([part["first"] for part in every], torch.minimum)
+
+    def after(self, steps: int) -> dict[str, Any]:
+        """Firing rates, silent fractions and energy of a run of the first `steps` steps."""
+        spikes = {name: float(count[:steps].sum()) for name, count in self.spikes.items()}
+        neurons = {name: first.numel() for name, first in self.first.items()}
+        silent = {name: int((first >= steps).sum()) for name, first in self.first.items()}
+        operations = {
+            kind: {name: float(count[:steps].sum()) / self.images for name, count in counts.items()}
+            for kind, counts in (("additions", self.additions), ("multiply_additions", self.multiply_additions))
+        }
+        pj = dict.fromkeys([*operations["multiply_additions"], *operations["additions"]], 0.0)
+        for kind, each in (("additions", PJ_ADD), ("multiply_additions", PJ_MULTIPLY_ADD)):
+            for name, count in operations[kind].items():
+                pj[name] += each * count
+        total = max(1, sum(neurons.values()))
+        return {
+            "firing_rate": sum(spikes.values()) / (steps * self.images * total),
+            "firing_rate_by_layer": {name: spikes[name] / (steps * self.images * neurons[name]) for name in spikes},
+            "silent": sum(silent.values()) / total,
+            "silent_by_layer": {name: silent[name] / neurons[name] for name in silent},
+            "energy_uj": 1e-6 * sum(pj.values()),
+            "energy_uj_by_layer": {name: 1e-6 * value for name, value in pj.items()},
+            "operations": {kind: sum(counts.values()) for kind, counts in operations.items()},
+        }
+
+    def energy_by_image(self) -> Tensor:
+        """Energy in µJ of the first 1, 2, ..., T steps of each image of the current batch, [T, B]."""
+        analog = sum(self.multiply_additions.values(), torch.zeros(self.timesteps, dtype=torch.float64)) / self.images
+        pj = PJ_ADD * self.batch_additions + PJ_MULTIPLY_ADD * analog[:, None]
+        return 1e-6 * pj.cumsum(0)
+
+
+def _merged(parts: Sequence[dict[str, Tensor]], how: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: reduce(how, [part[name] for part in parts if name in part]) for name in names}
+
+
+@torch.no_grad()
+def dense_operations(run: Callable[[Tensor], Any], image: tuple[int, int, int], device: torch.device) -> float:
+    """Multiply-additions of all convolutions and linear layers for one image, as if no value were 0.
+
+    Args:
+        run: what takes the image, as a teacher or a student's `steps`.
+        image: C, H, W.
+        device: where it runs.
+    """
+    with FlopCounterMode(display=False) as flops:
+        run(torch.zeros(1, *image, device=device))
+    return flops.get_total_flops() / 2
+
+
+def teacher_energy_uj(teacher: Teacher, image: tuple[int, int, int]) -> float:
+    """Energy of the teacher's multiply-additions for one image, in µJ; an operation count, without memory access."""
+    return 1e-6 * PJ_MULTIPLY_ADD * dense_operations(teacher, image, next(teacher.parameters()).device)

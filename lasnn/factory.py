@@ -1,0 +1,139 @@
+"""From a recipe to its parts: data, networks, device. The only place where they are made."""
+
+from pathlib import Path
+
+import torch
+
+from lasnn.data import Augmentation, Dataset, Images, Streamed
+from lasnn.data.stream import check_labels, place
+from lasnn.encoder import Encoder
+from lasnn.errors import UserError
+from lasnn.kernels.ops import require_triton
+from lasnn.network.staged import Staged, StagedView, build
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import Act, ann_units, snn_units
+from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
+from lasnn.registry import architectures, datasets, encoders, teachers, translate_errors
+from lasnn.weights import TORCH_SAVED
+
+
+def make_data(recipe: Recipe) -> Dataset:
+    """The recipe's data set; no image is read yet."""
+    data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
+    if not isinstance(data, Dataset):
+        where = datasets[recipe.data.name].where
+        raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
+    # One that has to look at its folders for them finds their faults now.
+    _ = data.classes, data.train_size, data.test_size
+    return data
+
+
+def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Images | Streamed, Images | Streamed, str]:
+    """Read a data set's training and test images, check them against what it says of itself, and place them.
+
+    Returns:
+        Training and test images, on the device or streamed to it, and a line that says which and why.
+
+    Raises:
+        UserError: a file is missing or broken, or the images are not what was announced.
+    """
+    entry = datasets[recipe.data.name]
+    with translate_errors(entry):
+        splits = data.load()
+        sizes = (data.train_size, data.test_size)
+    for what, images, size in zip(("training", "test"), splits, sizes, strict=True):
+        found, wanted = tuple(images.shape), (size, data.channels, data.height, data.width)
+        if found != wanted or size < 1:
+            raise UserError(
+                f"data set {entry.name!r}: its {what} images are {list(found)}; it announced {list(wanted)}"
+            )
+        check_labels(images.labels, len(data.classes), f"data set {entry.name!r}: {what}")
+    (train, test), said = place(splits, device, residence=recipe.data.residence, workers=recipe.data.workers)
+    return train, test, said
+
+
+def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
+    """The recipe's augmentations, for the data's images."""
+    chosen = data.augment if recipe.data.augment is None else recipe.data.augment
+    steps = [step if isinstance(step, str) else step.model_dump() for step in chosen]
+    return Augmentation(steps, data.mean, len(data.classes))
+
+
+def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
+    """The student's encoder."""
+    table = recipe.student.encoder_table
+    encoder = encoders.build(table.name, data.mean, data.std, **table.options)
+    if not isinstance(encoder, Encoder):
+        raise UserError(f"encoder {table.name!r} ({encoders[table.name].where}) must be a lasnn.encoder.Encoder")
+    return encoder
+
+
+def make_student(recipe: Recipe, data: Dataset) -> Student:
+    """The student on the current default device, with the layers' own initialisation."""
+    table = recipe.student
+    act = snn_units(table.neuron.name, **table.neuron.options)
+    return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
+
+
+def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
+    """The teacher on the current default device, with the layers' own initialisation."""
+    table = recipe.teacher
+    act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
+    if table.architecture in architectures:
+        return Teacher(make_network(table, act, data), data.mean, data.std)
+    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
+    network = teachers.build(table.architecture, **shape, **table.options)
+    if not isinstance(network, StagedView):
+        where = teachers[table.architecture].where
+        raise UserError(f"teacher {table.architecture!r} ({where}) must be a lasnn.network.staged.StagedView")
+    return Teacher(network, *(network.normalisation or (data.mean, data.std)))
+
+
+def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset) -> Staged:
+    """The network that a table names, for the data's images."""
+    shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
+    return build(table.architecture, act, **shape, **table.options)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a recipe names.
+
+    Raises:
+        UserError: there is no such device here, or what the kernels need on it is not installed.
+    """
+    device = _named_device(name)
+    if device.type == "cuda":
+        try:
+            require_triton()
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    return device
+
+
+def _named_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index):
+        raise UserError(f'{name!r} is not a device; it is "auto", "cpu", "cuda" or "cuda:N"')
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f'{name!r} is not here ({torch.cuda.device_count()} CUDA devices found); "auto" takes what is')
+    return torch.device(name)
+
+
+def find_checkpoint(name: str) -> Path:
+    """The weights file that `teacher.checkpoint` means: itself, or a run folder's teacher.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "teacher.safetensors"
+    if not path.is_file():
+        fix = "give a .safetensors or .pth file, or a run folder that has a teacher.safetensors"
+        raise UserError(f"no file {path}; {fix}")
+    if path.suffix not in (".safetensors", *TORCH_SAVED):
+        raise UserError(f"{path} is not a .safetensors, .pth or .pt file")
+    return path

@@ -1,0 +1,68 @@
+"""The memory that a training step needs, found out on the meta device."""
+
+import math
+
+import torch
+from torch import nn
+
+from lasnn.data import Dataset
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.time_chunks import even_chunks
+from lasnn.recipe.schema import Recipe
+from lasnn.registry import neurons, translate_errors
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Learnable numbers in the network."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
+    """What is carried from one chunk of time to the next, on the meta device.
+
+    Raises:
+        UserError: the neuron cannot go on from a voltage.
+    """
+    student.eval()
+    with translate_errors(neurons[recipe.student.neuron.name]), student.network.clock.carry_state({}) as voltages:
+        student.network(_encoded(recipe, data, student, 1), 1)
+    return list(voltages.values())
+
+
+def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> torch.Tensor:
+    """The first steps of what a micro-batch of images is encoded to, on the meta device."""
+    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
+    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
+    return student.encoder.part(images, recipe.student.timesteps, stop=steps)
+
+
+def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
+    """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
+
+    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device; half
+    precision is counted as half of them. With time in chunks they are those of one chunk, and the voltages before each.
+    Workspaces of the convolutions are not in it.
+    """
+    saved: dict[int, int] = {}
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in saved and not isinstance(tensor, nn.Parameter):
+            kept.append(storage)
+            saved[id(storage)] = storage.nbytes()
+        return tensor
+
+    timesteps, carried = recipe.student.timesteps, 0
+    if recipe.time_chunk:
+        count, timesteps = even_chunks(timesteps, recipe.time_chunk)
+        carried = count * sum(voltage.nbytes for voltage in _voltages(recipe, data, student))
+    student.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        student.network(_encoded(recipe, data, student, timesteps), timesteps)
+    activations = sum(saved.values()) // (1 if recipe.precision == "fp32" else 2) + carried
+    states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
+    learnt = 4 * count_parameters(student.network) * (2 + states)
+    frozen = 4 * count_parameters(teacher.network) if teacher else 0
+    return activations + learnt + frozen

@@ -1,0 +1,142 @@
+"""Networks as ordered, named stages, written once and built as an ANN teacher or as a spiking student.
+
+Shapes: T time steps, B batch, C channels, H x W pixels, K classes. Inside a network time is folded into the leading
+dimension, T-major, so that convolution, pooling and linear layers are plain `torch.nn`; only the neuron unfolds it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from lasnn.errors import UserError
+from lasnn.network.time import TimeContext
+from lasnn.network.units import Act, NormSpike
+from lasnn.registry import architectures
+
+
+class Staged(nn.Module):
+    """Ordered, named stages and a head.
+
+    Args:
+        stages: name -> module, in order, named `stage1`, `stage2`, ...; each output can be tapped.
+        head: module from the last stage's output to logits [N, K].
+        stem: what comes before the first stage; it cannot be tapped.
+
+    The state dict's keys are `stem.*`, `<stage>.*` and `head.*`: the same for a teacher and its student.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], head: nn.Module, stem: nn.Module | None = None):
+        super().__init__()
+        self.stem = nn.Identity() if stem is None else stem
+        self.stage_names = tuple(stages)
+        for name, stage in stages.items():
+            if name in ("stem", "head"):
+                raise ValueError(f"a stage cannot be named {name!r}; name the stages stage1, stage2, ...")
+            self.add_module(name, stage)
+        self.head = head
+        units = {name: module for name, module in self.named_modules() if isinstance(module, NormSpike)}
+        for name, unit in units.items():
+            unit.name = name
+        clocks = {id(unit.clock): unit.clock for unit in units.values()}
+        if len(clocks) > 1:
+            raise ValueError("the units of one network must come from one `act` factory")
+        self.clock = next(iter(clocks.values()), TimeContext())
+
+    def forward(self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the network from rest.
+
+        Args:
+            x: [T, B, C, H, W], or [1, B, C, H, W] where the input is constant in time.
+            timesteps: T.
+            taps: names of stages whose outputs are wanted.
+
+        Returns:
+            Logits of each step [T, B, K] and {stage: feature [T, B, C, H, W]}; T is 1 for an ANN.
+
+        Raises:
+            ValueError: the leading dimension of `x` is neither 1 nor T.
+        """
+        if x.shape[0] not in (1, timesteps):
+            raise ValueError(f"the input has {x.shape[0]} time steps; expected {timesteps}, or 1 if constant in time")
+        self.clock.steps, self.clock.batch = timesteps, x.shape[1]
+        x = self.stem(rearrange(x, "t b c h w -> (t b) c h w"))
+        features = {}
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in taps:
+                features[name] = self.clock.unfold(x)
+        return self.clock.unfold(self.head(x)), features
+
+
+class StagedView(Staged):
+    """A network from elsewhere, seen as stages: it can only teach, and its state dict keeps its own keys.
+
+    Args:
+        network: any module; its parts are used in `stem`, `stages` and `head`, it is not called itself.
+        stages, head, stem: as for `Staged`, made of parts of `network` and of modules without parameters.
+        mean, std: what its images were normalised with, per channel, in [0, 1] units; None is the data set's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        stages: Mapping[str, nn.Module],
+        head: nn.Module,
+        stem: nn.Module | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        nn.Module.__init__(self)
+        # The parts are registered where `network` has them, which keeps the keys; the stages are only views of them.
+        self._modules.update(network._modules)
+        self._parameters.update(network._parameters)
+        self._buffers.update(network._buffers)
+        for name, view in {"stem": stem or nn.Identity(), **stages, "head": head}.items():
+            object.__setattr__(self, name, view)
+        self.stage_names = tuple(stages)
+        self.clock = TimeContext()
+        self.normalisation = None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
+def build(architecture: str, act: Act, *, in_channels: int, num_classes: int, **options) -> Staged:
+    """Build a registered architecture with the units that `act` makes.
+
+    Raises:
+        UserError: the architecture is not known or did not return a `Staged` network.
+    """
+    network = architectures.build(architecture, act, in_channels=in_channels, num_classes=num_classes, **options)
+    if not isinstance(network, Staged):
+        where = architectures[architecture].where
+        raise UserError(f"architecture {architecture!r} ({where}) returned {type(network).__name__}, not lasnn.Staged")
+    return network
+
+
+def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shape of each stage's feature, (C, H, W), found by a forward pass of one image on the meta device.
+
+    Args:
+        network: on the meta device.
+        image: C, H, W of the input.
+
+    Raises:
+        UserError: the network cannot take images of this size; the stage at which it fails is named.
+    """
+    channels, height, width = image
+    mode = network.training
+    network.eval()
+    network.clock.steps, network.clock.batch = timesteps, 1
+    x = torch.empty(1, channels, height, width, device="meta")
+    shapes = {}
+    for name in ("stem", *network.stage_names, "head"):
+        try:
+            x = getattr(network, name)(x)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the network cannot run on {height} x {width} images ({name}: {reason})") from error
+        if name in network.stage_names:
+            shapes[name] = tuple(x.shape[1:])
+    network.train(mode)
+    return shapes

@@ -1,0 +1,39 @@
+"""The ANN with its normalisation."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lasnn.network.staged import Staged
+from lasnn.network.units import NormActivate
+
+
+def without_activations(teacher: Staged) -> dict[str, Tensor]:
+    """A teacher's state dict without what its activations have learnt: what it shares with its student."""
+    units = tuple(f"{name}.activation." for name, unit in teacher.named_modules() if isinstance(unit, NormActivate))
+    return {name: value for name, value in teacher.state_dict().items() if not name.startswith(units)}
+
+
+class Teacher(nn.Module):
+    """An ANN with its normalisation: images in, logits out.
+
+    Args:
+        network: the ANN.
+        mean, std: of the data set, per channel, in [0, 1] units.
+    """
+
+    def __init__(self, network: Staged, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K]."""
+        return self.taps(images)[0]
+
+    def taps(self, images: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K] and the tapped features [B, C, H, W]."""
+        logits, features = self.network(((images - self.mean) / self.std)[None], taps=taps)
+        return logits[0], {name: feature[0] for name, feature in features.items()}

@@ -1,0 +1,42 @@
+"""How many time steps a forward pass folds together, and the voltages that are carried from one pass to the next."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from einops import rearrange
+from torch import Tensor
+
+
+@dataclass
+class TimeContext:
+    """How many time steps and images the current forward pass folds together.
+
+    One clock is shared by a network and its units. `Staged.forward` sets it and the units read it, which is what
+    lets everything between them be plain `torch.nn` modules that know nothing of time.
+
+    It holds neuron state only while a caller runs a sequence in pieces (see `carried`): `voltages` of the units, by
+    name, which each unit takes up and replaces, and `start`, the number of steps before this piece.
+    """
+
+    steps: int = 1
+    batch: int = 0
+    start: int = 0
+    voltages: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def carry_state(self, voltages: Mapping[str, Tensor], start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Within the block the units go on from `voltages` (from rest where there is none) instead of from rest.
+
+        Yields the dict that holds the voltages after the last step once the network has run; `voltages` is not changed.
+        """
+        self.voltages, self.start = dict(voltages), start
+        try:
+            yield self.voltages
+        finally:
+            self.voltages, self.start = None, 0
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """[T*B, ...] -> [T, B, ...]; a tensor that is constant in time, [B, ...] -> [1, B, ...]."""
+        steps = 1 if x.shape[0] == self.batch else self.steps
+        return rearrange(x, "(t b) ... -> t b ...", t=steps)

@@ -1,0 +1,1 @@
+"""The recipe: an experiment as one strict, typed TOML file."""

@@ -1,0 +1,178 @@
+"""Reading a recipe: TOML, `--set`, shipped recipes; and writing one."""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lasnn.errors import UserError, unknown
+
+# Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
+LARGEST, DEEPEST = 2**20, 16
+LARGEST_INTEGER, LARGEST_SEED = 2**31 - 1, 2**63 - 1
+
+
+def parse(content: bytes, source: str) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: it is no TOML; one line that names the line of the file.
+    """
+    if len(content) > LARGEST:
+        lines = content.count(b"\n")
+        raise UserError(f"{source}: line {lines}: it goes on after {LARGEST:,} bytes; that is no recipe")
+    try:
+        text = content.decode()
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        at = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source}: line {at}: not valid TOML: it is not UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        at = max(enumerate(text.splitlines(), 1), key=lambda line: line[1].count("[") + line[1].count("{"))[0]
+        raise UserError(f"{source}: line {at}: not valid TOML: nested too deeply") from error
+    except ValueError as error:
+        # TOML's own errors name their line; Python's limit on the digits of a number does not.
+        long = re.search(r"\d[\d_]{4000}", text) if not isinstance(error, tomllib.TOMLDecodeError) else None
+        where = f"line {text.count(chr(10), 0, long.start()) + 1}: " if long else ""
+        raise UserError(f"{source}: {where}not valid TOML: {str(error).partition(';')[0]}") from error
+
+
+def _beyond(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, message) of values that no recipe has: tables in tables without end, numbers that no size can be."""
+    inner = [("", 0, tables)]
+    while inner:
+        key, depth, value = inner.pop()
+        if depth > DEEPEST:
+            yield key, "is nested deeper than any key of a recipe"
+            continue
+        largest = LARGEST_SEED if key == "seed" else LARGEST_INTEGER
+        if isinstance(value, int) and abs(value) > largest:
+            yield key, f"{value if abs(value) < 1e40 else 'a number of very many digits'} is too large"
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        inner += [(f"{key}.{name}" if key else str(name), depth + 1, item) for name, item in pairs]
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe given as a path or as a shipped recipe's name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(recipe) in known:
+        return known[str(recipe)]
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    raise UserError(f"no such file, and {unknown('recipe', path.stem, known)}")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with lasnn, name -> file."""
+    import lasnn.recipes
+
+    folder = Path(lasnn.recipes.__file__).parent
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def summary(path: Path) -> str:
+    """What a recipe file says of itself: the first line of its header comment."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def _override(tables: dict[str, Any], setting: str) -> str:
+    """Apply `a.b=c` to the tables; returns the key. `losses.attention.weight` finds a list's entry by its name, and is
+    returned with the entry's number.
+    """
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ValueError("write it as key=value, for example student.timesteps=2")
+    if not setting.isprintable() and any("\ud800" <= character <= "\udfff" for character in setting):
+        raise ValueError("it is not UTF-8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text.strip()
+    steps: list[str | int] = []
+    here: Any = tables
+    for step in key.split("."):
+        if steps:
+            where = ".".join(map(str, steps))
+            if isinstance(here, dict):
+                here = here.setdefault(steps[-1], {})
+            else:
+                here = here[steps[-1]]
+            if not isinstance(here, (dict, list)):
+                raise ValueError(f"{where} is a value, not a table")
+        steps.append(_entry(here, step, ".".join(map(str, steps))) if isinstance(here, list) else step)
+    if text.strip():
+        here[steps[-1]] = value
+    elif isinstance(here, list) or steps[-1] in here:
+        del here[steps[-1]]
+    else:
+        raise ValueError("the recipe has no such key to remove")
+    return ".".join(map(str, steps))
+
+
+def _entry(entries: list, step: str, where: str) -> int:
+    """The number of the list's entry that is named `step`, or has that number."""
+    for number, entry in enumerate(entries):
+        if isinstance(entry, dict) and entry.get("name") == step:
+            return number
+    if step.isdecimal() and int(step) < len(entries):
+        return int(step)
+    names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
+    raise ValueError(unknown(f"entry of {where}", step, names))
+
+
+def _place(here: Any, key: str) -> tuple:
+    """Where a dotted key leads in nested tables; the names on the way may have dots themselves."""
+    if isinstance(here, list):
+        number, _, rest = key.partition(".")
+        return (int(number), *(_place(here[int(number)], rest) if rest else ()))
+    if isinstance(here, dict) and key not in here:
+        for name in here:
+            if key.startswith(f"{name}."):
+                return (name, *_place(here[name], key.removeprefix(f"{name}.")))
+    return (key,)
+
+
+def _remove(tables: dict[str, Any], place: tuple) -> bool:
+    """Delete the value at `place`; False if there is nothing to delete (a missing key)."""
+    here: Any = tables
+    try:
+        for part in place[:-1]:
+            here = here[part]
+        del here[place[-1]]
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
+
+
+def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
+    """Nested dicts as TOML: values first, then tables, then lists of tables."""
+    values, nested = [], []
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            nested.append(f"\n[{prefix}{key}]\n{dump_toml(value, f'{prefix}{key}.')}")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            nested += [f"\n[[{prefix}{key}]]\n{dump_toml(item, f'{prefix}{key}.')}" for item in value]
+        else:
+            values.append(f"{key} = {toml_value(value)}\n")
+    return "".join(values + nested)
+
+
+def toml_value(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+    # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not, nor a bare DEL.
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)

@@ -1,0 +1,214 @@
+"""The story of a distillation, top to bottom: data, teacher, student, result.
+
+images -> teacher (eval, no gradient) -> its logits and stage features
+       -> encoder -> student          -> logits of each step and stage features
+       -> objective: named terms -> weighted sum -> backward -> optimiser
+
+trainer.py has the loop, objective.py the terms.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasnn import processes
+from lasnn.callback import Callback, CallbackList
+from lasnn.data import Images, Streamed
+from lasnn.evaluation.measure import accuracy, measure
+from lasnn.factory import load_data, make_augmentation, make_student
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher, without_activations
+from lasnn.plan import Plan, read_plan
+from lasnn.random import deterministic, globals_kept, keyed
+from lasnn.recipe.schema import Recipe
+from lasnn.run import RunFolder, describe_network, environment, open_run
+from lasnn.training.checkpoints import STATE, Checkpoints
+from lasnn.training.objective import DistillationObjective
+from lasnn.training.parallel import Parallel, check_processes
+from lasnn.training.precision import Precision
+from lasnn.training.stop import StopRequest, stop_on_signals
+from lasnn.training.teacher import TeacherSource
+from lasnn.training.trainer import Phase, make_trainer
+from lasnn.weights import digest, load_state, save_weights
+
+# Of <malloc.h>.
+M_MMAP_THRESHOLD = -3
+
+
+def distill(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    progress: Callback | None = None,
+    callbacks: Iterable[Callback | str] = (),
+    detect_anomaly: bool = False,
+) -> RunFolder:
+    """Run a recipe: train or load the teacher, distil it into the student, leave a run folder.
+
+    Args:
+        recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
+        out: the run folder; None is `runs/<recipe>-<number>`.
+        overrides: `key.path=value` settings, as for `Recipe.load`.
+        resume: go on with the run in `out`, from its last saved state.
+        progress: what is told about the progress; None is nobody.
+        callbacks: others that are told, as objects or by the names under which they are registered.
+        detect_anomaly: look at every step, and name the operation whose gradient is the first not to be a number; slow.
+
+    Returns:
+        The run folder; its `summary.json` holds the result.
+
+    Raises:
+        UserError: something in the recipe or the data cannot work; raised before the first batch.
+        MachineError: the disk is full, or the loss or its gradient is no longer a finite number.
+        Stopped: a signal came; the state is saved.
+    """
+    processes.join()
+    resume = resume or processes.restarted()
+    plan = read_plan(recipe, list(overrides))
+    check_processes(plan.recipe)
+    # A plugin's callback is known once the recipe has been read.
+    told = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
+    with processes.main_process_first():
+        train, test, placed = load_data(plan.recipe, plan.data, plan.device)
+    opened = open_run(plan.recipe, None if out is None else Path(out), resume, told.note)
+    with closing(told), processes.main_process_context(opened) as run:
+        told.start(plan, run.path)
+        told.note(placed)
+        if processes.broadcast_from_main(lambda: run.read_json("summary.json")):
+            told.note(f"{run.path} is finished; there is nothing to resume")
+            return run
+        saved = processes.broadcast_from_main(lambda: saved_state(run))
+        if saved is None and resume:
+            told.note(f"nothing to resume in {run.path}; starting from the beginning")
+        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
+        with training_environment(plan, detect_anomaly) as stop:
+            checkpoints = Checkpoints(
+                run / STATE, plan.recipe.save_minutes, {"images": train.fingerprint(), "teacher": None}, saved
+            )
+
+            def fit(phase: Phase) -> dict[str, float]:
+                trainer = make_trainer(
+                    phase.objective,
+                    precision=Precision(plan.recipe, plan.device),
+                    parallel=phase.parallel,
+                    checkpoints=checkpoints,
+                    stop=stop,
+                    run=run,
+                    callbacks=told,
+                    detect_anomaly=detect_anomaly,
+                )
+                return trainer.fit(phase)
+
+            teacher = TeacherSource(plan, train, test, run, told).get(fit)
+            if teacher is not None:
+                checkpoints.identity["teacher"] = digest(teacher.network.state_dict())
+            student = new_student(plan, teacher)
+            result = fit(student_phase(plan, student, teacher, train, test))
+            finish(plan, run, student.eval(), test, result, told)
+    return run
+
+
+def saved_state(run: RunFolder) -> dict[str, Any] | None:
+    """The state that a run goes on from, None where there is none."""
+    return load_state(run / STATE) if (run / STATE).is_file() else None
+
+
+@contextmanager
+def training_environment(plan: Plan, detect_anomaly: bool) -> Iterator[StopRequest]:
+    """What of the process is set for a training, and as it was before afterwards: signals, global generators, modes of
+    PyTorch.
+    """
+    if plan.recipe.time_chunk and plan.device.type == "cpu":
+        return_large_blocks()
+    # A gradient that overflows under fp16's scaler is none.
+    anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and plan.recipe.precision != "fp16")
+    with stop_on_signals() as stop, globals_kept(plan.device), deterministic(plan.recipe.deterministic), anomalies:
+        yield stop
+
+
+def new_student(plan: Plan, teacher: Teacher | None) -> Student:
+    """The student before its training, on the run's device."""
+    recipe = plan.recipe
+    with keyed(recipe.seed, "student"):
+        student = make_student(recipe, plan.data)
+    if recipe.student.init == "teacher":
+        student.network.load_state_dict(without_activations(teacher.network) | learnt_by_neurons(student.network))
+    return student.to(plan.device)
+
+
+def learnt_by_neurons(network: nn.Module) -> dict[str, Tensor]:
+    """What a student has to learn beyond its teacher's weights: the neurons' own parameters."""
+    return {name: value for name, value in network.state_dict().items() if ".neuron." in name}
+
+
+def student_phase(
+    plan: Plan, student: Student, teacher: Teacher | None, train: Images | Streamed, test: Images | Streamed
+) -> Phase:
+    """The student's training under its teacher."""
+    recipe = plan.recipe
+    return Phase(
+        name="student",
+        model=student,
+        objective=DistillationObjective(student, teacher, plan),
+        networks={"student": student} | ({"teacher": teacher} if teacher else {}),
+        config=recipe.distill,
+        images=train,
+        batch_size=recipe.data.batch_size,
+        augmentation=make_augmentation(recipe, plan.data),
+        parallel=Parallel(recipe),
+        evaluate=lambda: accuracy(student, test, batch_size=recipe.data.batch_size, seed=recipe.seed),
+    )
+
+
+def finish(
+    plan: Plan,
+    run: RunFolder,
+    student: Student,
+    test: Images | Streamed,
+    fitted: dict[str, float],
+    callbacks: Callback,
+) -> None:
+    """Measure the student, and write it and the summary."""
+    recipe = plan.recipe
+    options = {"batch_size": recipe.data.batch_size, "seed": recipe.seed}
+    [result] = measure(student, test, [recipe.student.timesteps], **options)
+    if not processes.is_main():
+        return
+    description = describe_network(recipe.student.architecture, recipe.student.options, recipe, plan.data)
+    description["recipe"] = (run / "recipe.toml").read_text(encoding="utf-8")
+    save_weights(run / "student.safetensors", student.network.state_dict(), description)
+    teacher = run.read_json("teacher.json")
+    summary = {
+        "accuracy": result["accuracy"],
+        "teacher_accuracy": teacher.get("accuracy"),
+        "timesteps": recipe.student.timesteps,
+        "firing_rate": result["firing_rate"],
+        "energy_uj": result["energy_uj"],
+        "seconds": fitted["seconds"],
+        "teacher_seconds": teacher.get("seconds"),
+        "images_per_second": fitted["images_per_second"],
+        "epochs": recipe.distill.epochs,
+        "images": len(test),
+        "seed": recipe.seed,
+    }
+    run.write_json("summary.json", summary)
+    callbacks.finish(summary, run.path)
+
+
+def return_large_blocks() -> None:
+    """Let glibc give each block of 64 KiB and more back to the system when it is freed (elsewhere: nothing).
+
+    Otherwise it keeps those of up to 32 MiB in its heap, which the voltages between the chunks of time then fragment:
+    the process grows several times beyond the tensors that it holds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 64 * 2**10)

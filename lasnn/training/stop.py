@@ -1,0 +1,52 @@
+"""Signals that ask a run to stop after a whole step."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lasnn import processes
+
+
+class Stopped(Exception):
+    """A signal ended the run after a whole step; its state is saved in `state`."""
+
+    def __init__(self, signum: int, state: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; the state is in {state}")
+        self.signum = signum
+        self.run = state.parent
+
+
+class StopRequest:
+    """Whether a signal has come to this process, and what all processes make of it."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def agree(self, *others: int) -> list[int]:
+        """The signal that came to any process (0: none) and the highest of `others`, the same in all of them."""
+        return processes.all_reduce_max(self.signum, *others)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Within the block SIGINT and SIGTERM only ask for a stop after the current step; a second one kills at once."""
+    request = StopRequest()
+
+    def handle(signum: int, _: object) -> None:
+        if request.signum:
+            os._exit(128 + signum)
+        request.signum = signum
+
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread alone; whoever runs this in another handles them there.
+        yield request
+        return
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,167 @@
+"""The teacher: from the run itself, from a weights file, from the cache of trained teachers, or trained now."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lasnn import __version__, lock, processes
+from lasnn.callback import Callback
+from lasnn.data import Images, Streamed
+from lasnn.errors import MachineError, UserError
+from lasnn.evaluation.measure import teacher_accuracy
+from lasnn.factory import make_augmentation, make_teacher
+from lasnn.files import remove_partial
+from lasnn.network.teacher import Teacher
+from lasnn.plan import Plan
+from lasnn.random import keyed
+from lasnn.recipe.schema import Recipe
+from lasnn.run import RUNS, WRITTEN, RunFolder, describe_network, load_into
+from lasnn.training.objective import TeacherObjective
+from lasnn.training.parallel import Parallel
+from lasnn.training.trainer import Phase
+from lasnn.weights import save_weights
+
+CACHE = RUNS / "teachers"
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where a run's teacher comes from.
+
+    Args:
+        plan: the run's.
+        train, test: its images.
+        run: its folder, which keeps the teacher's weights, result and metrics.
+        callbacks: are told of what was found.
+    """
+
+    plan: Plan
+    train: Images | Streamed
+    test: Images | Streamed
+    run: RunFolder
+    callbacks: Callback
+
+    def get(self, train_teacher: Callable[[Phase], dict[str, float]]) -> Teacher | None:
+        """The teacher, frozen and in evaluation mode; None where the recipe has none.
+
+        Args:
+            train_teacher: trains it where it is nowhere to be found.
+        """
+        if self.plan.recipe.teacher is None:
+            return None
+        teacher = self._untrained()
+        if not processes.broadcast_from_main(lambda: self._from_run(teacher)):
+            result = self._from_checkpoint(teacher) if self.plan.teacher_checkpoint else self._from_cache(teacher)
+            if result is None:
+                result = train_teacher(self.phase(teacher))
+                processes.broadcast_from_main(lambda: self._store(teacher, result))
+            self._keep(teacher, result)
+        self.callbacks.teacher(self.run.read_json("teacher.json"))
+        processes.broadcast_parameters(teacher)
+        return teacher.eval().requires_grad_(False)
+
+    def phase(self, teacher: Teacher) -> Phase:
+        """The teacher's training."""
+        recipe = self.plan.recipe
+        return Phase(
+            name="teacher",
+            model=teacher,
+            objective=TeacherObjective(teacher, recipe),
+            networks={"teacher": teacher},
+            config=recipe.teacher,
+            images=self.train,
+            batch_size=recipe.data.batch_size,
+            augmentation=make_augmentation(recipe, self.plan.data),
+            parallel=Parallel(recipe),
+            evaluate=lambda: teacher_accuracy(teacher, self.test, batch_size=recipe.data.batch_size),
+        )
+
+    def _untrained(self) -> Teacher:
+        recipe = self.plan.recipe
+        with keyed(recipe.seed, "teacher"):
+            teacher = make_teacher(recipe, self.plan.data)
+        return teacher.to(self.plan.device)
+
+    def _from_run(self, teacher: Teacher) -> bool:
+        """Load what this run has used before it was interrupted."""
+        weights = self.run / "teacher.safetensors"
+        if not weights.is_file() or "accuracy" not in self.run.read_json("teacher.json"):
+            return False
+        load_into(teacher.network, weights)
+        return True
+
+    def _from_checkpoint(self, teacher: Teacher) -> dict[str, float]:
+        recipe, path = self.plan.recipe, self.plan.teacher_checkpoint
+        processes.broadcast_from_main(lambda: load_into(teacher.network, path))
+        processes.broadcast_parameters(teacher)
+        self.callbacks.note(f"teacher: {recipe.teacher.architecture} from {path}")
+        measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
+        return {"accuracy": measured, "seconds": 0.0}
+
+    @property
+    def cache(self) -> RunFolder:
+        """The folder of this teacher among the trained ones."""
+        recipe = self.plan.recipe
+        return RunFolder(CACHE / f"{recipe.teacher.architecture}-{teacher_key(recipe, self.plan.device, self.train)}")
+
+    def _from_cache(self, teacher: Teacher) -> dict[str, float] | None:
+        """Load it from the cache; None where it is not there, or damaged."""
+        result = processes.broadcast_from_main(lambda: self._read_cache(teacher))
+        if result is not None:
+            name = self.plan.recipe.teacher.architecture
+            self.callbacks.note(f"teacher: {name} from the cache ({self.cache.path}), not trained again")
+        return result
+
+    def _read_cache(self, teacher: Teacher) -> dict[str, float] | None:
+        cache = self.cache
+        if not (cache / "teacher.safetensors").is_file():
+            return None
+        try:
+            metrics, result = cache.metrics(), cache.read_json("teacher.json")
+            if "accuracy" not in result:
+                raise UserError(f"{cache / 'teacher.json'} is missing or damaged")
+            load_into(teacher.network, cache / "teacher.safetensors")
+        except UserError as error:
+            self.callbacks.note(f"the cached teacher cannot be used and is trained again: {error}")
+            return None
+        self.run.write_metrics(metrics)
+        return result
+
+    def _store(self, teacher: Teacher, result: dict[str, float]) -> None:
+        """Put a trained teacher into the cache."""
+        cache = self.cache
+        try:
+            cache.path.mkdir(parents=True, exist_ok=True)
+            with lock.locked(cache.path):
+                remove_partial(cache.path, WRITTEN)
+                cache.write_metrics(self.run.metrics())
+                cache.write_json("teacher.json", result)
+                # The weights come last: their presence says that the cached teacher is whole.
+                save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), self._description())
+        except (OSError, MachineError, UserError) as error:
+            # The run has its teacher; only the next one will have to train it again, if no other run is caching it.
+            self.callbacks.note(f"the teacher is not cached: {error}")
+
+    def _keep(self, teacher: Teacher, result: dict[str, float]) -> None:
+        """Put it into the run folder."""
+        self.run.write_json("teacher.json", result)
+        save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), self._description())
+
+    def _description(self) -> dict[str, Any]:
+        table = self.plan.recipe.teacher
+        return describe_network(table.architecture, table.options, self.plan.recipe, self.plan.data)
+
+
+def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed) -> str:
+    """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
+    data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
+    teacher = recipe.teacher.model_dump(exclude={"checkpoint"})
+    # Not where the images lie, but what they are.
+    images = train.fingerprint()
+    plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
+    defines = [__version__, recipe.seed, recipe.precision, device.type, data, images, teacher, plugins]
+    return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]
