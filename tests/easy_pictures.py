@@ -1,6 +1,6 @@
 """Three easy data sets of ten classes, drawn from a seed: what a newcomer's own pictures may be.
 
-    python tests/easy_pictures.py FOLDER        # FOLDER/shapes, FOLDER/gratings, FOLDER/letters, 1,400 pictures each
+python tests/easy_pictures.py FOLDER        # FOLDER/shapes, FOLDER/gratings, FOLDER/letters, 1,400 pictures each
 """
 
 import math

@@ -62,6 +62,8 @@ class TeacherSource:
             self._keep(teacher, result)
         self.callbacks.teacher(self.run.read_json("teacher.json"))
         processes.broadcast_parameters(teacher)
+        # What is left of its training would take memory for nothing.
+        teacher.zero_grad(set_to_none=True)
         return teacher.eval().requires_grad_(False)
 
     def phase(self, teacher: Teacher) -> Phase:
