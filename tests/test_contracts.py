@@ -15,6 +15,8 @@ from lasnn.training.trainer import Trainer
 from lasnn.weights import digest as digest_of
 from lasnn.weights import load_weights
 
+pytestmark = pytest.mark.usefixtures("cached_teachers")
+
 LOSSES = (
     'losses=[{name="cross-entropy",weight=0.5},{name="attention",weight=7.0,power=1.0},'
     '{name="logit-kd",weight=0.3,temperature=2.0}]'

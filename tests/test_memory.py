@@ -22,6 +22,8 @@ from lasnn.random import generator
 from lasnn.registry import encoders, losses
 from lasnn.training.stop import Stopped
 
+pytestmark = pytest.mark.usefixtures("cached_teachers")
+
 # Without batch norm a batch's gradient is the mean of its images' gradients, however they are grouped.
 PLAIN = '''
 from torch import nn
@@ -127,6 +129,15 @@ def assert_equal(one, other, atol=1e-10):
         torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
 
 
+def keep_everything(monkeypatch):
+    """Plain autograd in the place of what is computed again in the backward pass."""
+
+    def plain(function, *inputs, use_reentrant, context_fn, **options):
+        return function(*inputs, **options)
+
+    monkeypatch.setattr("lasnn.network.time_chunks.checkpoint", plain)
+
+
 @pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
 @pytest.mark.parametrize(("architecture", "neuron"), [("vgg5", "plif"), ("resnet20", "lif")])
 def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, neuron, monkeypatch):
@@ -136,9 +147,7 @@ def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, 
         return (features["stage1"].sum(2) * torch.linspace(0, 1, 8)).square().mean() + logits.square().mean()
 
     chunked = gradients(student(encoder, architecture, neuron), 4, of_steps)
-    monkeypatch.setattr(
-        "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
-    )
+    keep_everything(monkeypatch)
     monkeypatch.setattr("lasnn.neuron.lif", reference.lif)
     plain = gradients(student(encoder, architecture, neuron), 4, of_steps)
     assert max(value.abs().max() for name, value in plain.items() if name.endswith("weight")) > 1e-3
@@ -220,9 +229,7 @@ def test_what_layers_draw_is_the_same_again(monkeypatch):
         net.train()
         torch.manual_seed(3)
         values.append(gradients(net, 4))
-        monkeypatch.setattr(
-            "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
-        )
+        keep_everything(monkeypatch)
     assert_equal(*values)
 
 
