@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
-from lasnn.kernels import BatchNorm2d
+from lasnn.kernels import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
 from lasnn.kernels.functional import normalised
 from lasnn.kernels.layout import state_dtype
-from lasnn.kernels.norm import updated
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
 
@@ -102,11 +101,8 @@ class NormSpike(nn.Module):
         if self.fused and voltages is None:
             steps = self.clock.steps
             constant = steps > 1 and x.shape[0] == self.clock.batch
-            spikes, running = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
-            if running is not None:
-                self.norm.running_mean.copy_(running.mean)
-                self.norm.running_var.copy_(running.var)
-                self.norm.num_batches_tracked.add_(1)
+            spikes, batch = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
+            update_running_statistics(self.norm, batch)
             return spikes
         if voltages is None:
             return self._in_turn(x, residual)[0]
@@ -174,12 +170,12 @@ def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
 
     As if all their elements had been normalised at once: the variance within the passes and that between them.
     """
-    passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {}
+    passes: dict[_BatchNorm, list[BatchStatistics]] = {}
 
     def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
         count = inputs[0].numel() // inputs[0].shape[1] if getattr(norm, "group", None) is None else int(norm.count)
         mean, var = (value.to(torch.float64, copy=True) for value in (norm.running_mean, norm.running_var))
-        passes.setdefault(norm, []).append((count, mean, var))
+        passes.setdefault(norm, []).append(BatchStatistics(mean, var * ((count - 1) / count), count))
 
     with running_statistics_left(module) as norms:
         momenta = [norm.momentum for norm in norms]
@@ -194,13 +190,7 @@ def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
                 norm.momentum = momentum
                 hook.remove()
     for norm, seen in passes.items():
-        total = sum(count for count, _, _ in seen)
-        middle = sum(count * mean for count, mean, _ in seen) / total
-        spread = sum((count - 1) * var + count * (mean - middle).square() for count, mean, var in seen) / total
-        mean, var = updated(norm, torch.stack([middle, spread]), total)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
-        norm.num_batches_tracked.add_(1)
+        update_running_statistics(norm, pool_statistics(seen))
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.

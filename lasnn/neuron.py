@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.kernels import SURROGATES, lif, norm_lif
-from lasnn.kernels.functional import RunningStatistics
+from lasnn.kernels import SURROGATES, BatchStatistics, lif, norm_lif
 from lasnn.registry import neurons
 
 Surrogate = Literal[SURROGATES]
@@ -69,7 +68,7 @@ class Neuron(nn.Module):
 
     def after_norm(
         self, y: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, *, timesteps: int, constant: bool = False
-    ) -> tuple[Tensor, RunningStatistics | None]:
+    ) -> tuple[Tensor, BatchStatistics | None]:
         """Batch norm, residual and this neuron in one: the spikes of `forward` on their sum, from rest.
 
         Args, returns: as for `lasnn.kernels.norm_lif`.
