@@ -1,209 +1,206 @@
-"""What the neuron's CPU paths share: a step's dynamics, and the two passes of a block over its time steps.
+"""What the CPU's ops share: tensors and options as the compiled loops take them, and the loops over time."""
 
-Each op is cut into blocks of elements that go through all their steps while they are in cache. A pass over
-memory is what costs, so the common cases (tau = 2, hard reset to 0, fp32) are arranged to need few: 3 a step
-forward, 3 + 7 backward. README.md derives the formulas.
-"""
+from math import pi
+from typing import NamedTuple
 
-from collections.abc import Callable, Sequence
-from math import isfinite, nan, pi
-
+import numpy as np
 import torch
 from torch import Tensor
 
+from lasnn.kernels.cpu import threads
 from lasnn.kernels.layout import segments
 
-# Elements a thread gets of a block: fewer cost more in calls, more fall out of cache (measured).
-BLOCK = 65536
+SURROGATES = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3, "fast-sigmoid": 4}
+# Of how many parts work consists at most, whatever the number of threads: sums over parts are the same for each.
+PARTS = 64
 
 
-class Dynamics:
-    """What one step does: h = v - (v - v_rest) decay + gain x, s = [h >= threshold], then the reset.
+def loops():
+    """The compiled loops. Numba is imported here, at the first call of an op, and never for a GPU's tensors."""
+    from lasnn.kernels.cpu import loops as compiled
 
-    The constants are 0-d tensors of the state's type: with Python numbers each op would first convert them.
+    return compiled
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """The memory between a tensor's first and last element, as a vector; bf16 as uint16 and fp16 as int16."""
+    size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    vector = tensor.detach().as_strided((size if tensor.numel() else 0,), (1,))
+    if tensor.dtype == torch.bfloat16:
+        return vector.view(torch.int16).numpy().view(np.uint16)
+    return (vector.view(torch.int16) if tensor.dtype == torch.float16 else vector).numpy()
+
+
+def vector(values: list[float], dtype: torch.dtype) -> np.ndarray:
+    return np.array(values, np.float64 if dtype == torch.float64 else np.float32)
+
+
+class Cut(NamedTuple):
+    """How a step lies in memory, and the lines that it is cut into.
+
+    A group is a whole number of images (contiguous) or pixels (channels_last); one that is longer than a line is cut
+    into pieces. `run` elements in a row belong to a channel.
     """
 
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        learnt_decay: Tensor | None,
-        decay: float,
-        threshold: float,
-        decay_input: bool,
-        v_reset: float | None,
-        surrogate: str,
-        alpha: float,
-        detach_reset: bool,
-    ):
-        self.decay = decay if learnt_decay is None else learnt_decay.item()
-        self.threshold, self.v_reset, self.alpha = threshold, v_reset, alpha
-        self.decay_input, self.detach_reset = decay_input, detach_reset
-        self.v_rest = 0.0 if v_reset is None else v_reset
-        self.surrogate_, self.combine = SURROGATES[surrogate]
-        self.decay_, self.keep_, self.threshold_, self.v_rest_ = (
-            torch.scalar_tensor(value, dtype=dtype) for value in (self.decay, 1 - self.decay, threshold, self.v_rest)
-        )
-        # (1 - decay) v is exact for these, so that one fused pass rounds once, as the definition does.
-        self.one_pass = self.v_rest == 0 and self.decay in (0.0, 0.5) and not decay_input
+    size: int
+    groups: int
+    width: int
+    span: int
+    run: int
+    channels: int
 
-    def charge(self, v: Tensor, x: Tensor, scratch: Tensor, out: Tensor, propagate_nan: bool) -> None:
-        """h, rounded as the definition rounds it. Both passes call this, so that they agree bit for bit."""
-        if self.one_pass and not propagate_nan:
-            torch.add(x, v, alpha=1 - self.decay, out=out)
-            return
-        if self.v_rest == 0:
-            torch.mul(v, self.decay_, out=scratch)
-        else:
-            torch.sub(v, self.v_rest_, out=scratch).mul_(self.decay_)
-        torch.sub(v, scratch, out=out)
-        out.add_(torch.mul(x, self.decay_, out=scratch) if self.decay_input else x)
+    @classmethod
+    def of(cls, repeats: int, run: int, channels: int, width: int) -> "Cut":
+        """`repeats` times `channels` runs, in lines of at most `width` elements."""
+        period = run * channels
+        if period <= width:
+            span = min(width // period, repeats) * period
+            return cls(repeats * period, -(-repeats * period // span), span, span, run, channels)
+        pieces = -(-period // width)
+        # Equal ones, but whole vectors.
+        return cls(repeats * period, repeats, min(width, -(-period // pieces // 32) * 32), period, run, channels)
 
-    def fire(self, h: Tensor, out: Tensor, propagate_nan: bool) -> None:
-        torch.ge(h, self.threshold_, out=out)
-        if propagate_nan:
-            out.masked_fill_(h.isnan(), nan)
-
-    def reset(self, h: Tensor, s: Tensor, out: Tensor, propagate_nan: bool) -> None:
-        if self.v_reset is None:
-            torch.sub(h, s, alpha=self.threshold, out=out)
-        elif propagate_nan:
-            torch.add((1 - s) * h, s, alpha=self.v_reset, out=out)
-        else:
-            # (1 - s) h + s v_reset for a finite h; any other h leaves NaN, which no later step loses.
-            torch.addcmul(h, h, s, value=-1, out=out)
-            if self.v_reset:
-                out.add_(s, alpha=self.v_reset)
-
-    def start(self, v: Tensor, v0: Tensor | None) -> None:
-        if v0 is None:
-            v.fill_(self.v_rest)
-        else:
-            v.copy_(v0)
+    def parts(self, steps: int) -> int:
+        return max(1, min(PARTS, self.size * steps // threads.SHARE, self.groups * -(-self.span // self.width)))
 
 
-# A surrogate turns u = h - threshold, in place, into the w of its derivative: scale * w, or scale / w.
+def dynamics(
+    dtype: torch.dtype,
+    learnt_decay: Tensor | None,
+    decay: float,
+    threshold: float,
+    decay_input: bool,
+    v_reset: float | None,
+    surrogate: str,
+    alpha: float,
+    detach_reset: bool,
+) -> np.ndarray:
+    """The neuron's options as the loops take them, in their order there, each rounded once to the state's type."""
+    decay = decay if learnt_decay is None else learnt_decay.item()
+    hard = v_reset is not None
+    jump = v_reset if hard else -threshold
+    return vector(
+        [
+            decay,
+            1 - decay,
+            decay if decay_input else 1,
+            v_reset if hard else 0,
+            threshold,
+            hard,
+            jump,
+            hard and not detach_reset,
+            0 if detach_reset else jump,
+            alpha,
+            1 / (2 * alpha),
+            pi / 2 * alpha,
+        ],
+        dtype,
+    )
 
 
-def atan_(u: Tensor, alpha: float) -> tuple[Tensor, float]:
-    k = (pi / 2 * alpha) ** -2
-    return u.mul_(u).add_(k), alpha / 2 * k
+def or_constant(tensor: Tensor | None, value: float, dtype: torch.dtype) -> tuple[np.ndarray, int]:
+    """(a tensor's memory, 1), or where there is none (a line of one value, 0): the factor of the offset in it."""
+    if tensor is None:
+        return flat(torch.full((loops().LINE,), value, dtype=dtype)), 0
+    return flat(tensor), 1
 
 
-def sigmoid_(u: Tensor, alpha: float) -> tuple[Tensor, float]:
-    u.mul_(alpha).sigmoid_()
-    return torch.addcmul(u, u, u, value=-1, out=u), alpha
-
-
-def triangle_(u: Tensor, alpha: float) -> tuple[Tensor, float]:
-    return u.abs_().neg_().add_(1 / alpha).clamp_(min=0), alpha**2
-
-
-def rectangle_(u: Tensor, alpha: float) -> tuple[Tensor, float]:
-    return u.abs_().lt_(1 / (2 * alpha)), alpha
-
-
-def fast_sigmoid_(u: Tensor, alpha: float) -> tuple[Tensor, float]:
-    return u.abs_().add_(1 / alpha).square_(), alpha**-2
-
-
-# name: (the function, how w enters)
-SURROGATES: dict[str, tuple[Callable[[Tensor, float], tuple[Tensor, float]], Callable]] = {
-    "atan": (atan_, torch.addcdiv),
-    "sigmoid": (sigmoid_, torch.addcmul),
-    "triangle": (triangle_, torch.addcmul),
-    "rectangle": (rectangle_, torch.addcmul),
-    "fast-sigmoid": (fast_sigmoid_, torch.addcdiv),
-}
-
-
-def run(
-    d: Dynamics,
+def forward(
+    cut: Cut,
     timesteps: int,
-    current: Callable[[int], Tensor],
-    spikes: Sequence[Tensor],
-    v: Tensor,
-    start: Tensor | None,
-    saved_states: Sequence[Tensor],
-    buffer: Tensor,
+    options: tuple,
+    parameters: np.ndarray,
+    y: Tensor,
+    y_step: int,
+    residual: Tensor | None,
+    v0: Tensor | None,
+    learnt_decay: Tensor | None,
+    spikes: Tensor,
+    v_last: Tensor | None,
+    saved_states: Tensor,
 ) -> None:
-    """One block through all its steps: spikes, v and the states between the segments, in place."""
-    _, length = segments(timesteps)
-    h, s, scratch = buffer
-    cast = spikes[0].dtype != v.dtype
-    # Any h that is not finite leaves a v_last that is not: only then is the exact but slower form needed.
-    for propagate_nan in (False, True):
-        d.start(v, start)
-        for t in range(timesteps):
-            if t and t % length == 0:
-                saved_states[t // length - 1].copy_(v)
-            if not cast:
-                s = spikes[t]
-            d.charge(v, current(t), scratch, out=h, propagate_nan=propagate_nan)
-            d.fire(h, out=s, propagate_nan=propagate_nan)
-            d.reset(h, s, out=v, propagate_nan=propagate_nan)
-            if cast:
-                spikes[t].copy_(s)
-        if isfinite(v.sum().item()):
-            break
+    """All steps of a neuron that receives (y - mean) * scale + bias (+ residual), into the last three tensors.
 
-
-def run_backward(
-    d: Dynamics,
-    timesteps: int,
-    current: Callable[[int], Tensor],
-    incoming: Sequence[Tensor] | None,
-    outs: Sequence[Tensor] | None,
-    deliver: Callable[[int, Tensor], None],
-    gv: Tensor,
-    start: Tensor | None,
-    saved_states: Sequence[Tensor],
-    buffer: Tensor,
-    planes: Sequence[Sequence[Tensor]],
-) -> float:
-    """One block backward through all its steps; returns 1/tau's gradient where it is learnt.
-
-    `gv` holds the gradient of the last v and ends with that of the first. The gradient of the current at step t goes
-    to `deliver(t, gradient)`, in the buffer `outs[t]` where there is one; `current(t)` is called once a step, and
-    before `deliver(t, ...)` of its segment. `planes` hold a segment's h and spikes and, for a learnt decay, its v.
+    Args:
+        parameters: mean, scale and bias by channel, [3, C], flat.
+        y_step: elements from one step of y to the next; 0 where y is constant in time, as the residual then is.
     """
-    _, length = segments(timesteps)
-    v, spare, u, gs = buffer
-    hs, ss, *vs = planes
-    cast = incoming is not None and incoming[0].dtype != v.dtype
-    grad_decay = 0.0
-    for first in reversed(range(0, timesteps, length)):
-        count = min(length, timesteps - first)
-        # h and the spikes again, by the forward pass's own code
-        for propagate_nan in (False, True):
-            d.start(v, saved_states[first // length - 1] if first else start)
-            for i in range(count):
-                if vs:
-                    vs[0][i].copy_(v)
-                d.charge(v, current(first + i), u, out=hs[i], propagate_nan=propagate_nan)
-                d.fire(hs[i], out=ss[i], propagate_nan=propagate_nan)
-                d.reset(hs[i], ss[i], out=v, propagate_nan=propagate_nan)
-            if isfinite(v.sum().item()):
-                break
+    dtype, parts = saved_states.dtype, cut.parts(timesteps)
+    o = dynamics(dtype, learnt_decay, *options)
+    residual, residual_line = or_constant(residual, 0, y.dtype)
+    start, start_line = or_constant(v0, 0.0 if options[3] is None else options[3], dtype)
+    ends = v_last is not None
+    inputs = (flat(y), y_step, residual, y_step * residual_line, residual_line, start, start_line)
+    outputs = (flat(spikes), flat(v_last if ends else saved_states), ends, flat(saved_states))
+    loop = loops()
 
-        for i in reversed(range(count)):
-            t, h = first + i, hs[i]
-            if incoming is None:
-                grad_s = gs.zero_()
-            else:
-                grad_s = gs.copy_(incoming[t]) if cast else incoming[t]
-            if not d.detach_reset and d.v_reset is None:
-                grad_s = torch.sub(grad_s, gv, alpha=d.threshold, out=gs)
-            elif not d.detach_reset:
-                fall = torch.sub(h, d.v_rest_, out=u) if d.v_reset else h
-                grad_s = torch.addcmul(grad_s, gv, fall, value=-1, out=gs)
-            if d.v_reset is not None:
-                gv.addcmul_(gv, ss[i], value=-1)
-            w, scale = d.surrogate_(torch.sub(h, d.threshold_, out=u), d.alpha)
-            gh = d.combine(gv, grad_s, w, value=scale, out=spare if outs is None else outs[t])
-            torch.mul(gh, d.keep_, out=gv)
-            if vs:
-                grad_decay += d.v_rest * gh.sum().item() - gh.flatten().dot(vs[0][i].flatten()).item()
-                if d.decay_input:
-                    grad_decay += gh.flatten().dot(current(t).flatten()).item()
-            deliver(t, gh.mul_(d.decay_) if d.decay_input else gh)
-    return grad_decay
+    def work(first: int, last: int) -> None:
+        scratch = flat(torch.empty(loop.SCRATCH, dtype=dtype))
+        loop.forward(
+            first, last, parts, cut, timesteps, segments(timesteps)[1], o, parameters, *inputs, *outputs, scratch
+        )
+
+    threads.run(work, parts, cut.size * timesteps)
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns: sums over a channel, [2, C] in fp64, of g and of g (y - mean); dL/d(1/tau)."""
+
+    sums: np.ndarray
+    decay: float
+
+
+def backward(
+    cut: Cut,
+    timesteps: int,
+    options: tuple,
+    parameters: np.ndarray,
+    y: Tensor,
+    y_step: int,
+    residual: Tensor | None,
+    v0: Tensor | None,
+    learnt_decay: Tensor | None,
+    saved_states: Tensor,
+    grad_spikes: Tensor | None,
+    grad_step: int,
+    grad_v_last: Tensor | None,
+    constant: bool,
+    g: Tensor | None,
+    grad_v0: Tensor | None,
+    summed: bool,
+) -> Gradients:
+    """The way back through what `forward` does; writes g, the gradient of what the neuron receives, and grad_v0.
+
+    Args:
+        grad_step: elements from one step of grad_spikes to the next.
+        constant: g is one step, the sum over time.
+        summed: whether the sums over channels are wanted.
+    """
+    dtype, parts, loop = saved_states.dtype, cut.parts(timesteps), loops()
+    o = dynamics(dtype, learnt_decay, *options)
+    residual, residual_line = or_constant(residual, 0, y.dtype)
+    start, start_line = or_constant(v0, 0.0 if options[3] is None else options[3], dtype)
+    grad, grad_line = or_constant(grad_spikes, 0, y.dtype)
+    end, end_line = or_constant(grad_v_last, 0, dtype)
+    inputs = (flat(y), y_step, residual, y_step * residual_line, residual_line, start, start_line, flat(saved_states))
+    gradients = (grad, grad_step * grad_line, grad_line, end, end_line)
+    into, into_line = or_constant(g, 0, y.dtype)
+    into_step = 0 if constant else cut.size * into_line
+    begins, learnt = grad_v0 is not None, learnt_decay is not None
+    grad_v0 = flat(grad_v0 if begins else saved_states)
+    sums, decays = np.zeros((parts, 2, cut.channels)), np.zeros(parts)
+    segment = segments(timesteps)[1]
+
+    def work(first: int, last: int) -> None:
+        hs, vs = (flat(torch.empty(count * loop.LINE, dtype=dtype)) for count in (segment, segment if learnt else 0))
+        spare, scratch = flat(torch.empty(loop.LINE, dtype=y.dtype)), flat(torch.empty(loop.SCRATCH, dtype=dtype))
+        # A sum over time is written once, at its end; what is not wanted goes to a line that nobody reads.
+        step_g = (spare, 0, 0) if g is None or constant else (into, into_step, into_line)
+        loop.backward(
+            first, last, parts, cut, timesteps, segment, SURROGATES[options[4]], o, parameters, *inputs, *gradients,
+            *step_g, into, into_line, constant, grad_v0, begins, sums.reshape(-1), summed, decays, learnt, options[2],
+            hs, vs, scratch,
+        )  # fmt: skip
+
+    threads.run(work, parts, cut.size * timesteps)
+    return Gradients(sums.sum(0), float(decays.sum()))
