@@ -25,7 +25,7 @@ def _voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Ten
         UserError: the neuron cannot go on from a voltage.
     """
     student.eval()
-    with translate_errors(neurons[recipe.student.neuron.name]), student.network.clock.carry_state({}) as voltages:
+    with translate_errors(neurons[recipe.student.neuron.name]), student.network.time.carry_state({}) as voltages:
         student.network(_encoded(recipe, data, student, 1), 1)
     return list(voltages.values())
 

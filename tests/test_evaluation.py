@@ -50,7 +50,7 @@ def test_silent_is_who_never_spiked_on_any_image():
             hooks = [
                 unit.register_forward_hook(
                     lambda _, __, spikes, name=name: fired.update(
-                        {name: fired.get(name, False) | student.network.clock.unfold(spikes).ne(0).any(0).any(0)}
+                        {name: fired.get(name, False) | student.network.time.unfold(spikes).ne(0).any(0).any(0)}
                     )
                 )
                 for name, unit in student.network.named_modules()

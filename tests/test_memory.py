@@ -15,7 +15,8 @@ from lasnn.loss import attention, reading_of
 from lasnn.network import time
 from lasnn.network.staged import build
 from lasnn.network.student import Student
-from lasnn.network.time_chunks import running_statistics_pooled
+from lasnn.network.time import TimeContext
+from lasnn.network.time_chunks import pool_running_statistics
 from lasnn.network.units import snn_units
 from lasnn.plan import micro_batches, read_plan
 from lasnn.random import generator
@@ -208,7 +209,7 @@ def test_pooled_statistics_are_left_as_they_were_by_a_failure():
     mean = net[0].running_mean
 
     def broken():
-        with running_statistics_pooled(net):
+        with pool_running_statistics(net, TimeContext()):
             net(torch.rand(4, 2, 3, 3))
             raise ZeroDivisionError
 

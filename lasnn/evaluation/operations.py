@@ -71,11 +71,11 @@ class OperationCounter:
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._marked.clear()
-        clock = self.student.network.clock
-        if clock.start == 0:
+        time = self.student.network.time
+        if time.start == 0:
             # A run that is made in pieces sees its images in each of them.
-            self.images += clock.batch
-            self.batch_additions = torch.zeros(self.timesteps, clock.batch, dtype=torch.float64)
+            self.images += time.batch
+            self.batch_additions = torch.zeros(self.timesteps, time.batch, dtype=torch.float64)
         if getattr(self.student.encoder, "spiking", False):
             self._mark(inputs[0], 1.0)
 
@@ -93,7 +93,7 @@ class OperationCounter:
             spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
             count[self._now] += spikes_per_one * self._by_step(spikes)
-            fired = self.student.network.clock.unfold(spikes).detach().ne(0).any(1)
+            fired = self.student.network.time.unfold(spikes).detach().ne(0).any(1)
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
             self._mark(spikes, spikes_per_one)
@@ -114,12 +114,12 @@ class OperationCounter:
     def _count_operations(self, name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0]
-            clock = self.student.network.clock
+            time = self.student.network.time
             spikes = self._spikes_per_one(x)
             if spikes is not None:
                 fanout = self._fanout_of(layer, x, output)
                 # Summed over channels first, so that nothing of the feature's size is made.
-                by_pixel = clock.unfold(x).sum(2, dtype=torch.float64)
+                by_pixel = time.unfold(x).sum(2, dtype=torch.float64)
                 if by_pixel.ndim == 2:
                     by_pixel = by_pixel[..., None]
                 by_image = spikes * (by_pixel * fanout).flatten(2).sum(2).cpu()
@@ -128,9 +128,9 @@ class OperationCounter:
                 return
             multiply_additions = output.numel() * layer.weight[0].numel()
             count = self._count(self.multiply_additions, name)
-            if x.shape[0] != clock.batch:
-                count[self._now] += multiply_additions / clock.steps
-            elif clock.start == 0:
+            if x.shape[0] != time.batch:
+                count[self._now] += multiply_additions / time.steps
+            elif time.start == 0:
                 count[0] += multiply_additions
 
         return hook
@@ -160,16 +160,16 @@ class OperationCounter:
 
     def _by_step(self, x: Tensor) -> Tensor:
         """Sum over everything but time: [T*B, ...] -> [T], in fp64 on the CPU."""
-        x = self.student.network.clock.unfold(x)
+        x = self.student.network.time.unfold(x)
         sums = x.flatten(1).sum(1, dtype=torch.float64).cpu()
-        steps = self.student.network.clock.steps
+        steps = self.student.network.time.steps
         return sums if len(sums) == steps else sums.repeat(steps)
 
     @property
     def _now(self) -> slice:
         """The steps that the current pass makes; all of them unless the run is made in pieces."""
-        clock = self.student.network.clock
-        return slice(clock.start, clock.start + clock.steps)
+        time = self.student.network.time
+        return slice(time.start, time.start + time.steps)
 
     def join(self) -> None:
         """Take in what the other processes have counted of their images."""

@@ -85,7 +85,7 @@ def observe(student: Student, encoded: Tensor) -> tuple[Tensor, dict[str, Tensor
         if isinstance(unit, NormSpike):
 
             def keep(_unit, _inputs, output, name=name):
-                spikes[name] = network.clock.unfold(output)
+                spikes[name] = network.time.unfold(output)
 
             hooks.append(unit.register_forward_hook(keep))
     try:
