@@ -19,7 +19,6 @@ from lasnn.activation import QCFS
 from lasnn.encoder import check_images
 from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
-from lasnn.kernels.functional import normalised
 from lasnn.kernels.layout import state_dtype
 from lasnn.neuron import Neuron
 from lasnn.registry import architectures, neurons
@@ -95,36 +94,41 @@ class NormSpike(nn.Module):
         self.fused = channels is not None and getattr(type(neuron), "forward", None) is Neuron.forward
         # In its network; the network sets it.
         self.name = ""
+        # Where several passes are to update the running statistics together, the batches of those seen so far.
+        self.batches: list[BatchStatistics] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         voltages = self.clock.voltages
-        if self.fused and voltages is None:
+        before = None if voltages is None else voltages.get(self.name)
+        if self.fused:
             steps = self.clock.steps
-            constant = steps > 1 and x.shape[0] == self.clock.batch
-            spikes, batch = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
-            update_running_statistics(self.norm, batch)
-            return spikes
-        if voltages is None:
-            return self._in_turn(x, residual)[0]
-        before = voltages.get(self.name)
-        if self.training:
+            spikes, *after, batch = self.neuron.after_norm(
+                x,
+                self.norm,
+                residual,
+                v0=before,
+                return_state=voltages is not None,
+                timesteps=steps,
+                constant=steps > 1 and x.shape[0] == self.clock.batch,
+            )
+            if self.batches is None:
+                update_running_statistics(self.norm, batch)
+            elif batch is not None:
+                self.batches.append(batch)
+        elif voltages is None:
+            spikes, *after = self._in_turn(x, residual)
+        elif self.training:
             # Only x, the residual and the voltage are kept for the backward pass, as by the kernel.
-            spikes, after = again_backward(self, self._in_turn, x, residual, v0=before)
+            spikes, *after = again_backward(self, self._in_turn, x, residual, v0=before)
         else:
-            spikes, after = self._in_turn(x, residual, v0=before)
-        voltages[self.name] = after
+            spikes, *after = self._in_turn(x, residual, v0=before)
+        if voltages is not None:
+            (voltages[self.name],) = after
         return spikes
 
     def _in_turn(self, x: Tensor, residual: Tensor | None, **before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalisation and neuron one after the other, with the voltage before and after if it is carried."""
-        if not self.fused:
-            current = self.norm(x)
-        elif self.training:
-            # In the kernel's precision, whatever the type of x.
-            current = self.norm(x.to(state_dtype(x.dtype)))
-        else:
-            current = normalised(x, self.norm)
-        current = self.clock.unfold(current)
+        current = self.clock.unfold(self.norm(x))
         if residual is not None:
             current = current + self.clock.unfold(residual)
         spikes, after = self.neuron(current, timesteps=self.clock.steps, **before)
@@ -170,7 +174,8 @@ def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
 
     As if all their elements had been normalised at once: the variance within the passes and that between them.
     """
-    passes: dict[_BatchNorm, list[BatchStatistics]] = {}
+    units = [m for m in module.modules() if isinstance(m, NormSpike) and m.fused]
+    passes: dict[_BatchNorm, list[BatchStatistics]] = {unit.norm: [] for unit in units}
 
     def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
         count = inputs[0].numel() // inputs[0].shape[1] if getattr(norm, "group", None) is None else int(norm.count)
@@ -178,19 +183,25 @@ def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
         passes.setdefault(norm, []).append(BatchStatistics(mean, var * ((count - 1) / count), count))
 
     with running_statistics_left(module) as norms:
-        momenta = [norm.momentum for norm in norms]
-        hooks = [norm.register_forward_hook(collect) for norm in norms]
-        for norm in norms:
+        alone = [norm for norm in norms if norm not in passes]
+        momenta = [norm.momentum for norm in alone]
+        hooks = [norm.register_forward_hook(collect) for norm in alone]
+        for norm in alone:
             # With a momentum of 1 a pass's running statistics are its own.
             norm.momentum = 1.0
+        for unit in units:
+            unit.batches = passes[unit.norm]
         try:
             yield
         finally:
-            for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+            for unit in units:
+                unit.batches = None
+            for norm, momentum, hook in zip(alone, momenta, hooks, strict=True):
                 norm.momentum = momentum
                 hook.remove()
-    for norm, seen in passes.items():
-        update_running_statistics(norm, pool_statistics(seen))
+    for norm, batches in passes.items():
+        if batches:
+            update_running_statistics(norm, pool_statistics(batches))
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.

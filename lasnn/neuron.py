@@ -67,14 +67,22 @@ class Neuron(nn.Module):
         return lif(current, v0, tau=self.time_constant, timesteps=timesteps, **self.options)
 
     def after_norm(
-        self, y: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, *, timesteps: int, constant: bool = False
-    ) -> tuple[Tensor, BatchStatistics | None]:
-        """Batch norm, residual and this neuron in one: the spikes of `forward` on their sum, from rest.
+        self,
+        y: Tensor,
+        norm: nn.BatchNorm2d,
+        residual: Tensor | None = None,
+        *,
+        v0: Tensor | None = None,
+        return_state: bool = False,
+        timesteps: int,
+        constant: bool = False,
+    ) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
+        """Batch norm, residual and this neuron in one: what `forward` makes of their sum, from `v0` or from rest.
 
         Args, returns: as for `lasnn.kernels.norm_lif`.
         """
-        options = {"tau": self.time_constant, **self.options}
-        return norm_lif(y, norm, residual, timesteps=timesteps, constant=constant, **options)
+        options = {"v0": v0, "return_state": return_state, "timesteps": timesteps, "constant": constant}
+        return norm_lif(y, norm, residual, **options, tau=self.time_constant, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
