@@ -238,20 +238,6 @@ def norm_lif(
     return (spikes, v_last, batch) if return_state else (spikes, batch)
 
 
-def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """What `norm_lif`'s neuron sees of y in evaluation, in the state's type: its sums and products in its order.
-
-    Plain operators, for runs in pieces: the spikes of `lif` on it are those of `norm_lif`.
-
-    Args:
-        y: [N, C, H, W].
-        norm: with running statistics.
-    """
-    state = state_dtype(y.dtype)
-    mean, scale, bias = folded(norm, state)
-    return (y.to(state) - mean) * scale + bias
-
-
 def folded(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, scale and bias, each [C, 1, 1], with which `norm_lif` in evaluation computes (y - mean) * scale + bias."""
     mean, scale = norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt()

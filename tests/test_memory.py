@@ -149,7 +149,8 @@ def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, 
 
     chunked = gradients(student(encoder, architecture, neuron), 4, of_steps)
     keep_everything(monkeypatch)
-    monkeypatch.setattr("lasnn.neuron.lif", reference.lif)
+    for op in ("lif", "norm_lif"):
+        monkeypatch.setattr(f"lasnn.neuron.{op}", getattr(reference, op))
     plain = gradients(student(encoder, architecture, neuron), 4, of_steps)
     assert max(value.abs().max() for name, value in plain.items() if name.endswith("weight")) > 1e-3
     assert_equal(chunked, plain)

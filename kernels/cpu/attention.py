@@ -35,11 +35,10 @@ def attention_forward(x: Tensor, power: float, temporal: str) -> Tensor:
         parts = min(lines.groups, lines.parts(steps))
         # Each step alone is a run of one.
         for xs, out in zip(x.split(1), f, strict=True) if temporal == "step" else ((x, f),):
-            given = (len(xs), neuron.flat(xs), xs.stride(0), temporal == "rate", power, neuron.flat(out))
+            given = (len(xs), xs.data_ptr(), xs.stride(0), int(temporal == "rate"), out.data_ptr())
 
-            def work(first: int, last: int, given=given) -> None:
-                scratch = neuron.flat(torch.empty(loop.SCRATCH, dtype=dtype))
-                loop.energy(first, last, parts, lines, *given, scratch)
+            def work(first: int, last: int, numbers=(parts, *lines, *given)) -> None:
+                loop.energy(first, last, numbers, power, neuron.like(x.dtype), neuron.scratch(dtype))
 
             threads.run(work, parts, lines.size * len(xs))
     return f if temporal == "step" else f[0]
@@ -58,12 +57,11 @@ def attention_backward(grad: Tensor, x: Tensor, power: float, temporal: str) -> 
     parts = lines.parts(steps)
     each = temporal == "step"
     for step, f, into in zip(xs.split(1), grad, out.split(1), strict=True) if each else ((xs, grad, out),):
-        given = (len(step), neuron.flat(step), step.stride(0), temporal == "rate", power, neuron.flat(f.contiguous()))
-        target = neuron.flat(into)
+        f = f.contiguous()
+        given = (len(step), step.data_ptr(), step.stride(0), int(temporal == "rate"), f.data_ptr(), into.data_ptr())
 
-        def work(first: int, last: int, given=given, target=target) -> None:
-            scratch = neuron.flat(torch.empty(loop.SCRATCH, dtype=dtype))
-            loop.energy_backward(first, last, parts, lines, *given, target, scratch)
+        def work(first: int, last: int, numbers=(parts, *lines, *given)) -> None:
+            loop.energy_backward(first, last, numbers, power, neuron.like(x.dtype), neuron.scratch(dtype))
 
         threads.run(work, parts, lines.size * len(step))
     return grad_x if out is grad_x else grad_x.copy_(out)

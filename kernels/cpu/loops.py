@@ -6,7 +6,7 @@ spread over a line first; after that a loop knows nothing of channels, images or
 
 Shapes: S elements of a step, C channels, G groups of a step: runs of `span` elements, each cut into pieces.
 
-All tensors come as flat vectors. Options come as numbers, not as types: there is one compilation for each dtype.
+All tensors come as addresses, with a vector of their type. Options come as numbers, not as types: there is one compilation for each dtype.
 Numba's cache of a function knows changes of this file alone, so that nothing compiled may be imported from another one.
 """
 
@@ -23,9 +23,10 @@ FLUSH = 32
 # Where the options of a neuron lie in their vector.
 DECAY, KEEP, GAIN, REST, THRESHOLD, HARD, JUMP, FALL, DROP, ALPHA, WIDTH, SLOPE_OF_ATAN = range(12)
 # Where the lines begin in the scratch memory, and where the wide ones do.
-MEAN, SCALE, BIAS, V, SLOPE, GRAD_V, GRAD, TOTAL, PRODUCT = range(0, 9 * LINE, LINE)
+MEAN, SCALE, BIAS, V, GRAD_V, GRAD, TOTAL, PRODUCT = range(0, 8 * LINE, LINE)
 FIRST, SECOND, THIRD, FOURTH = range(0, 4 * WIDE, WIDE)
-SCRATCH = 4 * WIDE
+# After them lie those of a segment's steps: h, the surrogate's slope, v.
+LINES = 8
 
 
 def compiled(function):
@@ -48,49 +49,108 @@ def inlined(**options):
 SUMS = {"reassoc", "contract"}
 
 
+class Accesses:
+    """Reading from arrays and writing to them in a loop.
+
+    The compiler is told that what is `read` and the `state`, which is read and written at one place in each turn, lie
+    apart from each other and from what is written elsewhere: it would look for overlaps before each line, or, with
+    several steps in one loop, give up. Arrays of bf16 come as uint16, those of fp16 as int16, and are read and written
+    as the state's type.
+
+    Args:
+        loop: the loop's name; nothing is said about two loops. None: the compiler is told nothing.
+    """
+
+    def __init__(self, loop: str | None = None):
+        self.loop = loop
+        self.read, self.write = reader(self, "read"), writer(self, "written")
+        self.state, self.keep = reader(self, "state"), writer(self, "state")
+
+    def mark(self, module, instruction, role: str):
+        if self.loop is not None:
+            domain = module.add_metadata([self.loop])
+            scopes = {name: module.add_metadata([name, domain]) for name in ("read", "state", "written")}
+            instruction.set_metadata("alias.scope", module.add_metadata([scopes.pop(role)]))
+            instruction.set_metadata("noalias", module.add_metadata(list(scopes.values())))
+        return instruction
+
+
+def reader(accesses: Accesses, role: str):
+    @intrinsic
+    def read(typing, array, i):
+        half = array.dtype in (types.uint16, types.int16)
+        result = types.float32 if half else array.dtype
+
+        def generate(context, builder, signature, arguments):
+            data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+            pointer = builder.gep(data, [arguments[1]])
+            if array.dtype == types.int16:
+                pointer = builder.bitcast(pointer, ir.HalfType().as_pointer())
+            number = accesses.mark(builder.module, builder.load(pointer), role)
+            if array.dtype == types.uint16:
+                bits = builder.zext(number, ir.IntType(32))
+                return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+            return builder.fpext(number, ir.FloatType()) if array.dtype == types.int16 else number
+
+        return result(array, types.int64), generate
+
+    return read
+
+
+def writer(accesses: Accesses, role: str):
+    @intrinsic
+    def write(typing, array, i, value):
+        def generate(context, builder, signature, arguments):
+            data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+            pointer, number = builder.gep(data, [arguments[1]]), arguments[2]
+            if array.dtype == types.uint16:
+                # To the nearest, ties to even, as torch rounds.
+                word, half = ir.IntType(32), ir.IntType(16)
+                bits = builder.bitcast(number, word)
+                odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+                rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
+                upper = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), half)
+                unordered = builder.fcmp_unordered("uno", number, number)
+                number = builder.select(unordered, ir.Constant(half, 0x7FC0), upper)
+            elif array.dtype == types.int16:
+                number = builder.fptrunc(number, ir.HalfType())
+                pointer = builder.bitcast(pointer, number.type.as_pointer())
+            accesses.mark(builder.module, builder.store(number, pointer), role)
+            return context.get_dummy_value()
+
+        state = types.float32 if array.dtype in (types.uint16, types.int16) else array.dtype
+        return types.void(array, types.int64, state), generate
+
+    return write
+
+
+plain = Accesses()
+read, write = plain.read, plain.write
+
+
 @intrinsic
-def read(typing, array, i):
-    """array[i] in the state's type; bf16 comes as uint16, fp16 as int16."""
-    half = array.dtype in (types.uint16, types.int16)
-    result = types.float32 if half else array.dtype
+def at(typing, like, address):
+    """The memory at an address, as an array of the type of `like`: unboxing an address is ten times as fast as a tensor."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer = builder.gep(data, [arguments[1]])
-        if array.dtype == types.uint16:
-            bits = builder.zext(builder.load(pointer), ir.IntType(32))
-            return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
-        if array.dtype == types.int16:
-            number = builder.load(builder.bitcast(pointer, ir.HalfType().as_pointer()))
-            return builder.fpext(number, ir.FloatType())
-        return builder.load(pointer)
+        array = context.make_array(like)(context, builder)
+        array.data = builder.inttoptr(arguments[1], array.data.type)
+        return array._getvalue()
 
-    return result(array, types.int64), generate
+    return like(like, types.int64), generate
 
 
 @intrinsic
-def write(typing, array, i, value):
-    """array[i] = value, rounded to the nearest half as torch rounds, where `array` is of one."""
+def beyond(typing, array, offset):
+    """An array without its first `offset` elements."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer, number = builder.gep(data, [arguments[1]]), arguments[2]
-        if array.dtype == types.uint16:
-            word, half = ir.IntType(32), ir.IntType(16)
-            bits = builder.bitcast(number, word)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
-            rounded = builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF)))
-            upper = builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), half)
-            unordered = builder.fcmp_unordered("uno", number, number)
-            number = builder.select(unordered, ir.Constant(half, 0x7FC0), upper)
-        elif array.dtype == types.int16:
-            number = builder.fptrunc(number, ir.HalfType())
-            pointer = builder.bitcast(pointer, number.type.as_pointer())
-        builder.store(number, pointer)
-        return context.get_dummy_value()
+        whole = context.make_array(array)(context, builder, arguments[0])
+        rest = context.make_array(array)(context, builder)
+        rest.data = builder.gep(whole.data, [arguments[1]])
+        return rest._getvalue()
 
-    state = types.float32 if array.dtype in (types.uint16, types.int16) else array.dtype
-    return types.void(array, types.int64, state), generate
+    return array(array, types.int64), generate
 
 
 @intrinsic
@@ -170,13 +230,6 @@ def clear(scratch, line, n, zero):
 
 
 @inlined()
-def current(scratch, y, y_at, residual, residual_at, i):
-    """What a neuron receives: batch norm and residual, in the definition's sums and products."""
-    x = (read(y, y_at + i) - read(scratch, MEAN + i)) * read(scratch, SCALE + i) + read(scratch, BIAS + i)
-    return x + read(residual, residual_at + i)
-
-
-@inlined()
 def charge(v, x, decay, rest, gain):
     return v - (v - rest) * decay + gain * x
 
@@ -194,44 +247,89 @@ def reset(h, s, hard, jump, one):
     return (one - s * hard) * h + s * jump
 
 
+def stepper(count: int):
+    """A function for `count` steps in one loop, the state in a register from one to the next."""
+    a = Accesses("step")
+    read, write, state, keep = a.read, a.write, a.state, a.keep
+
+    @inlined()
+    def step(scratch, y, y_at, y_step, residual, residual_at, residual_step, target, at, target_step, spiking, o, n):
+        """A line some steps on: its spikes, or h for the backward pass, to `target`. Both passes call this."""
+        decay, rest, gain, threshold = o[DECAY], o[REST], o[GAIN], o[THRESHOLD]
+        hard, jump, zero, one = o[HARD], o[JUMP], o.dtype.type(0), o.dtype.type(1)
+        for i in range(n):
+            mean, scale, bias = read(scratch, MEAN + i), read(scratch, SCALE + i), read(scratch, BIAS + i)
+            v = state(scratch, V + i)
+            for k in range(count):
+                # Batch norm and residual, in the definition's sums and products.
+                x = (read(y, y_at + k * y_step + i) - mean) * scale + bias
+                x += read(residual, residual_at + k * residual_step + i)
+                h = charge(v, x, decay, rest, gain)
+                s = fire(h, threshold, zero, one)
+                v = reset(h, s, hard, jump, one)
+                write(target, at + k * target_step + i, s if spiking else h)
+            keep(scratch, V + i, v)
+
+    return step
+
+
+# Steps that share a loop: with more, registers would spill.
+MANY = 4
+step, steps_at_once = stepper(1), stepper(MANY)
+
+
 @inlined()
-def step(scratch, y, y_at, residual, residual_at, target, at, spiking, o, n):
-    """A line one step on: its spikes, or h for the backward pass, to `target`. Both passes call this."""
-    decay, rest, gain, threshold = o[DECAY], o[REST], o[GAIN], o[THRESHOLD]
-    hard, jump, zero, one = o[HARD], o[JUMP], o.dtype.type(0), o.dtype.type(1)
-    for i in range(n):
-        x = current(scratch, y, y_at, residual, residual_at, i)
-        h = charge(read(scratch, V + i), x, decay, rest, gain)
-        s = fire(h, threshold, zero, one)
-        write(scratch, V + i, reset(h, s, hard, jump, one))
-        write(target, at + i, s if spiking else h)
+def advance(
+    scratch, y, y_at, y_step, residual, residual_at, residual_step, target, at, target_step, spiking, o, count, n
+):
+    """A line `count` steps on."""
+    i = 0
+    while i < count:
+        if count - i >= MANY:
+            steps_at_once(
+                scratch,
+                y,
+                y_at + i * y_step,
+                y_step,
+                residual,
+                residual_at + i * residual_step,
+                residual_step,
+                target,
+                at + i * target_step,
+                target_step,
+                spiking,
+                o,
+                n,
+            )
+            i += MANY
+        else:
+            step(
+                scratch,
+                y,
+                y_at + i * y_step,
+                y_step,
+                residual,
+                residual_at + i * residual_step,
+                residual_step,
+                target,
+                at + i * target_step,
+                target_step,
+                spiking,
+                o,
+                n,
+            )
+            i += 1
 
 
 @compiled
-def forward(
-    first,
-    last,
-    parts,
-    geometry,
-    steps,
-    segment,
-    o,
-    parameters,
-    y,
-    y_step,
-    residual,
-    residual_step,
-    residual_line,
-    v0,
-    v0_line,
-    spikes,
-    v_last,
-    ends,
-    saved,
-    scratch,
-):
+def forward(first, last, numbers, o, parameters, like, scratch):
     """Spikes, the last state where `ends`, and the states at the start of every segment but the first."""
-    size, groups, width, span, run, channels = geometry
+    (
+        parts, size, groups, width, span, run, channels, steps, segment, y_at, y_step, residual_at, residual_step,
+        residual_line, v0_at, v0_line, spikes_at, v_last_at, ends, saved_at,
+    ) = numbers  # fmt: skip
+    y, residual, spikes = at(like, y_at), at(like, residual_at), at(like, spikes_at)
+    v0, v_last, saved = at(scratch, v0_at), at(scratch, v_last_at), at(scratch, saved_at)
     lines, before = groups * -(-span // width), -1
     for line in range(lines * first // parts, lines * last // parts):
         piece, start, n = bounds(line, size, width, span)
@@ -240,19 +338,23 @@ def forward(
             for row in range(3):
                 spread(parameters, row, scratch, row * LINE, piece * width, width, run, channels)
         copy(v0, start * v0_line, scratch, V, n)
-        for t in range(steps):
-            if t and t % segment == 0:
+        for t in range(0, steps, segment):
+            if t:
                 copy(scratch, V, saved, (t // segment - 1) * size + start, n)
-            step(
+            advance(
                 scratch,
                 y,
                 t * y_step + start,
+                y_step,
                 residual,
                 t * residual_step + start * residual_line,
+                residual_step,
                 spikes,
                 t * size + start,
+                size,
                 True,
                 o,
+                min(segment, steps - t),
                 n,
             )
         if ends:
@@ -268,20 +370,20 @@ def sigmoids(scratch, hs, at, threshold, alpha, zero, one, n):
 
 
 @inlined(fastmath={"contract"})
-def slopes(scratch, hs, at, surrogate, o, n):
-    """The surrogate's derivative at u = h - threshold, to line SLOPE."""
+def slopes(hs, ws, surrogate, o, n):
+    """The surrogate's derivative at u = h - threshold for n elements of hs, to ws."""
     number = o.dtype.type
     threshold, alpha, width, factor = o[THRESHOLD], o[ALPHA], o[WIDTH], o[SLOPE_OF_ATAN]
     zero, half, one = number(0), number(0.5), number(1)
     if surrogate == 0:
         for i in range(n):
-            u = factor * (read(hs, at + i) - threshold)
-            write(scratch, SLOPE + i, half * alpha / (one + u * u))
+            u = factor * (read(hs, i) - threshold)
+            write(ws, i, half * alpha / (one + u * u))
     elif surrogate == 1:
         # exp by its series, since a loop with a call would not vectorise; beyond `far` nothing is left of it.
         log2e, ln2, far = number(1.4426950408889634), number(0.6931471805599453), number(80)
         for i in range(n):
-            u = read(hs, at + i) - threshold
+            u = read(hs, i) - threshold
             x = -alpha * abs(u)
             x = x if x > -far else -far
             exponent = whole(x * log2e - half)
@@ -290,41 +392,57 @@ def slopes(scratch, hs, at, surrogate, o, n):
                 e = one + rest * number(1 / k) * e
             e *= power_of_two(exponent)
             w = alpha * e / ((one + e) * (one + e))
-            write(scratch, SLOPE + i, w if u == u else u)
+            write(ws, i, w if u == u else u)
     elif surrogate == 2:
         for i in range(n):
-            w = one - alpha * abs(read(hs, at + i) - threshold)
-            write(scratch, SLOPE + i, zero if w < zero else alpha * w)
+            w = one - alpha * abs(read(hs, i) - threshold)
+            write(ws, i, zero if w < zero else alpha * w)
     elif surrogate == 3:
         for i in range(n):
-            write(scratch, SLOPE + i, alpha if abs(read(hs, at + i) - threshold) < width else zero)
+            write(ws, i, alpha if abs(read(hs, i) - threshold) < width else zero)
     else:
         for i in range(n):
-            root = one + alpha * abs(read(hs, at + i) - threshold)
-            write(scratch, SLOPE + i, one / (root * root))
+            root = one + alpha * abs(read(hs, i) - threshold)
+            write(ws, i, one / (root * root))
 
 
-@inlined(fastmath={"contract"})
-def step_back(scratch, hs, at, y, y_at, grad, grad_at, g, g_at, o, n):
-    """A line one step back: line GRAD_V from dL/dv of this step to that of the step before, dL/dx to g, and dL/dx and
-    dL/dx (y - mean) added to their sums.
-    """
-    threshold, keep, gain, zero, one = o[THRESHOLD], o[KEEP], o[GAIN], o.dtype.type(0), o.dtype.type(1)
-    hard, falls, drop = o[HARD] != zero, o[FALL] != zero, o[DROP]
-    for i in range(n):
-        h, v = read(hs, at + i), read(scratch, GRAD_V + i)
-        s = fire(h, threshold, zero, one)
-        # Chosen, not multiplied by 0, which would make a NaN of what is infinite.
-        dv_ds = drop - (h if falls else zero)
-        dv_dh = one - (s if hard else zero)
-        dh = (read(grad, grad_at + i) + v * dv_ds) * read(scratch, SLOPE + i) + v * dv_dh
-        write(scratch, GRAD_V + i, dh * keep)
-        dx = dh * gain
-        write(scratch, GRAD + i, dx)
-        write(g, g_at + i, dx)
-        write(scratch, TOTAL + i, read(scratch, TOTAL + i) + dx)
-        centred = read(y, y_at + i) - read(scratch, MEAN + i)
-        write(scratch, PRODUCT + i, read(scratch, PRODUCT + i) + dx * centred)
+def back_stepper(count: int):
+    """A function for `count` steps back in one loop, the gradient of the state in a register."""
+    a = Accesses("step back")
+    read, write, state, keep = a.read, a.write, a.state, a.keep
+
+    @inlined(fastmath={"contract"})
+    def step_back(scratch, hs, ws, at, y, y_at, y_step, grad, grad_at, grad_step, g, g_at, g_step, o, n):
+        """A line some steps back: line GRAD_V from dL/dv of the last step to that before the first, dL/dx to g, and
+        dL/dx and dL/dx (y - mean) added to their sums.
+        """
+        threshold, decay_kept, gain, zero, one = o[THRESHOLD], o[KEEP], o[GAIN], o.dtype.type(0), o.dtype.type(1)
+        hard, falls, drop = o[HARD] != zero, o[FALL] != zero, o[DROP]
+        for i in range(n):
+            mean, v = read(scratch, MEAN + i), state(scratch, GRAD_V + i)
+            total, product, dx = state(scratch, TOTAL + i), state(scratch, PRODUCT + i), zero
+            for back in range(count):
+                k = count - 1 - back
+                h = read(hs, at + k * LINE + i)
+                s = fire(h, threshold, zero, one)
+                # Chosen, not multiplied by 0, which would make a NaN of what is infinite.
+                dv_ds = drop - (h if falls else zero)
+                dv_dh = one - (s if hard else zero)
+                dh = (read(grad, grad_at + k * grad_step + i) + v * dv_ds) * read(ws, at + k * LINE + i) + v * dv_dh
+                v, dx = dh * decay_kept, dh * gain
+                write(g, g_at + k * g_step + i, dx)
+                total += dx
+                product += dx * (read(y, y_at + k * y_step + i) - mean)
+            keep(scratch, GRAD_V + i, v)
+            keep(scratch, TOTAL + i, total)
+            keep(scratch, PRODUCT + i, product)
+            if count == 1:
+                keep(scratch, GRAD + i, dx)
+
+    return step_back
+
+
+step_back, steps_back_at_once = back_stepper(1), back_stepper(MANY)
 
 
 @inlined(fastmath=SUMS)
@@ -333,7 +451,8 @@ def decay_share(scratch, vs, at, y, y_at, residual, residual_at, o, decays, n):
     total, rest = 0.0, o[REST]
     if decays:
         for i in range(n):
-            x = current(scratch, y, y_at, residual, residual_at, i)
+            x = (read(y, y_at + i) - read(scratch, MEAN + i)) * read(scratch, SCALE + i) + read(scratch, BIAS + i)
+            x += read(residual, residual_at + i)
             total += read(scratch, GRAD + i) * (rest - read(vs, at + i) + x)
     else:
         for i in range(n):
@@ -342,50 +461,27 @@ def decay_share(scratch, vs, at, y, y_at, residual, residual_at, o, decays, n):
 
 
 @compiled
-def backward(
-    first,
-    last,
-    parts,
-    geometry,
-    steps,
-    segment,
-    surrogate,
-    o,
-    parameters,
-    y,
-    y_step,
-    residual,
-    residual_step,
-    residual_line,
-    v0,
-    v0_line,
-    saved,
-    grad,
-    grad_step,
-    grad_line,
-    grad_end,
-    grad_end_line,
-    g,
-    g_step,
-    g_line,
-    total,
-    total_line,
-    constant,
-    grad_v0,
-    begins,
-    sums,
-    summed,
-    grad_decay,
-    learnt,
-    decays,
-    hs,
-    vs,
-    scratch,
-):
+def backward(first, last, numbers, o, parameters, sums, grad_decay, like, scratch):
     """dL/dx of every step to g, or where `constant` summed over time to `total`; dL/dv0 where v0 `begins`; by part the
     sums of dL/dx and of dL/dx (y - mean) over a channel where `summed`, and dL/d(1/tau) where it is `learnt`.
     """
-    size, groups, width, span, run, channels = geometry
+    (
+        parts, size, groups, width, span, run, channels, steps, segment, y_at, y_step, residual_at, residual_step,
+        residual_line, v0_at, v0_line, saved_at, grad_at, grad_step, grad_line, grad_end_at, grad_end_line,
+        g_at, g_step, g_line, total_at, total_line, constant, grad_v0_at, begins, summed, learnt, decays, surrogate,
+    ) = numbers  # fmt: skip
+    y, residual, grad, g, total = (
+        at(like, y_at), at(like, residual_at), at(like, grad_at), at(like, g_at), at(like, total_at)
+    )  # fmt: skip
+    v0, saved, grad_end, grad_v0 = (
+        at(scratch, v0_at),
+        at(scratch, saved_at),
+        at(scratch, grad_end_at),
+        at(scratch, grad_v0_at),
+    )
+    hs = beyond(scratch, LINES * LINE)
+    ws = beyond(hs, segment * LINE)
+    vs = beyond(ws, segment * LINE)
     lines, before, zero = groups * -(-span // width), -1, o.dtype.type(0)
     for part in range(first, last):
         final, full = lines * (part + 1) // parts, 0
@@ -405,38 +501,85 @@ def backward(
                 else:
                     copy(v0, start * v0_line, scratch, V, n)
                 count = min(segment, steps - begin)
-                for i in range(count):
-                    if learnt:
-                        copy(scratch, V, vs, i * LINE, n)
+                for i in range(count * learnt):
                     t = begin + i
-                    step(
+                    copy(scratch, V, vs, i * LINE, n)
+                    advance(
                         scratch,
                         y,
                         t * y_step + start,
+                        y_step,
                         residual,
                         t * residual_step + start * residual_line,
+                        residual_step,
                         hs,
                         i * LINE,
+                        LINE,
                         False,
                         o,
+                        1,
                         n,
                     )
-                for i in range(count - 1, -1, -1):
-                    t = begin + i
-                    slopes(scratch, hs, i * LINE, surrogate, o, n)
-                    step_back(
+                if not learnt:
+                    advance(
                         scratch,
-                        hs,
-                        i * LINE,
                         y,
-                        t * y_step + start,
-                        grad,
-                        t * grad_step + start * grad_line,
-                        g,
-                        t * g_step + start * g_line,
+                        begin * y_step + start,
+                        y_step,
+                        residual,
+                        begin * residual_step + start * residual_line,
+                        residual_step,
+                        hs,
+                        0,
+                        LINE,
+                        False,
                         o,
+                        count,
                         n,
                     )
+                slopes(hs, ws, surrogate, o, (count - 1) * LINE + n)
+                i = count
+                while i > 0:
+                    if i >= MANY and not learnt:
+                        i -= MANY
+                        t = begin + i
+                        steps_back_at_once(
+                            scratch,
+                            hs,
+                            ws,
+                            i * LINE,
+                            y,
+                            t * y_step + start,
+                            y_step,
+                            grad,
+                            t * grad_step + start * grad_line,
+                            grad_step,
+                            g,
+                            t * g_step + start * g_line,
+                            g_step,
+                            o,
+                            n,
+                        )
+                    else:
+                        i -= 1
+                        t = begin + i
+                        step_back(
+                            scratch,
+                            hs,
+                            ws,
+                            i * LINE,
+                            y,
+                            t * y_step + start,
+                            y_step,
+                            grad,
+                            t * grad_step + start * grad_line,
+                            grad_step,
+                            g,
+                            t * g_step + start * g_line,
+                            g_step,
+                            o,
+                            n,
+                        )
                     if learnt:
                         grad_decay[part] += decay_share(
                             scratch,
@@ -473,9 +616,10 @@ def deviations(scratch, y, at, n):
 
 
 @compiled
-def moments(first, last, parts, geometry, pivot, y, sums, scratch):
+def moments(first, last, numbers, pivot, sums, like, scratch):
     """By part and channel, the sums of y - pivot and of its square."""
-    size, groups, width, span, run, channels = geometry
+    parts, size, groups, width, span, run, channels, y_at = numbers
+    y = at(like, y_at)
     lines, before, zero = groups * -(-span // width), -1, pivot.dtype.type(0)
     for part in range(first, last):
         final, full = lines * (part + 1) // parts, 0
@@ -508,12 +652,13 @@ def normalise_back(scratch, y, through, out, at, n):
 
 
 @compiled
-def norm_backward(first, last, parts, geometry, parameters, g, y, through, grad_y, scratch):
+def norm_backward(first, last, numbers, parameters, like, scratch):
     """scale (g - slope y - offset), the second and third only where `through`; grad_y may be g.
 
     `parameters` has the rows slope, scale and offset.
     """
-    size, groups, width, span, run, channels = geometry
+    parts, size, groups, width, span, run, channels, g_at, y_at, through, grad_y_at = numbers
+    g, y, grad_y = at(like, g_at), at(like, y_at), at(like, grad_y_at)
     lines, before = groups * -(-span // width), -1
     for line in range(lines * first // parts, lines * last // parts):
         piece, start, n = bounds(line, size, width, span)
@@ -619,9 +764,10 @@ def unfold(f, scratch, line, start, n, run, channels, divisor):
 
 
 @compiled
-def energy(first, last, parts, geometry, steps, x, x_step, of_mean, power, f, scratch):
+def energy(first, last, numbers, power, like, scratch):
     """Add to f, over channels, |mean over time of x|^power where `of_mean`, else the mean over time of |x|^power."""
-    size, groups, width, span, run, channels = geometry
+    parts, size, groups, width, span, run, channels, steps, x_at, x_step, of_mean, f_at = numbers
+    x, f = at(like, x_at), at(scratch, f_at)
     pieces, number = -(-span // width), scratch.dtype.type
     # Whole groups, so that no two parts add to the same pixel.
     for line in range(groups * first // parts * pieces, groups * last // parts * pieces):
@@ -638,9 +784,10 @@ def energy(first, last, parts, geometry, steps, x, x_step, of_mean, power, f, sc
 
 
 @compiled
-def energy_backward(first, last, parts, geometry, steps, x, x_step, of_mean, power, grad, grad_x, scratch):
+def energy_backward(first, last, numbers, power, like, scratch):
     """The gradient of x, for one step where `of_mean`."""
-    size, groups, width, span, run, channels = geometry
+    parts, size, groups, width, span, run, channels, steps, x_at, x_step, of_mean, grad_at, grad_x_at = numbers
+    x, grad, grad_x = at(like, x_at), at(scratch, grad_at), at(like, grad_x_at)
     lines, number = groups * -(-span // width), scratch.dtype.type
     for line in range(lines * first // parts, lines * last // parts):
         _, start, n = bounds(line, size, width, span)

@@ -1,5 +1,6 @@
 """What the CPU's ops share: tensors and options as the compiled loops take them, and the loops over time."""
 
+from functools import cache
 from math import pi
 from typing import NamedTuple
 
@@ -22,13 +23,25 @@ def loops():
     return compiled
 
 
-def flat(tensor: Tensor) -> np.ndarray:
-    """The memory between a tensor's first and last element, as a vector; bf16 as uint16 and fp16 as int16."""
-    size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    vector = tensor.detach().as_strided((size if tensor.numel() else 0,), (1,))
-    if tensor.dtype == torch.bfloat16:
-        return vector.view(torch.int16).numpy().view(np.uint16)
-    return (vector.view(torch.int16) if tensor.dtype == torch.float16 else vector).numpy()
+@cache
+def like(dtype: torch.dtype) -> np.ndarray:
+    """An empty vector from which a loop knows the type of its tensors: bf16 are uint16 there and fp16 int16."""
+    numpy = {torch.bfloat16: np.uint16, torch.float16: np.int16, torch.float32: np.float32, torch.float64: np.float64}
+    return np.empty(0, numpy[dtype])
+
+
+@cache
+def zeros(dtype: torch.dtype) -> Tensor:
+    """A line of zeros, in the place of a tensor that is absent."""
+    return torch.zeros(loops().LINE, dtype=dtype)
+
+
+def scratch(dtype: torch.dtype, segment: int = 0) -> np.ndarray:
+    """Memory for one thread's lines, and for those of a segment's steps."""
+    loop = loops()
+    # By torch, whose memory begins where a cache line does; and no line is read before it is written but at its end.
+    size = max(loop.LINES * loop.LINE + 3 * segment * loop.LINE, 4 * loop.WIDE)
+    return torch.zeros(size, dtype=dtype).numpy()
 
 
 def vector(values: list[float], dtype: torch.dtype) -> np.ndarray:
@@ -98,11 +111,9 @@ def dynamics(
     )
 
 
-def or_constant(tensor: Tensor | None, value: float, dtype: torch.dtype) -> tuple[np.ndarray, int]:
-    """(a tensor's memory, 1), or where there is none (a line of one value, 0): the factor of the offset in it."""
-    if tensor is None:
-        return flat(torch.full((loops().LINE,), value, dtype=dtype)), 0
-    return flat(tensor), 1
+def or_zeros(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+    """(a tensor's address, 1), or where there is none (that of a line of zeros, 0): the factor of the offset from it."""
+    return (zeros(dtype).data_ptr(), 0) if tensor is None else (tensor.data_ptr(), 1)
 
 
 def forward(
@@ -125,22 +136,30 @@ def forward(
         parameters: mean, scale and bias by channel, [3, C], flat.
         y_step: elements from one step of y to the next; 0 where y is constant in time, as the residual then is.
     """
-    dtype, parts = saved_states.dtype, cut.parts(timesteps)
+    dtype, parts, loop, segment = saved_states.dtype, cut.parts(timesteps), loops(), segments(timesteps)[1]
     o = dynamics(dtype, learnt_decay, *options)
-    residual, residual_line = or_constant(residual, 0, y.dtype)
-    start, start_line = or_constant(v0, 0.0 if options[3] is None else options[3], dtype)
-    ends = v_last is not None
-    inputs = (flat(y), y_step, residual, y_step * residual_line, residual_line, start, start_line)
-    outputs = (flat(spikes), flat(v_last if ends else saved_states), ends, flat(saved_states))
-    loop = loops()
+    residual, residual_line = or_zeros(residual, y.dtype)
+    rest, start, start_line = state_before(v0, options[3], dtype)
+    numbers = (
+        parts, *cut, timesteps, segment, y.data_ptr(), y_step, residual, y_step * residual_line, residual_line,
+        start, start_line, spikes.data_ptr(), 0 if v_last is None else v_last.data_ptr(), int(v_last is not None),
+        saved_states.data_ptr(),
+    )  # fmt: skip
+    threads.run(
+        lambda first, last: loop.forward(first, last, numbers, o, parameters, like(y.dtype), scratch(dtype)),
+        parts,
+        cut.size * timesteps,
+    )
+    # Until here the loops have used its memory.
+    del rest
 
-    def work(first: int, last: int) -> None:
-        scratch = flat(torch.empty(loop.SCRATCH, dtype=dtype))
-        loop.forward(
-            first, last, parts, cut, timesteps, segments(timesteps)[1], o, parameters, *inputs, *outputs, scratch
-        )
 
-    threads.run(work, parts, cut.size * timesteps)
+def state_before(v0: Tensor | None, v_reset: float | None, dtype: torch.dtype) -> tuple[Tensor | None, int, int]:
+    """(what must be kept meanwhile, the address of v0 or of a line at rest, the factor of the offset from it)."""
+    if v0 is not None or not v_reset:
+        return None, *or_zeros(v0, dtype)
+    line = torch.full((loops().LINE,), v_reset, dtype=dtype)
+    return line, line.data_ptr(), 0
 
 
 class Gradients(NamedTuple):
@@ -176,31 +195,32 @@ def backward(
         constant: g is one step, the sum over time.
         summed: whether the sums over channels are wanted.
     """
-    dtype, parts, loop = saved_states.dtype, cut.parts(timesteps), loops()
+    dtype, parts, loop, segment = saved_states.dtype, cut.parts(timesteps), loops(), segments(timesteps)[1]
     o = dynamics(dtype, learnt_decay, *options)
-    residual, residual_line = or_constant(residual, 0, y.dtype)
-    start, start_line = or_constant(v0, 0.0 if options[3] is None else options[3], dtype)
-    grad, grad_line = or_constant(grad_spikes, 0, y.dtype)
-    end, end_line = or_constant(grad_v_last, 0, dtype)
-    inputs = (flat(y), y_step, residual, y_step * residual_line, residual_line, start, start_line, flat(saved_states))
-    gradients = (grad, grad_step * grad_line, grad_line, end, end_line)
-    into, into_line = or_constant(g, 0, y.dtype)
-    into_step = 0 if constant else cut.size * into_line
-    begins, learnt = grad_v0 is not None, learnt_decay is not None
-    grad_v0 = flat(grad_v0 if begins else saved_states)
+    rest, *start = state_before(v0, options[3], dtype)
+    residual, residual_line = or_zeros(residual, y.dtype)
+    grad, grad_line = or_zeros(grad_spikes, y.dtype)
+    given = (
+        parts, *cut, timesteps, segment, y.data_ptr(), y_step, residual, y_step * residual_line, residual_line, *start,
+        saved_states.data_ptr(), grad, grad_step * grad_line, grad_line, *or_zeros(grad_v_last, dtype),
+    )  # fmt: skip
+    # A sum over time is written once, at its end; what is not wanted goes to a line that nobody reads.
+    each = g is not None and not constant
+    wanted = (
+        int(constant), 0 if grad_v0 is None else grad_v0.data_ptr(), int(grad_v0 is not None), int(summed),
+        int(learnt_decay is not None), int(options[2]), SURROGATES[options[4]],
+    )  # fmt: skip
     sums, decays = np.zeros((parts, 2, cut.channels)), np.zeros(parts)
-    segment = segments(timesteps)[1]
 
     def work(first: int, last: int) -> None:
-        hs, vs = (flat(torch.empty(count * loop.LINE, dtype=dtype)) for count in (segment, segment if learnt else 0))
-        spare, scratch = flat(torch.empty(loop.LINE, dtype=y.dtype)), flat(torch.empty(loop.SCRATCH, dtype=dtype))
-        # A sum over time is written once, at its end; what is not wanted goes to a line that nobody reads.
-        step_g = (spare, 0, 0) if g is None or constant else (into, into_step, into_line)
-        loop.backward(
-            first, last, parts, cut, timesteps, segment, SURROGATES[options[4]], o, parameters, *inputs, *gradients,
-            *step_g, into, into_line, constant, grad_v0, begins, sums.reshape(-1), summed, decays, learnt, options[2],
-            hs, vs, scratch,
-        )  # fmt: skip
+        unread = torch.empty(loop.LINE, dtype=y.dtype)
+        step_g = (g.data_ptr(), cut.size, 1) if each else (unread.data_ptr(), 0, 0)
+        total = (unread.data_ptr(), 0) if g is None else (g.data_ptr(), 1)
+        numbers = (*given, *step_g, *total, *wanted)
+        memory = scratch(dtype, segment)
+        loop.backward(first, last, numbers, o, parameters, sums.reshape(-1), decays, like(y.dtype), memory)
 
     threads.run(work, parts, cut.size * timesteps)
+    # Until here the loops have used its memory.
+    del rest
     return Gradients(sums.sum(0), float(decays.sum()))

@@ -31,12 +31,11 @@ def norm_statistics(y: Tensor) -> Tensor:
     loop = neuron.loops()
     lines = cut(y, len(y), loop.WIDE)
     parts = lines.parts(1)
-    pivot, flat = neuron.flat(y[:1].to(dtype).mean((0, 2, 3))), neuron.flat(y)
-    sums = np.zeros((parts, 2, channels))
+    pivot = y[:1].to(dtype).mean((0, 2, 3)).numpy()
+    sums, numbers = np.zeros((parts, 2, channels)), (parts, *lines, y.data_ptr())
 
     def work(first: int, last: int) -> None:
-        scratch = neuron.flat(torch.empty(loop.SCRATCH, dtype=dtype))
-        loop.moments(first, last, parts, lines, pivot, flat, sums.reshape(-1), scratch)
+        loop.moments(first, last, numbers, pivot, sums.reshape(-1), neuron.like(y.dtype), neuron.scratch(dtype))
 
     threads.run(work, parts, lines.size)
     mean, square = sums.sum(0) / (y.numel() // channels)
@@ -70,7 +69,7 @@ def norm_lif_forward(
             lines,
             timesteps,
             options,
-            neuron.flat(torch.stack([mean, scale, bias])),
+            torch.cat([mean, scale, bias]).numpy(),
             y,
             0 if constant else lines.size,
             residual,
@@ -113,7 +112,7 @@ def norm_lif_sums(
             lines,
             timesteps,
             options,
-            neuron.flat(torch.stack([mean, scale, bias])),
+            torch.cat([mean, scale, bias]).numpy(),
             y,
             0 if constant else lines.size,
             residual,
@@ -194,12 +193,12 @@ def norm_grad_into(grad_y, grad, y, statistics, weight, means, eps) -> None:
     # mean of g + z * mean of g*z, as slope * y + offset
     slope = torch.zeros_like(mean) if means is None else rstd * means[1]
     offset = torch.zeros_like(mean) if means is None else means[0] - mean * slope
-    parameters = neuron.flat(torch.stack([slope, scale, offset]))
+    parameters = torch.cat([slope, scale, offset]).numpy()
     lines = cut(y, len(y), loop.WIDE)
-    parts, (g, ys, out) = lines.parts(1), map(neuron.flat, (grad, y, grad_y))
+    parts = lines.parts(1)
+    numbers = (parts, *lines, grad.data_ptr(), y.data_ptr(), int(means is not None), grad_y.data_ptr())
 
     def work(first: int, last: int) -> None:
-        scratch = neuron.flat(torch.empty(loop.SCRATCH, dtype=dtype))
-        loop.norm_backward(first, last, parts, lines, parameters, g, ys, means is not None, out, scratch)
+        loop.norm_backward(first, last, numbers, parameters, neuron.like(y.dtype), neuron.scratch(dtype))
 
     threads.run(work, parts, lines.size)

@@ -1,7 +1,7 @@
 """A student in plain PyTorch operators, unrolled over T: what ONNX and pt2 files hold.
 
-The arithmetic is that of the CPU kernels, operation by operation (kernels/cpu/neuron.py), so that its logits and spikes
-the student's bit for bit at the same batch size and number of threads.
+The arithmetic is that of the CPU kernels, operation by operation (kernels/cpu/), so that its logits and spikes are the
+student's bit for bit at the same batch size and number of threads.
 
 Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 """

@@ -48,7 +48,7 @@ class NormSpike(nn.Module):
     @property
     def fused(self) -> bool:
         """Whether normalisation and neuron are one kernel."""
-        return isinstance(self.norm, nn.BatchNorm2d) and fuses(type(self.neuron))
+        return type(self.norm) in (nn.BatchNorm2d, BatchNorm2d) and fuses(type(self.neuron))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         run = self._fused if self.fused else self._in_turn
