@@ -78,8 +78,8 @@ class BalancedIF(IF):
 class Converted(Student):
     """A converted teacher: images in, logits out, like a distilled student.
 
-    A run of T steps is made in pieces of `CHUNK` steps, so that its memory does not grow with T; only the logits of all
-    steps are kept. The layers before the first neuron, whose input is constant, run once a piece.
+    A run of T steps is made in time chunks of `CHUNK` steps, so that its memory does not grow with T; only the
+    logits of all steps are kept. The layers before the first neuron, whose input is constant, run once a chunk.
 
     Args:
         network: whose units hold a `BalancedIF`.
@@ -98,12 +98,12 @@ class Converted(Student):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features, of all T steps."""
         x = self.encoder(images, 1, generator)
-        pieces, voltages = [], {}
+        chunks, voltages = [], {}
         for start in range(0, self.timesteps, CHUNK):
             with self.network.clock.carry_state(voltages, start) as voltages:
-                pieces.append(self.network(x, min(CHUNK, self.timesteps - start), taps))
-        logits, features = zip(*pieces, strict=True)
-        return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
+                chunks.append(self.network(x, min(CHUNK, self.timesteps - start), taps))
+        logits, features = zip(*chunks, strict=True)
+        return torch.cat(logits), {name: torch.cat([chunk[name] for chunk in features]) for name in features[0]}
 
 
 def convert(
