@@ -72,5 +72,5 @@ def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, number):
 
 def test_another_failure_is_the_machines(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(MachineError, match=r"cannot write .*\.lock: Not a directory"), locked(tmp_path / "file"):
+    with pytest.raises(MachineError, match=r"cannot write .*\.lock: "), locked(tmp_path / "file"):
         pass

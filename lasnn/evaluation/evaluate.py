@@ -155,8 +155,8 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
 def first_reaching(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
     """The result of the smallest T, of those that `evaluate` returned, whose accuracy is at least `accuracy`.
 
-    With `timesteps=range(1, 1025)` and `include_speed=False`, at the price of T = 1024 alone, no T is left out. None: it is not
-    reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
+    With `timesteps=range(1, 1025)` and `include_speed=False`, at the price of T = 1024 alone, no T is left out. None: it
+    is not reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
     """
     return min(
         (result for result in results if result["accuracy"] >= accuracy), key=lambda it: it["timesteps"], default=None
