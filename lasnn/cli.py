@@ -11,13 +11,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lasnn import __version__
+from lasnn import __version__, streams
 from lasnn.errors import MachineError, UserError, out_of_memory
 
 app = typer.Typer(
     name="lasnn",
-    # Boxes and colours are for people; a pipe gets plain lines.
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+    # Boxes and colours are for people; a pipe gets plain lines. Standard output may be closed.
+    rich_markup_mode="rich" if sys.stdout is not None and sys.stdout.isatty() else None,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -489,7 +489,23 @@ class Lines(logging.Handler):
 
 
 def main() -> None:
-    """Run a command; exit code 0 done, 2 wrong input, 130/143 stopped by a signal, 1 the machine's fault."""
+    """Run a command; exit code 0 done, 2 wrong input, 130/143 stopped by a signal, 1 the machine's fault, or
+    nobody reads the output any more.
+    """
+    streams.prepare()
+    try:
+        try:
+            run_command()
+        finally:
+            streams.flush()
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        fail(1, f"cannot write the output: {error.strerror or error}")
+
+
+def run_command() -> None:
+    """The command, its failures said in lines."""
     # Until a run takes signals over, to end after a whole step.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     log = logging.getLogger("lasnn")
@@ -501,6 +517,8 @@ def main() -> None:
         fail(2, *error.problems)
     except MachineError as error:
         fail(1, str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         # A disk's failure outside the places that expect one; a missing or wrong file was caught before.
         fail(1, f"{error.filename or 'the system'}: {error.strerror or error}")

@@ -1,26 +1,26 @@
-"""One process in a folder at a time: a lock that the kernel gives back, whatever ends the process that holds it."""
+"""One process in a folder at a time: a `filelock.FileLock`, which the kernel gives back whatever ends its holder."""
 
 import errno
-import fcntl
 import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lasnn.errors import MachineError, UserError
 
 NAME = ".lock"
-# A look at a lock holds it for a moment (see `holder`), and a process that is being killed holds it a little longer.
+# Seconds: a look at a lock holds it for a moment (see `holder`), and a process that is being killed a little longer.
 PATIENCE = 1.0
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held: set[int] = set()
 
 
 @contextmanager
 def locked(folder: Path, note: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Keep other processes out of a folder within the block.
+    """Keep other processes out of a folder within the block. A forked child, as a worker that reads images, does not
+    keep the lock of a parent that was killed.
 
     Args:
         folder: a folder that is there.
@@ -31,76 +31,52 @@ def locked(folder: Path, note: Callable[[str], None] = lambda text: None) -> Ite
         MachineError: the folder cannot be written.
     """
     path = folder / NAME
+    lock = _lock(path, PATIENCE)
     try:
-        descriptor = _acquire(path, folder, note)
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by {_named(path)}; wait until it is done, or choose another folder"
+        ) from None
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
-    _held.add(descriptor)
+        if error.errno not in _UNSUPPORTED:
+            raise MachineError(f"cannot write {path}: {error.strerror}") from error
+        note(f"{folder} is on a file system without locks: see to it that no other process writes there")
     try:
         yield
     finally:
-        # Removed while it is held: who waits for it notices that it got a file that is gone (see _acquire).
+        # Removed while it is held: a process that waits for it notices that its file has no name any more.
         path.unlink(missing_ok=True)
-        _held.discard(descriptor)
-        os.close(descriptor)
+        lock.release()
 
 
 def holder(folder: Path) -> str | None:
     """The process that holds a folder's lock, `process 4711 on HOST`; None where nobody does."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
     try:
-        descriptor = os.open(folder / NAME, os.O_RDONLY)
+        with _lock(path, 0, on_acquired=None):
+            return None
+    except Timeout:
+        return _named(path)
     except OSError:
+        # Of a folder that cannot be written nobody holds the lock; a file system without locks cannot tell.
         return None
+
+
+def _say_holder(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+
+def _lock(path: Path, timeout: float, on_acquired: Callable[[int], None] | None = _say_holder) -> FileLock:
+    # Without kernel locks its own fallback is a file that a killed process leaves behind, in the way of the next.
+    return FileLock(path, timeout=timeout, fallback_to_soft=False, on_acquired=on_acquired)
+
+
+def _named(path: Path) -> str:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except OSError as error:
-        return None if error.errno in _UNSUPPORTED else _named(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _acquire(path: Path, folder: Path, note: Callable[[str], None]) -> int:
-    begin = time.monotonic()
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(descriptor, path):
-                os.close(descriptor)
-                continue
-        except BlockingIOError:
-            named = _named(descriptor)
-            os.close(descriptor)
-            if time.monotonic() - begin < PATIENCE:
-                time.sleep(0.05)
-                continue
-            raise UserError(f"{folder} is in use by {named}; wait until it is done, or choose another folder") from None
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                os.close(descriptor)
-                raise
-            note(f"{folder} is on a file system without locks: see to it that no other process writes there")
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-        return descriptor
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _named(descriptor: int) -> str:
-    return os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-
-
-def _let_go() -> None:
-    """In a forked child, such as a worker that reads images: it must not keep the lock of a parent that was killed."""
-    while _held:
-        os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go)
+        return path.read_bytes()[:200].decode(errors="replace").strip() or "another process"
+    except OSError:
+        return "another process"

@@ -77,10 +77,15 @@ class Entry:
                 TypeAdapter(option.annotation).validate_json(json.dumps(value, default=str), strict=True)
             except ValidationError:
                 found.append((name, f"{value!r} is not valid; it takes {option.type_name}"))
-        for name, option in self.options.items():
-            if option.default is REQUIRED and name not in given and name not in supplied:
-                found.append((name, f"missing; {self.name!r} needs it ({option.type_name})"))
-        return found
+        return found + self.missing({*given, *supplied})
+
+    def missing(self, given: Iterable[str]) -> list[tuple[str, str]]:
+        """The options that have no default and are not among the names `given`, as (option, message) pairs."""
+        return [
+            (name, f"missing; {self.name!r} needs it ({option.type_name})")
+            for name, option in self.options.items()
+            if option.default is REQUIRED and name not in given
+        ]
 
 
 class Registry:
@@ -131,9 +136,12 @@ class Registry:
         """Call the part registered under `name`.
 
         Raises:
-            UserError: the name is not known, or a part that is not lasnn's own fails.
+            UserError: the name is not known, an option that it needs is missing, or a part that is not lasnn's own
+                fails.
         """
         entry = self[name]
+        if missing := entry.missing(options):
+            raise UserError(*(f"{option}: {message}" for option, message in missing))
         with translate_errors(entry):
             return entry.function(*inputs, **options)
 
@@ -214,10 +222,23 @@ def describe_type(annotation: Any) -> str:
     if origin in (list, tuple):
         return f"a list ({describe_type(inner[0])} each)" if inner else "a list"
     if origin is Annotated:
-        return describe_type(inner[0]) + describe_limits(annotation.__metadata__)
+        said = describe_type(inner[0])
+        if length := exact_length(annotation.__metadata__):
+            said = said.replace("a list", f"a list of {length}", 1)
+        return said + describe_limits(annotation.__metadata__)
     if inner:  # a union
         return " or ".join(describe_type(part) for part in inner if part is not type(None))
     return "a table" if hasattr(annotation, "model_fields") else getattr(annotation, "__name__", str(annotation))
+
+
+def exact_length(metadata: Iterable[Any]) -> int | None:
+    """How many values a list must have, None where pydantic's metadata leaves it open."""
+    bounds = [bound for item in metadata for bound in (getattr(item, "metadata", None) or [item])]
+    least, most = (
+        next((getattr(bound, name) for bound in bounds if hasattr(bound, name)), None)
+        for name in ("min_length", "max_length")
+    )
+    return least if least == most else None
 
 
 def describe_limits(metadata: Iterable[Any]) -> str:

@@ -1,5 +1,7 @@
 """One process in a run folder: the second is refused, and a killed one leaves nothing that is in the way."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,7 +9,7 @@ import sys
 
 import pytest
 
-from lasnn.errors import UserError
+from lasnn.errors import MachineError, UserError
 from lasnn.lock import NAME, holder, locked
 
 HOLD = """
@@ -52,3 +54,23 @@ def test_a_worker_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
             pass
     finally:
         os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_noted(tmp_path, monkeypatch, number):
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    notes = []
+    with locked(tmp_path, notes.append):
+        assert holder(tmp_path) is None, "it cannot be known"
+        (tmp_path / "written").touch()
+    assert notes == [f"{tmp_path} is on a file system without locks: see to it that no other process writes there"]
+    assert os.listdir(tmp_path) == ["written"]
+
+
+def test_another_failure_is_the_machines(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match=r"cannot write .*\.lock: "), locked(tmp_path / "file"):
+        pass

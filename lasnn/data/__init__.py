@@ -10,5 +10,16 @@ from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Dataset, Images
 from lasnn.data.loader import Batches
 from lasnn.data.stream import Streamed
+from lasnn.data.workers import BatchFailed, BatchLost, Source, UnreadableBatch
 
-__all__ = ["Augmentation", "Batches", "Dataset", "Images", "Streamed"]
+__all__ = [
+    "Augmentation",
+    "BatchFailed",
+    "BatchLost",
+    "Batches",
+    "Dataset",
+    "Images",
+    "Source",
+    "Streamed",
+    "UnreadableBatch",
+]

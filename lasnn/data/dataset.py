@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lasnn import weights
+from lasnn.data.description import DatasetDescription, some
 from lasnn.errors import UserError
 
 # Of images that cannot be read, so many are named.
@@ -18,12 +19,16 @@ NAMED = 10
 class Images:
     """Images of one size with their labels: `pixels` uint8 [N, C, H, W], `labels` int64 [N], on one device.
 
+    `known_by` is the fingerprint of the source that they were read from, where they were streamed otherwise: a run goes
+    on whether they fit the device or not.
+
     Raises:
         ValueError: the types, shapes or lengths are others.
     """
 
     pixels: Tensor
     labels: Tensor
+    known_by: str | None = None
 
     def __post_init__(self):
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
@@ -33,7 +38,7 @@ class Images:
 
     def to(self, device: torch.device | str) -> "Images":
         """The same images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device))
+        return Images(self.pixels.to(device), self.labels.to(device), self.known_by)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +54,8 @@ class Images:
 
     def fingerprint(self) -> str:
         """What tells these images from others: of their content, not of where they lie."""
+        if self.known_by is not None:
+            return self.known_by
         return weights.digest({"pixels": self.pixels.cpu(), "labels": self.labels.cpu()})
 
     def batches(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -76,6 +83,53 @@ class Dataset(ABC):
     test_size: int
     augment: tuple[str, ...] = ()
     source: str = ""
+
+    def notes(self) -> list[str]:
+        """Lines for whoever starts a run: what the data set is and what of it is left out; more once it is loaded."""
+        return [f"classes  {some(self.classes)}"]
+
+    def describe(self, name: str = "", splits: Sequence["Images"] = ()) -> DatasetDescription:
+        """What a run keeps of its data set, to know it again and to do without it.
+
+        Args:
+            name: that under which it is registered.
+            splits: the training and the test images, once they are loaded; they need only have a fingerprint.
+
+        Raises:
+            UserError: the data set has to look at its files for it, and cannot.
+        """
+        return DatasetDescription(
+            name=name,
+            channels=self.channels,
+            height=self.height,
+            width=self.width,
+            classes=tuple(self.classes),
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            train_size=self.train_size,
+            test_size=self.test_size,
+            decoding=self._decoding(),
+            keys=self._keys(),
+            fingerprints=tuple(split.fingerprint() for split in splits),
+        )
+
+    def changes_since(self, before: DatasetDescription, splits: Sequence["Images"] = ()) -> list[str]:
+        """How this data set differs from that which a run began with, a line each; none where it is the same.
+
+        Before it is loaded, one whose files are not compared is taken at its word.
+
+        Args:
+            splits: the training and the test images, if they are loaded.
+        """
+        return before.differences(self.describe(before.name, splits), loaded=bool(self.source))
+
+    def _decoding(self) -> str:
+        """How files become pixels, where that is the user's choice."""
+        return ""
+
+    def _keys(self) -> tuple[tuple[bytes, ...], ...]:
+        """For the training and the test split, for each class: what tells its files from others, joined."""
+        return ()
 
     @abstractmethod
     def load(self) -> tuple[Images, Images]:

@@ -1,6 +1,7 @@
 """One epoch of batches from images that live on the device as bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -76,14 +77,16 @@ class Batches:
         if self.share is not None and not self.augment.steps:
             # Nothing is drawn that needs the other images.
             chosen = [batch[self.share(len(batch))] for batch in chosen]
-        for step, (pixels, labels) in enumerate(self.images.batches(chosen), start=self.start):
-            # Drawn on the CPU, for the same reason.
-            draws = generator(self.seed, "augment", self.epoch, step)
-            # A user's augmentation may draw from the global generators instead: those are keyed as well.
-            with keyed(self.seed, "augment", self.epoch, step):
-                images, targets = self.augment(pixels.float() / 255, labels, draws)
-            if self.share is None or not self.augment.steps:
-                yield images, targets
-            else:
-                mine = self.share(len(targets))
-                yield images[mine], targets[mine]
+        # What reads ahead ends with the epoch, however that ends.
+        with closing(self.images.batches(chosen)) as read:
+            for step, (pixels, labels) in enumerate(read, start=self.start):
+                # Drawn on the CPU, for the same reason.
+                draws = generator(self.seed, "augment", self.epoch, step)
+                # A user's augmentation may draw from the global generators instead: those are keyed as well.
+                with keyed(self.seed, "augment", self.epoch, step):
+                    images, targets = self.augment(pixels.float() / 255, labels, draws)
+                if self.share is None or not self.augment.steps:
+                    yield images, targets
+                else:
+                    mine = self.share(len(targets))
+                    yield images[mine], targets[mine]

@@ -5,34 +5,20 @@ streamed is what would have been resident, byte for byte: order and augmentation
 """
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lasnn.data.dataset import Images
+from lasnn.data.workers import Source, read_ahead, read_now
 from lasnn.errors import UserError
 
 # Of the memory that is free: the rest is for activations, which need most of it.
 SHARE = 0.5
-
-
-class Source(Protocol):
-    """Images that can be read a few at a time."""
-
-    labels: Tensor
-    shape: tuple[int, int, int, int]
-
-    def read(self, chosen: Sequence[int]) -> Tensor:
-        """The pixels of some images, uint8 [n, C, H, W], on the CPU."""
-
-    def fingerprint(self) -> str:
-        """What tells these images from others, at little cost."""
 
 
 class InMemory:
@@ -73,41 +59,17 @@ class Streamed:
         return self.source.fingerprint()
 
     def batches(self, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels uint8 [b, C, H, W] and labels [b] of each of several choices of images, on the device."""
+        """Pixels uint8 [b, C, H, W] and labels [b] of each of several choices of images, on the device.
+
+        Raises:
+            UnreadableBatch: an image cannot be read (any more).
+            BatchLost: the machine failed, or a worker was killed.
+        """
         pinned = self.device.type == "cuda"
-        loader = DataLoader(
-            _Choices(self.source, [index.tolist() for index in chosen]),
-            batch_size=None,
-            num_workers=min(self.workers, len(chosen)),
-            pin_memory=pinned,
-            worker_init_fn=_leave_signals,
-        )
-        for pixels, labels in loader:
-            yield pixels.to(self.device, non_blocking=pinned), labels.to(self.device, non_blocking=pinned)
-
-
-def _leave_signals(_: int) -> None:
-    """A worker ends with its process, which goes on to the end of a step where a signal comes to both."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-class _Choices(torch.utils.data.Dataset):
-    """Whole batches as the items of a data loader."""
-
-    def __init__(self, source: Source, chosen: list[list[int]]):
-        self.source = source
-        self.chosen = chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, batch: int) -> tuple[Tensor, Tensor]:
-        index = self.chosen[batch]
-        if not index:
-            # Another process has them all.
-            return torch.empty(0, *self.source.shape[1:], dtype=torch.uint8), self.source.labels[:0]
-        return self.source.read(index), self.source.labels[index]
+        ahead = read_ahead(self.source, [index.tolist() for index in chosen], self.workers, pinned)
+        with closing(ahead):
+            for pixels, labels in ahead:
+                yield pixels.to(self.device, non_blocking=pinned), labels.to(self.device, non_blocking=pinned)
 
 
 def place(
@@ -122,7 +84,8 @@ def place(
         The splits, and a line that says what was chosen and why.
 
     Raises:
-        UserError: an image that cannot be read any more.
+        UserError: an image cannot be read any more, or a source of the user's own fails.
+        MachineError: the machine failed to read one.
     """
     needed = sum(prod(split.shape) for split in splits)
     free = free_bytes(device)
@@ -136,7 +99,10 @@ def place(
 
 
 def _resident(split: Images | Source) -> Images:
-    return split if isinstance(split, Images) else Images(split.read(range(len(split.labels))), split.labels)
+    """Images in memory; those of a source are known by its fingerprint, as they are where they are streamed."""
+    if isinstance(split, Images):
+        return split
+    return Images(read_now(split, range(len(split.labels))), split.labels, split.fingerprint())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -30,7 +30,7 @@ def evaluate(
     membrane_start: float | None = None,
     early_exit: float | None = None,
     draws: int | None = None,
-    brief: bool = False,
+    include_speed: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure a run's student on its test images, or its teacher, converted.
 
@@ -41,13 +41,12 @@ def evaluate(
         percentile, membrane_start: of the conversion, as for `lasnn.evaluation.conversion.convert`.
         early_exit: also stop each image once the largest class probability reaches this, in (0, 1].
         draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
-        brief: leave out what needs runs of its own at each T, `operations.dense`, `images_per_second`, `latency_ms` and
-            `peak_memory_mib`: many T then cost no more than the longest.
+        include_speed: also measure what needs runs of its own at each T: `operations.dense`, `images_per_second`,
+            `latency_ms` and `peak_memory_mib`. Without them many T cost no more than the longest.
 
     Returns:
-        One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it `operations.dense`, `images_per_second`,
-        `latency_ms` and `peak_memory_mib` (see `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and
-        `teacher_energy_uj`. Where the encoder draws, every figure is the mean over the draws, `accuracies` has each and
+        One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it what `include_speed` names (see
+        `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and `teacher_energy_uj`. Where the encoder draws, every figure is the mean over the draws, `accuracies` has each and
         `accuracy_deviation` their standard deviation. A conversion has `converted`: its method, options, thresholds and
         number of calibration images.
 
@@ -107,7 +106,7 @@ def evaluate(
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
         for result in results:
-            if not brief:
+            if include_speed:
                 student.timesteps = result["timesteps"]
                 result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
                 result.update(speed(student.steps, test, batch_size=batch_size))
@@ -156,8 +155,8 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
 def first_reaching(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
     """The result of the smallest T, of those that `evaluate` returned, whose accuracy is at least `accuracy`.
 
-    With `timesteps=range(1, 1025)` and `brief`, at the price of T = 1024 alone, no T is left out. None: it is not
-    reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
+    With `timesteps=range(1, 1025)` and `include_speed=False`, at the price of T = 1024 alone, no T is left out. None: it
+    is not reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
     """
     return min(
         (result for result in results if result["accuracy"] >= accuracy), key=lambda it: it["timesteps"], default=None

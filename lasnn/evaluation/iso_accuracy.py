@@ -76,7 +76,7 @@ def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept
         found = {"results": []}
     while len(found["results"]) < longest and first_reaching(found["results"], accuracy) is None:
         steps = min(longest, max(SHORTEST, GROWTH * len(found["results"])))
-        results = evaluate(run, range(1, steps + 1), converted=method, brief=True)
+        results = evaluate(run, range(1, steps + 1), converted=method, include_speed=False)
         figures = ("timesteps", "accuracy", "firing_rate", "energy_uj")
         found = {
             "method": method,

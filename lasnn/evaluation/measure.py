@@ -5,6 +5,7 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import add
 from typing import Any
 
@@ -15,7 +16,7 @@ from lasnn import processes
 from lasnn.data import Batches, Images
 from lasnn.errors import MachineError
 from lasnn.evaluation.metrics import AccuracyMetrics, EarlyExit
-from lasnn.evaluation.operations import OperationCounter, _merged
+from lasnn.evaluation.operations import OperationCounter, merge_by_name
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.random import generator
@@ -69,8 +70,11 @@ def measure(
         tallies: dict[int, AccuracyMetrics] = {}
         exits = {} if early_exit is None else {t: EarlyExit(early_exit) for t in steps}
         with OperationCounter(student, longest) as counter:
-            for index, batch, labels, place in _batches(images, batch_size):
-                logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device, draw), **place)
+            for part in batch_slices(images, batch_size):
+                batch, labels = part.images, part.labels
+                logits, _ = student.steps(
+                    batch, generator=_draws(seed, part.index, batch.device, draw), **part.place_in_batch
+                )
                 counted = torch.arange(1, longest + 1, device=batch.device)[:, None, None]
                 means = logits.float().cumsum(0) / counted
                 for t in steps:
@@ -82,8 +86,8 @@ def measure(
                     watch(means, labels, energy)
         counter.join()
         every = processes.all_gather((tallies, exits))
-        tallies = _merged([part for part, _ in every], add)
-        exits = _merged([part for _, part in every], add)
+        tallies = merge_by_name([part for part, _ in every], add)
+        exits = merge_by_name([part for _, part in every], add)
         total = counter.after(longest)["firing_rate"]
         if not math.isfinite(total):
             raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
@@ -107,26 +111,41 @@ def _draws(seed: int, index: int, device: torch.device, draw: int = 0) -> torch.
 def accuracy(student: Student, images: Images, *, batch_size: int, seed: int) -> float:
     """Fraction of the images that the student classifies correctly at its T; the same draws as `measure`."""
     correct = 0
-    for index, batch, labels, place in _batches(images, batch_size):
-        logits, _ = student.steps(batch, generator=_draws(seed, index, batch.device), **place)
-        correct += int((logits.float().sum(0).argmax(-1) == labels).sum())
+    for part in batch_slices(images, batch_size):
+        draws = _draws(seed, part.index, part.images.device)
+        logits, _ = student.steps(part.images, generator=draws, **part.place_in_batch)
+        correct += int((logits.float().sum(0).argmax(-1) == part.labels).sum())
     return sum(processes.all_gather(correct)) / len(images)
 
 
 @torch.no_grad()
 def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> float:
     """Fraction of the images that the teacher classifies correctly."""
-    batches = _batches(images, batch_size)
-    correct = sum(int((teacher(batch).argmax(-1) == labels).sum()) for _, batch, labels, _ in batches)
+    parts = batch_slices(images, batch_size)
+    correct = sum(int((teacher(part.images).argmax(-1) == part.labels).sum()) for part in parts)
     return sum(processes.all_gather(correct)) / len(images)
 
 
-def _batches(images: Images, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor, dict[str, int]]]:
-    """Number, images and labels of each batch in order; where processes share it, which of its images they are."""
+@dataclass(frozen=True)
+class BatchSlice:
+    """This process's part of a batch of test images."""
+
+    index: int
+    """The number of the batch."""
+    images: Tensor
+    """[b, C, H, W] in [0, 1]."""
+    labels: Tensor
+    """[b]."""
+    place_in_batch: dict[str, int]
+    """`first` and `total`, as `Student.steps` takes them, where other processes have the rest; else empty."""
+
+
+def batch_slices(images: Images, batch_size: int) -> Iterator[BatchSlice]:
+    """This process's parts of the batches, in order; those without an image are left out."""
     batches = Batches(images, batch_size, seed=0, epoch=0, shuffle=False, share=processes.local_slice)
     for index, (batch, labels) in enumerate(batches):
         total = batches.images_in(index)
         if len(labels) == total:
-            yield index, batch, labels, {}
+            yield BatchSlice(index, batch, labels, {})
         elif len(labels):
-            yield index, batch, labels, {"first": processes.local_slice(total).start, "total": total}
+            yield BatchSlice(index, batch, labels, {"first": processes.local_slice(total).start, "total": total})

@@ -71,11 +71,11 @@ class OperationCounter:
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._marked.clear()
-        time = self.student.network.time
-        if time.start == 0:
-            # A run that is made in pieces sees its images in each of them.
-            self.images += time.batch
-            self.batch_additions = torch.zeros(self.timesteps, time.batch, dtype=torch.float64)
+        context = self.student.network.time
+        if context.start == 0:
+            # A run in time chunks sees its images in each of them.
+            self.images += context.batch
+            self.batch_additions = torch.zeros(self.timesteps, context.batch, dtype=torch.float64)
         if getattr(self.student.encoder, "spiking", False):
             self._mark(inputs[0], 1.0)
 
@@ -114,12 +114,12 @@ class OperationCounter:
     def _count_operations(self, name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0]
-            time = self.student.network.time
+            context = self.student.network.time
             spikes = self._spikes_per_one(x)
             if spikes is not None:
                 fanout = self._fanout_of(layer, x, output)
                 # Summed over channels first, so that nothing of the feature's size is made.
-                by_pixel = time.unfold(x).sum(2, dtype=torch.float64)
+                by_pixel = context.unfold(x).sum(2, dtype=torch.float64)
                 if by_pixel.ndim == 2:
                     by_pixel = by_pixel[..., None]
                 by_image = spikes * (by_pixel * fanout).flatten(2).sum(2).cpu()
@@ -128,9 +128,9 @@ class OperationCounter:
                 return
             multiply_additions = output.numel() * layer.weight[0].numel()
             count = self._count(self.multiply_additions, name)
-            if x.shape[0] != time.batch:
-                count[self._now] += multiply_additions / time.steps
-            elif time.start == 0:
+            if x.shape[0] != context.batch:
+                count[self._now] += multiply_additions / context.steps
+            elif context.start == 0:
                 count[0] += multiply_additions
 
         return hook
@@ -167,9 +167,9 @@ class OperationCounter:
 
     @property
     def _now(self) -> slice:
-        """The steps that the current pass makes; all of them unless the run is made in pieces."""
-        time = self.student.network.time
-        return slice(time.start, time.start + time.steps)
+        """The steps that the current pass makes; all of them unless the run is in time chunks."""
+        context = self.student.network.time
+        return slice(context.start, context.start + context.steps)
 
     def join(self) -> None:
         """Take in what the other processes have counted of their images."""
@@ -178,8 +178,8 @@ class OperationCounter:
         every = processes.all_gather({**own, "first": {name: step.cpu() for name, step in self.first.items()}})
         self.images = sum(part["images"] for part in every)
         for name in counts:
-            setattr(self, name, _merged([part[name] for part in every], torch.add))
-        self.first = _merged([part["first"] for part in every], torch.minimum)
+            setattr(self, name, merge_by_name([part[name] for part in every], torch.add))
+        self.first = merge_by_name([part["first"] for part in every], torch.minimum)
 
     def after(self, steps: int) -> dict[str, Any]:
         """Firing rates, silent fractions and energy of a run of the first `steps` steps."""
@@ -212,7 +212,7 @@ class OperationCounter:
         return 1e-6 * pj.cumsum(0)
 
 
-def _merged(parts: Sequence[dict[str, Tensor]], how: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
+def merge_by_name(parts: Sequence[dict[str, Tensor]], how: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: reduce(how, [part[name] for part in parts if name in part]) for name in names}
 

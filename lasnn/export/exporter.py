@@ -102,7 +102,7 @@ class Exporter(ABC):
         return self.student.encoder(images, self.timesteps), 1
 
     @contextmanager
-    def blaming_parts(self) -> Iterator[None]:
+    def translate_part_errors(self) -> Iterator[None]:
         """Turn an error in a network with the user's own parts into one line that names them; otherwise it is a bug."""
         student = self.run.recipe.student
         entries = (

@@ -31,7 +31,7 @@ class NirExporter(Exporter):
         from lasnn.export import nir_graph
 
         data = self.run.data
-        with self.blaming_parts():
+        with self.translate_part_errors():
             self.graph, self.units = nir_graph.build(self.student.network, (data.channels, data.height, data.width))
         self.suited = list(READERS)
         if any(isinstance(node, nir.IF) for node in self.graph.nodes.values()):

@@ -76,7 +76,7 @@ def trace(exporter: Exporter, plain: Plain) -> ExportedProgram:
         UserError: a part that is not lasnn's own cannot be traced, or uses other operators than PyTorch's.
     """
     x, axis = exporter.example()
-    with exporter.blaming_parts():
+    with exporter.translate_part_errors():
         with Operators() as operators, torch.no_grad():
             plain(x)
         if operators.strange:
