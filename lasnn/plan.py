@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from lasnn.compatibility import Shape, check_same_weights, check_weights
+from lasnn.compatibility import Shape, check_same_weights, fitted_weights
 from lasnn.data import Augmentation, Dataset
+from lasnn.description import describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
     find_checkpoint,
@@ -189,7 +190,8 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         if teacher:
             teacher_shapes = attempt("teacher", lambda: probe(teacher.network, image), default={})
     if checkpoint and teacher:
-        attempt("teacher.checkpoint", lambda: check_weights(checkpoint, teacher.network, len(data.classes)))
+        expected = describe_teacher(recipe, data, teacher.network)
+        attempt("teacher.checkpoint", lambda: fitted_weights(checkpoint, teacher.network, expected))
     pairs: list[Pair] = []
     with torch.device("meta"):
         # The stages are the same whatever the neuron, so that a wrong tap is reported beside a wrong neuron.

@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lasnn import __version__, files, lock, processes
+from lasnn.compatibility import fitted_weights
 from lasnn.data import Dataset
+from lasnn.description import DescribedData, Description, describe_student, describe_teacher
 from lasnn.errors import MachineError, UserError
 from lasnn.factory import make_data, make_student, make_teacher, pick_device
+from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.recipe.load import parse
 from lasnn.recipe.schema import Recipe
-from lasnn.weights import check_state, load_weights, weight_shapes
+from lasnn.weights import check_state, read_description
 
 RUNS = Path("runs")
 WRITTEN = (
@@ -341,7 +343,7 @@ class Run:
         if self.recipe.teacher is None or not path.is_file():
             return None
         teacher = make_teacher(self.recipe, self.data)
-        load_into(teacher.network, path)
+        load_into(teacher.network, path, describe_teacher(self.recipe, self.data, teacher.network))
         return teacher.to(self.device).eval()
 
 
@@ -361,39 +363,33 @@ def load_run(run: str | Path | None = None, device: str = "cpu") -> Run:
     """
     folder = find_run(run)
     if folder.path.is_file():
-        recipe, weights = _recipe_in(folder.path), folder.path
+        recipe, data = _recipe_in(folder.path)
+        weights = folder.path
     else:
         recipe, weights = Recipe.load(folder / "recipe.toml"), folder / "student.safetensors"
-    data = make_data(recipe)
+        data = make_data(recipe)
     if not weights.is_file():
         raise UserError(f"{folder.path} has no student yet; finish it with `{resume_command(folder.path)}`")
     where = pick_device(device)
     student = make_student(recipe, data)
-    load_into(student.network, weights)
+    load_into(student.network, weights, describe_student(recipe, data))
     return Run(folder, recipe, data, where, student.to(where).eval())
 
 
-def _recipe_in(path: Path) -> Recipe:
-    """The recipe in the metadata of a student's file; plugins that are files are looked for beside it."""
-    _, description = weight_shapes(path)
+def _recipe_in(path: Path) -> tuple[Recipe, Dataset]:
+    """The recipe in the metadata of a student's file, whose plugins that are files are looked for beside it, and the
+    data set as the file describes it; its images need not be here.
+    """
+    description = read_description(path)
     text = description.get("recipe")
     if not isinstance(text, str):
         raise UserError(
             f"{path} has no recipe in its metadata; give a run folder, or what `lasnn export --format safetensors` "
             "wrote"
         )
-    return Recipe.from_tables(parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(path))
-
-
-def describe_network(architecture: str, options: dict[str, Any], recipe: Recipe, data: Dataset) -> dict[str, Any]:
-    """What a weights file says of the network that it is of."""
-    return {
-        "architecture": architecture,
-        "options": options,
-        "in_channels": data.channels,
-        "num_classes": len(data.classes),
-        "data": recipe.data.name,
-    }
+    recipe = Recipe.from_tables(parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(path))
+    known = DescribedData.is_complete(description)
+    return recipe, DescribedData(path, recipe, description) if known else make_data(recipe)
 
 
 def resume_command(folder: Path) -> str:
@@ -402,15 +398,18 @@ def resume_command(folder: Path) -> str:
     return shlex.join([*processes.launcher(), *command])
 
 
-def load_into(network: nn.Module, path: Path) -> None:
+def load_into(network: Staged, path: Path, expected: Description) -> list[str]:
     """Load a weights file into a network.
+
+    Args:
+        expected: what the file should say of the network, as far as it says it (see `lasnn.description`).
+
+    Returns:
+        What of the file was left out or converted, a line each.
 
     Raises:
         UserError: the file is damaged or does not fit.
     """
-    weights, _ = load_weights(path)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path} does not fit the recipe's network: {first}") from error
+    weights, notes = fitted_weights(path, network, expected)
+    network.load_state_dict(weights)
+    return notes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lasnn import __version__
+from lasnn.description import describe_student
 from lasnn.errors import UserError
 from lasnn.registry import architectures, encoders, neurons
 from lasnn.run import Run
@@ -139,20 +140,5 @@ class Exporter(ABC):
     def description(self) -> dict[str, Any]:
         """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""
         table = self.run.recipe.student.model_copy(update={"timesteps": self.timesteps})
-        data = self.run.data
-        return {
-            "lasnn": __version__,
-            "architecture": table.architecture,
-            "options": table.options,
-            "in_channels": data.channels,
-            "num_classes": len(data.classes),
-            "data": self.run.recipe.data.name,
-            "classes": list(data.classes),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "timesteps": self.timesteps,
-            "encoder": table.encoder_table.name,
-            "neuron": table.neuron.name,
-            "takes": self.takes,
-            "recipe": self.run.recipe.model_copy(update={"student": table}).to_toml(),
-        }
+        recipe = self.run.recipe.model_copy(update={"student": table})
+        return {"lasnn": __version__, **describe_student(recipe, self.run.data), "takes": self.takes}

@@ -115,13 +115,15 @@ class TeacherTable(Training, Part):
     architecture: str
     """A registered architecture, or a network that only teaches (`lasnn list teachers`)."""
     checkpoint: str | None = None
-    """A `.safetensors` or `.pth` file, or a run folder whose teacher is taken; nothing is trained then."""
+    """A file of weights, or a run folder whose teacher is taken (docs/teachers.md); nothing is trained then."""
     activation: Literal["relu", "qcfs"] = "relu"
     """What its units end in; "qcfs" (Bu et al., ICLR 2022) makes it one to convert: `--converted qcfs`."""
     levels: Count = 4
     """Levels of the "qcfs" activation above 0; its authors' code has 4 for CIFAR-10, 8 for CIFAR-100."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the teacher's cross-entropy."""
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Accuracy on the test images, 0 to 1, below which the teacher is refused before the student is trained."""
 
 
 _TEACHER_TRAINING = {*Training.model_fields, "label_smoothing"}

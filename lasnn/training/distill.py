@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
 from lasnn.data import Images, Streamed
+from lasnn.description import describe_student
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.network.student import Student
@@ -27,7 +28,7 @@ from lasnn.network.teacher import Teacher, without_activations
 from lasnn.plan import Plan, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder, describe_network, environment, open_run
+from lasnn.run import RunFolder, environment, open_run
 from lasnn.training.checkpoints import STATE, Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
@@ -182,9 +183,7 @@ def finish(
     [result] = measure(student, test, [recipe.student.timesteps], **options)
     if not processes.is_main():
         return
-    description = describe_network(recipe.student.architecture, recipe.student.options, recipe, plan.data)
-    description["recipe"] = (run / "recipe.toml").read_text(encoding="utf-8")
-    save_weights(run / "student.safetensors", student.network.state_dict(), description)
+    save_weights(run / "student.safetensors", student.network.state_dict(), describe_student(recipe, plan.data))
     teacher = run.read_json("teacher.json")
     summary = {
         "accuracy": result["accuracy"],
