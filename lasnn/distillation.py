@@ -34,7 +34,7 @@ from lasnn.errors import MachineError, UserError
 from lasnn.loss import reading_of
 from lasnn.measure import accuracy, measure, teacher_accuracy
 from lasnn.network import Student, Teacher, without_activations
-from lasnn.plan import Plan, load_data, make_augmentation, make_student, make_teacher, read_plan
+from lasnn.plan import Plan, check_batches, load_data, make_augmentation, make_student, make_teacher, read_plan
 from lasnn.random import deterministic, generator, globals_kept, keyed, seed_globals
 from lasnn.recipe import Recipe, Training
 from lasnn.registry import losses
@@ -95,6 +95,7 @@ def distill(
     progress = Together([*([progress] if progress else []), *callbacks] if distributed.is_main() else [])
     with distributed.in_turn():
         train, test, placed = load_data(recipe, plan.data, plan.device)
+        check_batches(plan)
     opened = open_run(recipe, None if out is None else Path(out), resume, progress.note)
     with closing(progress), distributed.by_main(opened) as run:
         progress.start(plan, run.path)
