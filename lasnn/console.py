@@ -112,6 +112,8 @@ def print_plan(console: Console, plan: Any) -> None:
         f"data     {facts['data']}: {facts['images']['train']:,} training and {facts['images']['test']:,} test images, "
         f"{channels} x {height} x {width}, {facts['classes']} classes"
     )
+    for line in facts["notes"]:
+        say(line)
     if facts["teacher"]:
         how = facts["teacher_checkpoint"] or f"{facts['teacher_steps']:,} steps unless cached"
         say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")

@@ -69,6 +69,7 @@ class Plan:
             "images": {"train": self.data.train_size, "test": self.data.test_size},
             "image": [self.data.channels, self.data.height, self.data.width],
             "classes": len(self.data.classes),
+            "notes": self.data.notes(),
             "device": str(self.device),
             "precision": recipe.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
@@ -210,15 +211,9 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
     if recipe.data.accumulate > recipe.data.batch_size:
         parts, images = recipe.data.accumulate, recipe.data.batch_size
         report("data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size")
-    full = min(recipe.data.batch_size, data.train_size)
-    last = data.train_size % full or full
-    if 1 in (images // micro_batches(images, recipe) for images in (full, last)):
-        single = [shape for shape in teacher_shapes.values() if not checkpoint and shape[1:] == (1, 1)]
-        single += [shape for shape in shapes.values() if table.timesteps == 1 and shape[1:] == (1, 1)]
-        if single:
-            what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
-            message = f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
-            report(f"data.{key}", message)
+    lone = _lone_image(recipe, data)
+    if lone and _one_pixel(recipe, shapes, {} if checkpoint else teacher_shapes):
+        report(*lone)
     if recipe.time_chunk:
         for key, problem in _check_chunks(recipe):
             report(key, problem)
@@ -242,6 +237,41 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         teacher_checkpoint=checkpoint,
         memory_bytes=memory,
     )
+
+
+def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
+    """(key, message) where a batch, or a part of one, has one image; None where none has."""
+    full = min(recipe.data.batch_size, data.train_size)
+    last = data.train_size % full or full
+    if 1 not in (images // micro_batches(images, recipe) for images in (full, last)):
+        return None
+    what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
+    return f"data.{key}", f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
+
+
+def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained_teacher: dict[str, Shape]) -> bool:
+    """Whether batch norm has one value for each image somewhere: by the shapes of the stages."""
+    shapes = [*trained_teacher.values(), *(student.values() if recipe.student.timesteps == 1 else ())]
+    return any(shape[1:] == (1, 1) for shape in shapes)
+
+
+def check_batches(plan: Plan) -> None:
+    """Check the batches once the images are loaded: where some could not be read, the last one has another size.
+
+    Raises:
+        UserError: a batch has one image, which batch norm cannot train on.
+    """
+    recipe, data = plan.recipe, plan.data
+    lone = _lone_image(recipe, data)
+    if lone is None:
+        return
+    image, teacher = (data.channels, data.height, data.width), {}
+    with torch.device("meta"):
+        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps)
+        if recipe.teacher and plan.teacher_checkpoint is None:
+            teacher = probe(make_teacher(recipe, data).network, image)
+    if _one_pixel(recipe, student, teacher):
+        raise UserError(recipe.line(*lone))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
-from lasnn.plan import Plan, read_plan
+from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, environment, open_run
@@ -79,6 +79,7 @@ def distill(
     told = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
         train, test, placed = load_data(plan.recipe, plan.data, plan.device)
+        check_batches(plan)
     opened = open_run(plan.recipe, None if out is None else Path(out), resume, told.note)
     with closing(told), processes.main_process_context(opened) as run:
         told.start(plan, run.path)
