@@ -156,7 +156,7 @@ power = 0
             "student.encoder.gain",
             "'gain'; known: name",
         ),
-        ('data.augment=["crop","flp"]', "data.augment", "did you mean 'flip'?"),
+        ('data.augment=["crop","flp"]', "data.augment.1", "did you mean 'flip'?"),
         ('data.augment=["crop",{name="cutut"}]', "data.augment.1.name", "did you mean 'cutout'?"),
         ('data.augment=["crop",{name="cutout",sise=8}]', "data.augment.1.sise", "did you mean 'size'?"),
         ('data.augment=[{name="cutout",size=0}]', "data.augment.0.size", "it takes a whole number (>= 1)"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback
-from lasnn.data import Augmentation, BatchFailed, Batches, Images, Streamed
+from lasnn.data import Augmentation, Batches, BatchFailed, Images, Streamed
 from lasnn.recipe.schema import Training
 from lasnn.run import RunFolder
 from lasnn.training.checkpoints import Checkpoints, TrainingState
