@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lasnn.data.description import DatasetDescription
+from lasnn.data import DatasetDescription, Described
 from lasnn.data.image_folder import ImageFolder
 from lasnn.errors import UserError
 from lasnn.registry import datasets
@@ -85,6 +85,16 @@ def test_every_data_set_describes_itself(name):
     described = data.describe(name)
     assert DatasetDescription.from_json(json.loads(json.dumps(described.as_json()))) == described
     assert data.changes_since(described) == []
+
+
+def test_a_run_can_do_without_the_folder(folder, before):
+    shutil.rmtree(folder)
+    data = Described(before, "run.json")
+    assert (data.classes, data.channels, data.height, data.mean) == (("cat", "dog"), 3, 8, before.mean)
+    assert data.describe("image-folder").keys == before.keys
+    assert data.changes_since(before) == []
+    with pytest.raises(UserError, match="run.json describes the data set, and has no images"):
+        data.load()
 
 
 def test_a_damaged_description_is_a_line(before):
