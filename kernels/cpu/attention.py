@@ -32,7 +32,7 @@ def attention_forward(x: Tensor, power: float, temporal: str) -> Tensor:
         loop = neuron.loops()
         x, order = ordered(x)
         lines = cut(x, order)
-        parts = min(lines.groups, lines.parts(steps))
+        parts = min(batch if order is torch.contiguous_format else lines.groups, lines.parts(steps))
         # Each step alone is a run of one.
         for xs, out in zip(x.split(1), f, strict=True) if temporal == "step" else ((x, f),):
             given = (len(xs), xs.data_ptr(), xs.stride(0), int(temporal == "rate"), out.data_ptr())

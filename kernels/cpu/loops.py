@@ -177,12 +177,17 @@ def whole(typing, x):
 
 
 @inlined()
-def bounds(line, size, width, span):
-    """(which piece of its group a line is, where it starts, how many elements it has)."""
+def bounds(line, size, width, span, run):
+    """(where a line starts, how many elements it has, where the channels of its elements are told from, whether the
+    next line has others).
+    """
     pieces = -(-span // width)
     group, piece = line // pieces, line % pieces
     start = group * span + piece * width
-    return piece, start, min(width, (group + 1) * span - start, size - start)
+    n = min(width, (group + 1) * span - start, size - start)
+    if span == run:
+        return start, n, group * span, piece + 1 == pieces
+    return start, n, piece * width, pieces > 1
 
 
 @inlined()
@@ -332,11 +337,11 @@ def forward(first, last, numbers, o, parameters, like, scratch):
     v0, v_last, saved = at(scratch, v0_at), at(scratch, v_last_at), at(scratch, saved_at)
     lines, before = groups * -(-span // width), -1
     for line in range(lines * first // parts, lines * last // parts):
-        piece, start, n = bounds(line, size, width, span)
-        if piece != before:
-            before = piece
+        start, n, phase, _ = bounds(line, size, width, span, run)
+        if phase != before:
+            before = phase
             for row in range(3):
-                spread(parameters, row, scratch, row * LINE, piece * width, width, run, channels)
+                spread(parameters, row, scratch, row * LINE, phase, width, run, channels)
         copy(v0, start * v0_line, scratch, V, n)
         for t in range(0, steps, segment):
             if t:
@@ -486,11 +491,11 @@ def backward(first, last, numbers, o, parameters, sums, grad_decay, like, scratc
     for part in range(first, last):
         final, full = lines * (part + 1) // parts, 0
         for line in range(lines * part // parts, final):
-            piece, start, n = bounds(line, size, width, span)
-            if piece != before:
-                before = piece
+            start, n, phase, ends = bounds(line, size, width, span, run)
+            if phase != before:
+                before = phase
                 for row in range(3):
-                    spread(parameters, row, scratch, row * LINE, piece * width, width, run, channels)
+                    spread(parameters, row, scratch, row * LINE, phase, width, run, channels)
             if full == 0:
                 clear(scratch, TOTAL, width, zero)
                 clear(scratch, PRODUCT, width, zero)
@@ -598,11 +603,11 @@ def backward(first, last, numbers, o, parameters, sums, grad_decay, like, scratc
             if constant:
                 copy(scratch, TOTAL, total, start * total_line, n)
             full += 1
-            if full == FLUSH or constant or line + 1 == final or width < span:
+            if full == FLUSH or constant or line + 1 == final or ends:
                 if summed:
-                    wide = min(width, span - piece * width)
-                    flush(sums, 2 * part, scratch, TOTAL, piece * width, wide, run, channels)
-                    flush(sums, 2 * part + 1, scratch, PRODUCT, piece * width, wide, run, channels)
+                    wide = min(width, span - phase % span)
+                    flush(sums, 2 * part, scratch, TOTAL, phase, wide, run, channels)
+                    flush(sums, 2 * part + 1, scratch, PRODUCT, phase, wide, run, channels)
                 full = 0
 
 
@@ -615,6 +620,18 @@ def deviations(scratch, y, at, n):
         write(scratch, THIRD + i, read(scratch, THIRD + i) + d * d)
 
 
+@inlined(fastmath=SUMS)
+def add_run(sums, row, channels, channel, y, at, n, pivot):
+    """The same of a run of one channel, in registers."""
+    centre, total, square = pivot[channel], pivot.dtype.type(0), pivot.dtype.type(0)
+    for i in range(n):
+        d = read(y, at + i) - centre
+        total += d
+        square += d * d
+    sums[row * channels + channel] += total
+    sums[(row + 1) * channels + channel] += square
+
+
 @compiled
 def moments(first, last, numbers, pivot, sums, like, scratch):
     """By part and channel, the sums of y - pivot and of its square."""
@@ -624,19 +641,22 @@ def moments(first, last, numbers, pivot, sums, like, scratch):
     for part in range(first, last):
         final, full = lines * (part + 1) // parts, 0
         for line in range(lines * part // parts, final):
-            piece, start, n = bounds(line, size, width, span)
-            if piece != before:
-                before = piece
-                spread(pivot, 0, scratch, FIRST, piece * width, width, run, channels)
+            start, n, phase, ends = bounds(line, size, width, span, run)
+            if span == run:
+                add_run(sums, 2 * part, channels, start // run % channels, y, start, n, pivot)
+                continue
+            if phase != before:
+                before = phase
+                spread(pivot, 0, scratch, FIRST, phase, width, run, channels)
             if full == 0:
                 clear(scratch, SECOND, width, zero)
                 clear(scratch, THIRD, width, zero)
             deviations(scratch, y, start, n)
             full += 1
-            if full == FLUSH or line + 1 == final or width < span:
-                wide = min(width, span - piece * width)
-                flush(sums, 2 * part, scratch, SECOND, piece * width, wide, run, channels)
-                flush(sums, 2 * part + 1, scratch, THIRD, piece * width, wide, run, channels)
+            if full == FLUSH or line + 1 == final or ends:
+                wide = min(width, span - phase % span)
+                flush(sums, 2 * part, scratch, SECOND, phase, wide, run, channels)
+                flush(sums, 2 * part + 1, scratch, THIRD, phase, wide, run, channels)
                 full = 0
 
 
@@ -661,11 +681,11 @@ def norm_backward(first, last, numbers, parameters, like, scratch):
     g, y, grad_y = at(like, g_at), at(like, y_at), at(like, grad_y_at)
     lines, before = groups * -(-span // width), -1
     for line in range(lines * first // parts, lines * last // parts):
-        piece, start, n = bounds(line, size, width, span)
-        if piece != before:
-            before = piece
+        start, n, phase, _ = bounds(line, size, width, span, run)
+        if phase != before:
+            before = phase
             for row in range(3):
-                spread(parameters, row, scratch, row * WIDE, piece * width, width, run, channels)
+                spread(parameters, row, scratch, row * WIDE, phase, width, run, channels)
         copy(g, start, scratch, FOURTH, n)
         normalise_back(scratch, y, through, grad_y, start, n)
 
@@ -769,9 +789,11 @@ def energy(first, last, numbers, power, like, scratch):
     parts, size, groups, width, span, run, channels, steps, x_at, x_step, of_mean, f_at = numbers
     x, f = at(like, x_at), at(scratch, f_at)
     pieces, number = -(-span // width), scratch.dtype.type
-    # Whole groups, so that no two parts add to the same pixel.
-    for line in range(groups * first // parts * pieces, groups * last // parts * pieces):
-        _, start, n = bounds(line, size, width, span)
+    # Whole images, so that no two parts add to the same pixel.
+    together = channels if span == run and channels > 1 else 1
+    images, pieces = groups // together, pieces * together
+    for line in range(images * first // parts * pieces, images * last // parts * pieces):
+        start, n, _, _ = bounds(line, size, width, span, run)
         clear(scratch, TOTAL, n, number(0))
         if of_mean:
             add_steps(scratch, V, x, start, x_step, steps, n)
@@ -790,7 +812,7 @@ def energy_backward(first, last, numbers, power, like, scratch):
     x, grad, grad_x = at(like, x_at), at(scratch, grad_at), at(like, grad_x_at)
     lines, number = groups * -(-span // width), scratch.dtype.type
     for line in range(lines * first // parts, lines * last // parts):
-        _, start, n = bounds(line, size, width, span)
+        start, n, _, _ = bounds(line, size, width, span, run)
         unfold(grad, scratch, GRAD, start, n, run, channels, number(steps))
         if of_mean:
             add_steps(scratch, V, x, start, x_step, steps, n)

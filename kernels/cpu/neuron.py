@@ -12,6 +12,10 @@ from lasnn.kernels.cpu import threads
 from lasnn.kernels.layout import segments
 
 SURROGATES = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3, "fast-sigmoid": 4}
+# From this length on, a run of one channel is cut by itself.
+LONG = 64
+# Elements of a vector in the widest registers.
+VECTOR = 16
 # Of how many parts work consists at most, whatever the number of threads: sums over parts are the same for each.
 PARTS = 64
 
@@ -51,8 +55,8 @@ def vector(values: list[float], dtype: torch.dtype) -> np.ndarray:
 class Cut(NamedTuple):
     """How a step lies in memory, and the lines that it is cut into.
 
-    A group is a whole number of images (contiguous) or pixels (channels_last); one that is longer than a line is cut
-    into pieces. `run` elements in a row belong to a channel.
+    `run` elements in a row belong to a channel. A group is one run where that fills a line, else a whole number of
+    images (contiguous) or pixels (channels_last); one that is longer than a line is cut into pieces.
     """
 
     size: int
@@ -66,12 +70,15 @@ class Cut(NamedTuple):
     def of(cls, repeats: int, run: int, channels: int, width: int) -> "Cut":
         """`repeats` times `channels` runs, in lines of at most `width` elements."""
         period = run * channels
+        size = repeats * period
         if period <= width:
             span = min(width // period, repeats) * period
-            return cls(repeats * period, -(-repeats * period // span), span, span, run, channels)
+            return cls(size, -(-size // span), span, span, run, channels)
+        if run >= LONG:
+            period = run
         pieces = -(-period // width)
         # Equal ones, but whole vectors.
-        return cls(repeats * period, repeats, min(width, -(-period // pieces // 32) * 32), period, run, channels)
+        return cls(size, size // period, min(width, -(-period // pieces // VECTOR) * VECTOR), period, run, channels)
 
     def parts(self, steps: int) -> int:
         return max(1, min(PARTS, self.size * steps // threads.SHARE, self.groups * -(-self.span // self.width)))
