@@ -15,8 +15,8 @@ from lasnn.data import Dataset, Images, Streamed
 from lasnn.errors import UserError, printable
 from lasnn.factory import make_data
 from lasnn.network.staged import Staged
-from lasnn.recipe.load import dump_toml, toml_value
 from lasnn.recipe.check import teacher_registry
+from lasnn.recipe.load import dump_toml, toml_value
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
 from lasnn.registry import REQUIRED, architectures, datasets, teachers
 

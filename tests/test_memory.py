@@ -50,7 +50,8 @@ def plain(tiny):
 
 def test_the_gradient_is_the_mean_over_the_batch(plain):
     """400 images in batches of 150, the last of 100: in parts of 22 and 21, and of 20."""
-    settings = [*SETTINGS, "data.batch_size=150", "teacher.clip_norm=0.5"]
+    losses = 'losses=[{name="cross-entropy"},{name="attention",weight=1000.0}]'
+    settings = [*SETTINGS, "data.batch_size=150", "teacher.clip_norm=0.5", losses]
     whole, parts = (distill(plain, overrides=[*settings, f"data.accumulate={n}"]) for n in (1, 7))
     # The teacher is smooth: its weights differ by rounding alone.
     teachers = [load_file(run / "teacher.safetensors") for run in (whole, parts)]

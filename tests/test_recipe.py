@@ -24,10 +24,7 @@ def plain(tmp_path):
 
 def test_defaults_are_written_down(plain):
     recipe = Recipe.load(plain)
-    assert [(loss.name, loss.weight) for loss in recipe.losses] == [
-        ("cross-entropy", 1.0),
-        ("attention", 1000.0),
-    ]
+    assert [(loss.name, loss.weight) for loss in recipe.losses] == [("cross-entropy", 1.0)]
     assert recipe.data.augment == ["flip"]
     assert recipe.student.options == {"width": 4}
     assert recipe.student.neuron.name == "lif"

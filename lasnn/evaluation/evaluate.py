@@ -46,8 +46,9 @@ def evaluate(
 
     Returns:
         One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it what `include_speed` names (see
-        `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and `teacher_energy_uj`. Where the encoder draws, every figure is the mean over the draws, `accuracies` has each and
-        `accuracy_deviation` their standard deviation. A conversion has `converted`: its method, options, thresholds and
+        `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and `teacher_energy_uj`. Where the encoder
+        draws, every figure is the mean over the draws, `accuracies` has each and `accuracy_deviation` their standard
+        deviation. A conversion has `converted`: its method, options, thresholds and
         number of calibration images.
 
     Raises:
@@ -155,8 +156,8 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
 def first_reaching(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
     """The result of the smallest T, of those that `evaluate` returned, whose accuracy is at least `accuracy`.
 
-    With `timesteps=range(1, 1025)` and `include_speed=False`, at the price of T = 1024 alone, no T is left out. None: it
-    is not reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
+    With `timesteps=range(1, 1025)` and `include_speed=False`, at the price of T = 1024 alone, no T is left out. None:
+    it is not reached. A longer run may fall below the accuracy again; that is to the conversion's advantage.
     """
     return min(
         (result for result in results if result["accuracy"] >= accuracy), key=lambda it: it["timesteps"], default=None

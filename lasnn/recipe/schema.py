@@ -180,7 +180,7 @@ class Recipe(Section):
     distill: DistillTable = DistillTable()
     """The student's training."""
     losses: list[LossTable] = []
-    """The complete objective; left out, cross-entropy (weight 1) and, with a teacher, attention (weight 1000)."""
+    """The complete objective; left out, cross-entropy (weight 1) alone: what is safe on unknown data."""
 
     _source: str = PrivateAttr("recipe")
     _folder: Path = PrivateAttr(Path())
