@@ -18,7 +18,9 @@ class PickledType:
 
     def __init__(self, name: str, align: bool = False, copy: bool = True):
         if name not in PLAIN:
-            raise ValueError(f"it holds NumPy values of type {name!r}, which are no plain numbers")
+            raise ValueError(
+                f"it holds NumPy values of type {name!r}, which are no plain numbers; save the weights alone"
+            )
         self.name = name
         self.order = "|"
 
