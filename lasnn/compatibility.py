@@ -44,7 +44,7 @@ def fitted_weights(path: Path, network: Staged, expected: Description) -> tuple[
     weights, notes = match_names(file.weights, wanted)
     optional = {name for name in wanted if name.rpartition(".")[2] == BATCHES}
     _check_classes(path, weights, wanted, expected.get("num_classes"))
-    _compare(str(path), _shapes(weights), _shapes(wanted), optional)
+    _compare(f"{path} has", _shapes(weights), _shapes(wanted), optional)
     values, converted = _values(path, weights, wanted)
     missing = {name: torch.zeros(wanted[name].shape, dtype=wanted[name].dtype) for name in optional - values.keys()}
     return values | missing, [*file.notes, *notes, *converted]
@@ -183,11 +183,12 @@ def _compare(what: str, found: dict[str, Shape], wanted: dict[str, Shape], extra
 def _prefix_of_some(found: dict[str, Shape], wanted: dict[str, Shape], extra: set[str]) -> str | None:
     """The way out where a part of the names fits without its prefix, as in a file of two networks."""
     heads = {name[: at + 1] for name in found for at, letter in enumerate(name) if letter == "."}
-    for head in sorted(heads, key=len):
-        inner = {name.removeprefix(head): shape for name, shape in found.items() if name.startswith(head)}
-        if inner.keys() <= wanted.keys() and wanted.keys() - inner.keys() <= extra:
-            return f"those under {head!r} fit: save them alone, without {head!r} before their names"
-    return None
+    fit = []
+    for head in sorted(heads):
+        inner = {name.removeprefix(head) for name in found if name.startswith(head)}
+        if inner <= wanted.keys() and wanted.keys() - inner <= extra:
+            fit.append(repr(head))
+    return f"those under {' or '.join(fit)} fit: save them alone, without it before their names" if fit else None
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -70,8 +70,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             # Old files are no archives, and have no checksums.
             _check_archive(path)
         try:
-            with torch.serialization.safe_globals(STAND_INS):
-                saved = torch.load(path, map_location="cpu", weights_only=True)
+            # As an open file: a path that ends in .safetensors is taken for one by torch.load.
+            with torch.serialization.safe_globals(STAND_INS), path.open("rb") as file:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({named[1]})" if named else ""

@@ -1,7 +1,7 @@
 """NumPy's arrays and numbers in files of `torch.save`, read without NumPy's own code for pickles.
 
-Many scripts save an accuracy as a NumPy number, or weights as arrays. PyTorch's `weights_only` refuses them, and NumPy's
-`__setstate__` is not made for files of strangers. What stands here in its place takes plain numbers only.
+Many scripts save an accuracy as a NumPy number, or weights as arrays. PyTorch's `weights_only` refuses them, and
+NumPy's `__setstate__` is not made for files of strangers. What stands here in its place takes plain numbers only.
 """
 
 import math
@@ -18,7 +18,9 @@ class PickledType:
 
     def __init__(self, name: str, align: bool = False, copy: bool = True):
         if name not in PLAIN:
-            raise ValueError(f"it holds NumPy values of type {name!r}, which are no plain numbers")
+            raise ValueError(
+                f"it holds NumPy values of type {name!r}, which are no plain numbers; save the weights alone"
+            )
         self.name = name
         self.order = "|"
 
