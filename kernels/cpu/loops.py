@@ -1,4 +1,4 @@
-"""The loops of the CPU path, compiled by Numba: one pass over all time steps, with the state in a line that stays in L1.
+"""The loops of the CPU path, compiled by Numba: one pass over all steps, what belongs to a line in L1.
 
 Everything here works on lines: at most `LINE` elements of a step that lie side by side in memory. A line goes through
 all its steps before the next one begins, so that a tensor is read once and written once. What differs by channel is
@@ -6,12 +6,11 @@ spread over a line first; after that a loop knows nothing of channels, images or
 
 Shapes: S elements of a step, C channels, G groups of a step: runs of `span` elements, each cut into pieces.
 
-All tensors come as addresses, with a vector of their type. Options come as numbers, not as types: there is one compilation for each dtype.
-Numba's cache of a function knows changes of this file alone, so that nothing compiled may be imported from another one.
+All tensors come as addresses, with a vector of their type, and options as numbers: there is one compilation a dtype.
+Numba's cache of a function knows changes of this file alone, so that nothing compiled may come from another one.
 """
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -131,7 +130,7 @@ read, write = plain.read, plain.write
 
 @intrinsic
 def at(typing, like, address):
-    """The memory at an address, as an array of the type of `like`: unboxing an address is ten times as fast as a tensor."""
+    """The memory at an address, as an array of the type of `like`: to unbox an address is fast."""
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(like)(context, builder)
@@ -365,14 +364,6 @@ def forward(first, last, numbers, o, parameters, like, scratch):
             )
         if ends:
             copy(scratch, V, v_last, start, n)
-
-
-@inlined(fastmath={"contract"})
-def sigmoids(scratch, hs, at, threshold, alpha, zero, one, n):
-    """alpha e / (1 + e)^2 with e = exp(-alpha |u|) by its series, since a loop with a call would not vectorise."""
-    log2e, ln2, far, half = alpha.type(1)
-    for i in range(n):
-        u = read(hs, at + i) - threshold
 
 
 @inlined(fastmath={"contract"})
