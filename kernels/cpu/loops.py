@@ -1,4 +1,4 @@
-"""The loops of the CPU path, compiled by Numba: one pass over all time steps, the state in a line in L1.
+"""The loops of the CPU path, compiled by Numba: one pass over all steps, what belongs to a line in L1.
 
 Everything here works on lines: at most `LINE` elements of a step that lie side by side in memory. A line goes through
 all its steps before the next one begins, so that a tensor is read once and written once. What differs by channel is
@@ -6,9 +6,8 @@ spread over a line first; after that a loop knows nothing of channels, images or
 
 Shapes: S elements of a step, C channels, G groups of a step: runs of `span` elements, each cut into pieces.
 
-All tensors come as addresses, with a vector of their type. Options come as numbers, not as types: there is one
-compilation for each dtype. Numba's cache of a function knows changes of this file alone, so that nothing compiled may
-be imported from another one.
+All tensors come as addresses, with a vector of their type, and options as numbers: there is one compilation a dtype.
+Numba's cache of a function knows changes of this file alone, so that nothing compiled may come from another one.
 """
 
 import numba
@@ -131,7 +130,7 @@ read, write = plain.read, plain.write
 
 @intrinsic
 def at(typing, like, address):
-    """The memory at an address, as an array of the type of `like`: an address is unboxed ten times as fast."""
+    """The memory at an address, as an array of the type of `like`: to unbox an address is fast."""
 
     def generate(context, builder, signature, arguments):
         array = context.make_array(like)(context, builder)

@@ -119,7 +119,7 @@ def dynamics(
 
 
 def or_zeros(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-    """(a tensor's address, 1), or where there is none (that of a line of zeros, 0): the offset's factor."""
+    """(a tensor's address, 1), or (that of a line of zeros, 0): the second is the factor of offsets from it."""
     return (zeros(dtype).data_ptr(), 0) if tensor is None else (tensor.data_ptr(), 1)
 
 

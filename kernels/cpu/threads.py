@@ -18,7 +18,7 @@ _size = 0
 
 
 def run(work: Callable[[int, int], None], parts: int, elements: int) -> None:
-    """Call work(first, last) on several threads at once, so that each of the parts 0 to `parts` - 1 is in one call.
+    """Call work(first, last) on several threads at once, each of the parts 0 to `parts` - 1 in one of the calls.
 
     Args:
         work: may raise; the first error is raised here, once all calls are over.
