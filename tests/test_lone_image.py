@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from lasnn.errors import UserError
-from lasnn.plan import check_batches, load_data, read_plan
+from lasnn.factory import load_data
+from lasnn.plan import check_batches, read_plan
 
 RECIPE = """
 [data]
