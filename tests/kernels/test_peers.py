@@ -171,8 +171,8 @@ def test_norm_lif_equals_spikingjelly_s_layers(residual, last):
     for ours in (True, False):
         leaves = [t.detach().requires_grad_() for t in ((y, r) if residual else (y,))]
         if ours:
-            spikes, batch = norm_lif(leaves[0], norm, leaves[1] if residual else None, timesteps=steps)
-            update_running_statistics(norm, batch)
+            spikes, statistics = norm_lif(leaves[0], norm, leaves[1] if residual else None, timesteps=steps)
+            update_running_statistics(norm, statistics)
             parameters = [norm.weight, norm.bias]
         else:
             x = theirs_norm(leaves[0].unflatten(0, (steps, batch)))
