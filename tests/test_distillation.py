@@ -457,7 +457,7 @@ architectures.register("with-dropout")(with_dropout)
         ),
         (
             "from lasnn import losses\n@losses.register('bad-{n}')\ndef bad(logits):\n    return logits @ logits\n",
-            "failed: RuntimeError",
+            r"failed: RuntimeError: .*bad.py:4\)",
         ),
     ],
 )
