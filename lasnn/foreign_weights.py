@@ -143,6 +143,8 @@ def _choose(path: Path, saved: Any) -> tuple[Mapping[str, Any], list[str]]:
         notes.append(f"{path.name}: the {kind} weights, {'.'.join(chosen)!r}, are taken, not {_named(others)}; {fix}")
     elif chosen in averaged:
         notes.append(f"{path.name}: the weights are averaged ones, {'.'.join(chosen)!r}; there are no others")
+    elif chosen and chosen not in usual:
+        notes.append(f"{path.name}: the weights are those under {'.'.join(chosen)!r}; there are no others")
     return states[chosen], notes
 
 

@@ -391,7 +391,7 @@ from torch import nn
 
 from lasnn import architectures, neurons
 from lasnn.kernels import lif
-from lasnn.network import Staged
+from lasnn import Staged
 
 
 @neurons.register("plain-own")

@@ -111,6 +111,7 @@ def test_the_content_decides_not_the_ending(tmp_path, ending):
         ),
         ({"ema": {"module": OTHER}, "model": STATE}, "the raw weights, 'model', are taken, not 'ema.module'"),
         ({"model_ema": prefixed("module."), "epoch": 1}, "the weights are averaged ones, 'model_ema'; there are no"),
+        ({"resnet": STATE, "epoch": 1}, "the weights are those under 'resnet'; there are no others"),
         ({"net": OTHER, "model": STATE}, "the usual weights, 'model', are taken, not 'net'"),
     ],
 )
