@@ -148,7 +148,9 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "tiny_clothes.py").write_text(TINY_DATA)
-    (folder / "tiny.toml").write_text('plugins = ["tiny_clothes.py"]\n' + TINY)
+    # Attention of power 1 recruits silent neurons, of which so short a training would leave many.
+    losses = '[[losses]]\nname = "cross-entropy"\n[[losses]]\nname = "attention"\nweight = 1000.0\npower = 1.0\n'
+    (folder / "tiny.toml").write_text('plugins = ["tiny_clothes.py"]\n' + TINY + losses)
     command = Command(folder)
     command("distill", "tiny.toml", "--out", "direct")
     for encoder in ("poisson", "rate"):
@@ -233,7 +235,7 @@ def test_a_stream_gives_the_spikes_of_the_run(runs, encoder):
         steps.append(step)
     assert set(voltages) == set(units)
     for name, spikes in whole.items():
-        assert spikes.any()
+        assert spikes.mean() > 0.01
         assert torch.equal(torch.cat(recorded[name]), spikes), name
     assert torch.allclose(torch.stack(steps), logits, atol=1e-5)
     # It kept nothing: a run afterwards is the run before.
