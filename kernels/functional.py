@@ -4,13 +4,16 @@ Shapes: T time steps, B batch, C channels, H x W pixels, N = H*W; `...` any shap
 """
 
 from difflib import get_close_matches
+from inspect import signature
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lasnn.kernels import ops
 from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, NormLif, pool_over_group
+from lasnn.kernels.dynamics import Dynamics
 from lasnn.kernels.layout import memory_format, state_dtype
 
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid")
@@ -98,6 +101,14 @@ def lif(
     return spikes, v_last
 
 
+# The options of `lif` that are the neuron's, with their defaults.
+LIF_OPTIONS = {
+    name: parameter.default
+    for name, parameter in signature(lif).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "timesteps"
+}
+
+
 def norm_lif(
     y: Tensor,
     norm: nn.BatchNorm2d,
@@ -107,13 +118,7 @@ def norm_lif(
     return_state: bool = False,
     timesteps: int,
     constant: bool = False,
-    tau: float | Tensor = 2.0,
-    threshold: float = 1.0,
-    decay_input: bool = False,
-    v_reset: float | None = 0.0,
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    detach_reset: bool = False,
+    **lif_options: Any,
 ) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
     """Batch norm, an optional residual and leaky integrate-and-fire over all time steps, fused.
 
@@ -140,7 +145,7 @@ def norm_lif(
         timesteps: T.
         constant: y is [B, C, H, W], the same at every step: it is normalised once, with its own statistics, and read
             once. Its gradient is the sum over time.
-        tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset: as in `lif`.
+        lif_options: tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset, as in `lif`.
 
     Returns:
         spikes: [T*B, C, H, W], 0 or 1, in y's type and memory order.
@@ -202,17 +207,9 @@ def norm_lif(
     for name, value in (*norm.named_parameters(), *norm.named_buffers()):
         if value.device != y.device:
             raise ValueError(f"norm_lif: norm.{name} is on {value.device} but y is on {y.device}")
-    learnt_decay, options = dynamics(
-        "norm_lif",
-        y,
-        tau=tau,
-        threshold=threshold,
-        decay_input=decay_input,
-        v_reset=v_reset,
-        surrogate=surrogate,
-        alpha=alpha,
-        detach_reset=detach_reset,
-    )
+    for name in lif_options.keys() - LIF_OPTIONS.keys():
+        raise TypeError(f"norm_lif: {unknown('option', name, tuple(LIF_OPTIONS))}")
+    learnt_decay, options = dynamics("norm_lif", y, **{**LIF_OPTIONS, **lif_options})
 
     uses_batch = norm.training or norm.running_mean is None
     # Of the processes that share a batch.
@@ -348,7 +345,7 @@ def dynamics(
     surrogate: str,
     alpha: float,
     detach_reset: bool,
-) -> tuple[Tensor | None, tuple]:
+) -> tuple[Tensor | None, Dynamics]:
     """The neuron's options, checked: 1/tau where it is learnt, and the rest as the ops take it."""
     threshold = positive(op, "threshold", threshold)
     alpha = positive(op, "alpha", alpha)
@@ -380,7 +377,8 @@ def dynamics(
         if decay_input and tau == inf:
             raise ValueError(f"{op}: decay_input with tau = inf multiplies the input by 0; set decay_input=False")
         decay = 1 / tau
-    return learnt_decay, (decay, threshold, bool(decay_input), v_reset, surrogate, alpha, bool(detach_reset))
+    options = (decay, threshold, bool(decay_input), v_reset, surrogate, alpha, bool(detach_reset))
+    return learnt_decay, Dynamics(*options)
 
 
 def number(op: str, name: str, value: float, what: str = "a number", infinite: bool = False) -> float:
