@@ -70,15 +70,21 @@ def changed(tables: dict, place: tuple, value: Any = None, *, remove: bool = Fal
 
 def mistakes(tables: dict, place: tuple) -> tuple[str, ...]:
     """The lines about a recipe's form; one of them names the place, or the table that it stands in."""
+    problems = problems_of(Recipe.from_tables, tables)
+    key, last = key_of(place), [part for part in place if isinstance(part, str)][-1]
+    blamed = [problem.removeprefix("recipe: ").partition(": ") for problem in problems]
+    assert not blamed or any(
+        name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") or last in name + message
+        for name, _, message in blamed
+    ), f"{key}: {problems}"
+    return problems
+
+
+def problems_of(function, *arguments) -> tuple[str, ...]:
+    """The lines of a user's mistakes; any other error passes through."""
     try:
-        Recipe.from_tables(tables)
+        function(*arguments)
     except UserError as error:
-        key, last = key_of(place), [part for part in place if isinstance(part, str)][-1]
-        blamed = [problem.removeprefix("recipe: ").partition(": ") for problem in error.problems]
-        assert any(
-            name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.") or last in name + message
-            for name, _, message in blamed
-        ), f"{key}: {error.problems}"
         return error.problems
     return ()
 
@@ -153,11 +159,9 @@ def test_each_option_of_a_part(registry, name):
 
 
 def plan(tables: dict) -> None:
-    """The plan of a recipe that has no mistake of form: it stands, or says what is wrong in a line each."""
-    try:
-        make_plan(Recipe.from_tables(tables))
-    except UserError as error:
-        assert all(problem.startswith("recipe: ") for problem in error.problems)
+    """The plan of a recipe: it stands, or says what is wrong in a line each."""
+    problems = problems_of(lambda: make_plan(Recipe.from_tables(tables)))
+    assert all(problem.startswith("recipe: ") for problem in problems)
 
 
 # Values that many options take by their type, and that no network can be built from.
