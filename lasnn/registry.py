@@ -230,10 +230,11 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
     """The parameters of a function or of a class; `**options` of a subclass stand for those of the class above it."""
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
     if inspect.isclass(function) and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        [own, *_] = (one for one in function.__mro__ if "__init__" in vars(one))
+        own = next(one for one in function.__mro__ if "__init__" in vars(one))
         above = function.__mro__[function.__mro__.index(own) + 1]
-        known = {parameter.name for parameter in parameters}
-        parameters[-1:] = [parameter for parameter in _parameters(above) if parameter.name not in known]
+        if above is not object:
+            known = {parameter.name for parameter in parameters}
+            parameters[-1:] = [parameter for parameter in _parameters(above) if parameter.name not in known]
     return parameters
 
 
