@@ -28,6 +28,7 @@ from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, environment, open_run
+from lasnn.training.advice import advice
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
 from lasnn.training.objective import DistillationObjective
@@ -180,5 +181,6 @@ def finish(
         "images": len(test),
         "seed": recipe.seed,
     }
+    summary["advice"] = advice(recipe, summary, run.metrics())
     run.write_json("summary.json", summary)
     callbacks.finish(summary, run.path)
