@@ -23,7 +23,7 @@ _HOMES = {
     "Staged": "lasnn.network.staged",
     "distill": "lasnn.training.distill",
     "evaluate": "lasnn.evaluation.evaluate",
-    "load_run": "lasnn.run",
+    "load_run": "lasnn.loaded_run",
 }
 __all__ = ["__version__", *_HOMES]
 

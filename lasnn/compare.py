@@ -27,11 +27,12 @@ from lasnn.evaluation.iso_accuracy import (
     say_reached,
     sentence,
 )
+from lasnn.open_run import finished
 from lasnn.plan import Plan, read_plan
 from lasnn.recipe.load import find, toml_value
 from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses
-from lasnn.run import RUNS, RunFolder, environment, finished
+from lasnn.run import RUNS, RunFolder, environment
 from lasnn.training.distill import distill
 from lasnn.training.stop import Stopped
 

@@ -163,7 +163,7 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
-        checkpoint = attempt("teacher.checkpoint", lambda: find_checkpoint(recipe.teacher.checkpoint))
+        checkpoint = attempt("teacher.checkpoint", lambda: find_checkpoint(recipe.teacher_checkpoint))
     data = attempt("data", lambda: make_data(recipe))
     if data is None:
         raise UserError(*problems)

@@ -8,10 +8,9 @@ from lasnn.errors import MachineError, UserError, unknown
 from lasnn.export import nir, onnx, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import Agreement, Verification, samples
-from lasnn.factory import load_data
 from lasnn.files import atomic_replace
+from lasnn.loaded_run import Run, load_run
 from lasnn.registry import exporters, translate_errors
-from lasnn.run import Run, load_run
 
 __all__ = ["Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
 
@@ -45,8 +44,9 @@ def export(
         force: replace a file that exists.
 
     Returns:
-        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `verified` and
-        `agreements`, an `Agreement` for each reader.
+        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `data_changes`
+        (of the test images since the run began, a line each), `verified` and `agreements`, an `Agreement` for each
+        reader.
 
     Raises:
         UserError: everything that is wrong with the arguments, or what the format cannot say of this student.
@@ -58,7 +58,7 @@ def export(
     exporter, path = _prepare(run, form, timesteps, None if out is None else Path(out), force)
     with translate_errors(exporters[form]):
         exporter.check()
-    _, test, _ = load_data(run.recipe, run.data, run.device)
+    test = run.images.test
     with atomic_replace(path) as temporary:
         with translate_errors(exporters[form]):
             exporter.write(temporary)
@@ -75,6 +75,7 @@ def export(
             "bytes": temporary.stat().st_size,
             "takes": exporter.takes,
             "gives": exporter.gives,
+            "data_changes": run.images.changes,
             "verified": not any(found.problem for found in agreements),
             "agreements": [found.as_json() for found in agreements],
         }

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lasnn.errors import UserError, printable, unknown
 from lasnn.recipe.load import LARGEST, _beyond, _override, _place, _remove, dump_toml, find, parse
+from lasnn.recipe.paths import located
 from lasnn.recipe.plugins import _is_file, _load_plugins
 from lasnn.registry import (
     Registry,
@@ -220,6 +221,17 @@ class Recipe(Section):
         return [self._folder / plugin for plugin in self.plugins if _is_file(plugin)]
 
     @property
+    def data_root(self) -> Path:
+        """Where the data set's files lie (see `lasnn.recipe.paths.located`)."""
+        return located(self.data.root, "data.root", self._folder, "root" in self.data.model_fields_set)
+
+    @property
+    def teacher_checkpoint(self) -> Path | None:
+        """Where the teacher's weights lie; None where they are trained, or there is no teacher."""
+        checkpoint = self.teacher.checkpoint if self.teacher else None
+        return None if checkpoint is None else located(checkpoint, "teacher.checkpoint", self._folder)
+
+    @property
     def time_chunk(self) -> int:
         """Time steps that training computes at once where that is fewer than T, else 0."""
         return self.distill.time_chunk if self.distill.time_chunk < self.student.timesteps else 0
@@ -332,7 +344,7 @@ class Recipe(Section):
             terms = [*terms, LossTable(name="attention", weight=1000.0)]
         data = self.data
         if data.augment is None:
-            images = datasets.build(data.name, Path(data.root), **data.options)
+            images = datasets.build(data.name, self.data_root, **data.options)
             data = data.model_copy(update={"augment": list(images.augment)})
         filled = self.model_copy(update={"losses": terms, "data": data})
         filled._source, filled._folder, filled._overridden = self._source, self._folder, self._overridden

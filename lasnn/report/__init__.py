@@ -8,9 +8,10 @@ from lasnn import files
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import check_options
 from lasnn.evaluation.evaluate import check_conversion, load_run
+from lasnn.loaded_run import Run
 from lasnn.report.facts import Tell, at_trained, gather
 from lasnn.report.render import render
-from lasnn.run import Run, resume_command
+from lasnn.run import resume_command
 
 __all__ = ["report"]
 

@@ -24,10 +24,11 @@ from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
+from lasnn.open_run import bind_data, open_run
 from lasnn.plan import Plan, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder, describe_network, environment, open_run
+from lasnn.run import RunFolder, absolute_paths, describe_network, environment
 from lasnn.training.checkpoints import STATE, Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
@@ -88,7 +89,10 @@ def distill(
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             told.note(f"nothing to resume in {run.path}; starting from the beginning")
-        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
+        for change in processes.broadcast_from_main(lambda: bind_data(run, plan.recipe, plan.data, (train, test))):
+            told.note(f"data     {change}")
+        paths = absolute_paths(plan.recipe)
+        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source, **paths})
         with training_environment(plan, detect_anomaly) as stop:
             checkpoints = Checkpoints(
                 run / STATE, plan.recipe.save_minutes, {"images": train.fingerprint(), "teacher": None}, saved
