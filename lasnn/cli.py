@@ -293,7 +293,7 @@ def report(
     """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
     with json_alone(as_json) as answer:
-        from lasnn.console import to_stderr, to_stdout
+        from lasnn.console import data_change_lines, to_stderr, to_stdout
         from lasnn.report import report as write_report
 
         console = to_stderr() if as_json else to_stdout()
@@ -303,6 +303,8 @@ def report(
 
         options = {"timesteps": steps, "converted": converted, "longest": longest}
         answer.update(write_report(run, out, **options, tell=tell))
+        for line in data_change_lines(answer):
+            tell(line)
         tell(f"report: {answer['file']} ({answer['bytes'] / 1024:,.0f} KiB)")
 
 

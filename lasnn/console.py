@@ -143,7 +143,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     lines = [f"{known['run']}: {first['images']:,} test images of {known['data']}, {where}, torch {known['torch']}"]
     if first.get("teacher_accuracy") is not None:
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
-    for line in lines:
+    for line in (*lines, *data_change_lines(known)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     converted = known.get("converted")
     if converted:
@@ -210,6 +210,11 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
         *([f"means of {len(first['accuracies'])} draws of the encoder; sd is their deviation"] if drawn else []),
     ):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def data_change_lines(result: Mapping[str, Any]) -> list[str]:
+    """What has changed in the data set since the run began, for people; nothing where nothing has."""
+    return [f"data changed since the run began: {change}" for change in result["data_changes"]]
 
 
 def _say_classes(console: Console, classes: Sequence[str], result: Mapping[str, Any]) -> None:
@@ -285,6 +290,7 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         f"takes    {result['takes']}",
         f"gives    {result['gives']}",
     ]
+    lines += data_change_lines(result)
     for found in result["agreements"]:
         spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"
         if found["margin"] is not None:

@@ -125,10 +125,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def absolute_paths(recipe: Recipe) -> dict[str, str | None]:
-    """Where the recipe's files lie, for `env.json`: found again from another working directory."""
+def absolute_paths(recipe: Recipe) -> dict[str, str]:
+    """Where the files that a recipe names lie, for `env.json`: found again from another working directory."""
     paths = {"data.root": recipe.data_root, "teacher.checkpoint": recipe.teacher_checkpoint}
-    return {RECORDED[key]: path and str(path.absolute()) for key, path in paths.items()}
+    return {RECORDED[key]: str(path.absolute()) for key, path in paths.items() if path is not None}
 
 
 def find_run(run: str | Path | None) -> RunFolder:

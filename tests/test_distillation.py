@@ -199,7 +199,8 @@ def test_the_teacher_may_come_from_another_run_or_a_file(tiny):
         assert digest(run / "student.safetensors") == digest(first / "student.safetensors")
         assert [line["phase"] for line in run.metrics()] == ["student", "student"]
         again = Recipe.load(run / "recipe.toml")
-        assert again.teacher.checkpoint.startswith("/")
+        assert again.teacher.checkpoint == str(where), "as it was written"
+        assert run.read_json("env.json")["teacher_checkpoint"] == str(where.absolute())
 
 
 def test_without_a_teacher(tiny):

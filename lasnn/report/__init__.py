@@ -42,10 +42,10 @@ def report(
         tell: called with a line before each part that takes time.
 
     Returns:
-        The page's headline figures: `file`, `bytes`, `accuracy`, `teacher_accuracy`, `timesteps`, `firing_rate`,
-        `energy_uj`, `teacher_energy_uj`, `calibration_error`, `attention_distance` (mean of the images, by the
-        student's stage), `over_timesteps` and `converted` (T, accuracy, firing rate, energy each), or in `converted`
-        the reason why there is none.
+        The page's headline figures: `file`, `bytes`, `data_changes`, `accuracy`, `teacher_accuracy`, `timesteps`,
+        `firing_rate`, `energy_uj`, `teacher_energy_uj`, `calibration_error`, `attention_distance` (mean of the images,
+        by the student's stage), `over_timesteps` and `converted` (T, accuracy, firing rate, energy each), or in
+        `converted` the reason why there is none.
 
     Raises:
         UserError: the run is not finished, the data is missing, an option is out of its range, the teacher cannot be
@@ -102,6 +102,7 @@ def headline(facts: dict[str, Any]) -> dict[str, Any]:
         conversion = {**conversion, "results": curve(conversion["results"])}
     return {
         "run": facts["run"],
+        "data_changes": facts["data_changes"],
         **{key: student[key] for key in ("accuracy", "timesteps", "firing_rate", "energy_uj", "calibration_error")},
         "images": facts["images"],
         "teacher_accuracy": teacher.get("accuracy"),
