@@ -3,7 +3,16 @@
 This package knows nothing of the rest of lasnn. README.md derives the formulas and counts the bytes.
 """
 
+from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
 from lasnn.kernels.functional import SURROGATES, attention_map, lif, norm_lif
-from lasnn.kernels.norm import BatchNorm2d
 
-__all__ = ["SURROGATES", "BatchNorm2d", "attention_map", "lif", "norm_lif"]
+__all__ = [
+    "SURROGATES",
+    "BatchNorm2d",
+    "BatchStatistics",
+    "attention_map",
+    "lif",
+    "norm_lif",
+    "pool_statistics",
+    "update_running_statistics",
+]

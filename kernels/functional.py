@@ -5,14 +5,13 @@ Shapes: T time steps, B batch, C channels, H x W pixels, N = H*W; `...` any shap
 
 from difflib import get_close_matches
 from math import inf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lasnn.kernels import ops
+from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, NormLif, pool_over_group
 from lasnn.kernels.layout import memory_format, state_dtype
-from lasnn.kernels.norm import BatchNorm2d, NormLif, merged, updated
 
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid")
 TEMPORAL = ("rate", "step", "map")
@@ -82,17 +81,8 @@ def lif(
             f"or [{timesteps}, ...]"
         )
 
-    state = state_dtype(x.dtype)
     if v0 is not None:
-        if not isinstance(v0, Tensor):
-            raise TypeError(f"lif: v0 must be a tensor or None, got {type(v0).__name__}")
-        if v0.dtype != state:
-            raise TypeError(f"lif: v0 must be {state} for x in {x.dtype}, got {v0.dtype}; use v0.to({state})")
-        if v0.shape != x.shape[1:]:
-            raise ValueError(f"lif: v0 must have the shape of one step, {list(x.shape[1:])}, got {list(v0.shape)}")
-        if v0.device != x.device:
-            raise ValueError(f"lif: v0 is on {v0.device} but x is on {x.device}")
-
+        check_state("lif", v0, x, "x", x.shape[1:])
     learnt_decay, options = dynamics(
         "lif",
         x,
@@ -108,18 +98,13 @@ def lif(
     return spikes, v_last
 
 
-class RunningStatistics(NamedTuple):
-    """A batch norm's running mean and variance, each [C]."""
-
-    mean: Tensor
-    var: Tensor
-
-
 def norm_lif(
     y: Tensor,
     norm: nn.BatchNorm2d,
     residual: Tensor | None = None,
     *,
+    v0: Tensor | None = None,
+    return_state: bool = False,
     timesteps: int,
     constant: bool = False,
     tau: float | Tensor = 2.0,
@@ -129,18 +114,18 @@ def norm_lif(
     surrogate: str = "atan",
     alpha: float = 2.0,
     detach_reset: bool = False,
-) -> tuple[Tensor, RunningStatistics | None]:
+) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
     """Batch norm, an optional residual and leaky integrate-and-fire over all time steps, fused.
 
         x = (y - mean) / sqrt(var + eps) * weight + bias + residual
-        spikes, _ = lif(x, ...)
+        spikes, v_last = lif(x, v0, ...)
 
     In training mean and var are those of y over T*B*H*W, otherwise the running ones. Only y, the residual and what
-    has C elements are kept for the backward pass, with one fp32 state of [B, C, H, W] for each stretch of 8 steps
+    has C elements are kept for the backward pass, with one fp32 state of [B, C, H, W] for each segment of 8 steps
     after the first. Arithmetic is fp32 whatever y's type, so that the unit runs under autocast as it is.
 
-    `norm` is only read. What its running statistics become is returned, to be stored once however often a pass is
-    repeated (as in activation checkpointing); `num_batches_tracked` is the caller's to count.
+    `norm` is only read. The batch's statistics are returned: `update_running_statistics` takes them, once however often
+    a pass is repeated (as in activation checkpointing), and `pool_statistics` makes one batch of several time chunks.
 
     Args:
         y: the convolution's output, [T*B, C, H, W] with time outermost, contiguous or channels_last; fp32, bf16 or
@@ -149,6 +134,9 @@ def norm_lif(
             `lasnn.kernels.BatchNorm2d` with a group has mean and var of all the group's processes, n-weighted.
         residual: added before the neuron, like y in shape, type and memory order; or [B, C, H, W] if only one of the
             two is constant in time, which costs a copy of that one for each step.
+        v0: membrane potential before the first step, [B, C, H, W], in fp32 (fp64 with fp64), copied where it lies in
+            another memory order than y. None: v_rest.
+        return_state: also return the membrane potential after the last step, the next call's `v0`.
         timesteps: T.
         constant: y is [B, C, H, W], the same at every step: it is normalised once, with its own statistics, and read
             once. Its gradient is the sum over time.
@@ -156,7 +144,9 @@ def norm_lif(
 
     Returns:
         spikes: [T*B, C, H, W], 0 or 1, in y's type and memory order.
-        running: the new running mean and variance; None where `norm` does not update them.
+        v_last: only with `return_state`, [B, C, H, W], fp32 (fp64 for fp64), in y's memory order.
+        batch: mean and variance of the batch, and over how many elements a channel (of all the group's processes);
+            None where the running statistics were used, and for y without elements.
 
     Raises:
         TypeError: an argument is not of a kind that is taken.
@@ -206,6 +196,9 @@ def norm_lif(
             else:
                 residual = torch.cat([residual] * timesteps)
     state = state_dtype(y.dtype)
+    if v0 is not None:
+        check_state("norm_lif", v0, y, "y", (y.shape[0] if constant else y.shape[0] // timesteps, *y.shape[1:]))
+        v0 = v0.contiguous(memory_format=order)
     for name, value in (*norm.named_parameters(), *norm.named_buffers()):
         if value.device != y.device:
             raise ValueError(f"norm_lif: norm.{name} is on {value.device} but y is on {y.device}")
@@ -221,40 +214,28 @@ def norm_lif(
         detach_reset=detach_reset,
     )
 
-    own = norm.training or norm.running_mean is None
+    uses_batch = norm.training or norm.running_mean is None
     # Of the processes that share a batch.
-    group = getattr(norm, "group", None) if own else None
-    running = None
-    if own:
+    group = getattr(norm, "group", None) if uses_batch else None
+    batch = None
+    if uses_batch:
         if count == 1 and group is None:
             raise ValueError("norm_lif: the variance of one value a channel is not defined; give more than one image")
         statistics = ops.norm_statistics(y.detach())
         if group is not None:
-            statistics, count = merged(statistics, count, group)
-        if norm.running_mean is not None and (group is not None or count):
-            running = RunningStatistics(*updated(norm, statistics, count))
+            batch = pool_over_group(BatchStatistics(*statistics, count), group)
+            statistics = torch.stack(batch[:2])
+        elif count:
+            batch = BatchStatistics(*statistics, count)
     else:
         statistics = torch.stack([norm.running_mean, norm.running_var]).to(state)
     weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
     # A repeated y counts as often as it is read, whatever its variance was over.
-    n = y.shape[0] * y.shape[2] * y.shape[3] if own else 0
-    inputs = (y, residual, statistics, weight, bias, learnt_decay, n, norm.eps, timesteps, bool(constant), *options)
-    spikes, _ = ops.norm_lif(*inputs) if group is None else NormLif.apply(*inputs, group)
-    return spikes, running
-
-
-def normalised(y: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """What `norm_lif`'s neuron sees of y in evaluation, in the state's type: its sums and products in its order.
-
-    Plain operators, for runs in pieces: the spikes of `lif` on it are those of `norm_lif`.
-
-    Args:
-        y: [N, C, H, W].
-        norm: with running statistics.
-    """
-    state = state_dtype(y.dtype)
-    mean, scale, bias = folded(norm, state)
-    return (y.to(state) - mean) * scale + bias
+    n = y.shape[0] * y.shape[2] * y.shape[3] if uses_batch else 0
+    inputs = (y, residual, v0, statistics, weight, bias, learnt_decay, n, norm.eps, timesteps, bool(constant))
+    inputs += (bool(return_state), *options)
+    spikes, v_last, _ = ops.norm_lif(*inputs) if group is None else NormLif.apply(*inputs, group)
+    return (spikes, v_last, batch) if return_state else (spikes, batch)
 
 
 def folded(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,6 +301,19 @@ def check_tensor(op: str, x: Tensor, name: str = "x") -> None:
     if x.dtype not in HALF_AND_SINGLE and (x.dtype != torch.float64 or device == "cuda"):
         taken = "float16, bfloat16 or float32" + ("" if device == "cuda" else ", or float64 on the CPU")
         raise TypeError(f"{op}: no kernel for {x.dtype} on {device}; it takes {taken}: use {name}.float()")
+
+
+def check_state(op: str, v0: Tensor, x: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    """That v0 can be the state before the first step of x, called `name`, each of whose steps has the given shape."""
+    if not isinstance(v0, Tensor):
+        raise TypeError(f"{op}: v0 must be a tensor or None, got {type(v0).__name__}")
+    state = state_dtype(x.dtype)
+    if v0.dtype != state:
+        raise TypeError(f"{op}: v0 must be {state} for {name} in {x.dtype}, got {v0.dtype}; use v0.to({state})")
+    if v0.shape != tuple(shape):
+        raise ValueError(f"{op}: v0 must have the shape of one step, {list(shape)}, got {list(v0.shape)}")
+    if v0.device != x.device:
+        raise ValueError(f"{op}: v0 is on {v0.device} but {name} is on {x.device}")
 
 
 def check_images(op: str, images: Tensor, name: str) -> torch.memory_format:

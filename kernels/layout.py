@@ -7,12 +7,12 @@ hold their steps one after the other, so that a kernel walks all of them with th
 import torch
 from torch import Tensor
 
-# Longest stretch of time whose h a backward pass holds at once; longer runs keep one state per stretch.
+# Longest segment of time whose h a backward pass holds at once; longer runs keep one state per segment.
 MAX_STEPS = 8
 
 
-def stretches(timesteps: int) -> tuple[int, int]:
-    """(number of stretches, steps in each): time cut evenly, the last stretch possibly shorter."""
+def segments(timesteps: int) -> tuple[int, int]:
+    """(number of segments, steps in each): time cut evenly, the last segment possibly shorter."""
     count = -(-timesteps // MAX_STEPS)
     return count, -(-timesteps // count)
 

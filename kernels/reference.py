@@ -11,6 +11,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from lasnn.kernels.batch_norm import BatchStatistics
+
 SURROGATES = {
     "atan": lambda u, alpha: alpha / 2 / (1 + (pi / 2 * alpha * u) ** 2),
     "sigmoid": lambda u, alpha: alpha * torch.sigmoid(alpha * u) * (1 - torch.sigmoid(alpha * u)),
@@ -70,30 +72,28 @@ def norm_lif(
     norm: nn.BatchNorm2d,
     residual: Tensor | None = None,
     *,
+    v0: Tensor | None = None,
+    return_state: bool = False,
     timesteps: int,
     constant: bool = False,
     **options,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
     state = torch.promote_types(y.dtype, torch.float32)
-    own = norm.training or norm.running_mean is None
-    tracked = own and norm.running_mean is not None
-    running = (
-        None
-        if norm.running_mean is None
-        else (norm.running_mean.to(state, copy=True), norm.running_var.to(state, copy=True))
-    )
-    factor = norm.momentum
-    if factor is None:
-        factor = 1 / (1 + norm.num_batches_tracked.item()) if tracked else 0.0
+    wide = y.to(state)
     weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
-    mean, var = running or (None, None)
-    x = nn.functional.batch_norm(y.to(state), mean, var, weight, bias, own, factor, norm.eps)
+    if norm.training or norm.running_mean is None:
+        x = nn.functional.batch_norm(wide, None, None, weight, bias, training=True, eps=norm.eps)
+        values = rearrange(wide.detach(), "n c h w -> c (n h w)")
+        batch = BatchStatistics(values.mean(1), values.var(1, correction=0), values.shape[1])
+    else:
+        mean, var = norm.running_mean.to(state), norm.running_var.to(state)
+        x, batch = nn.functional.batch_norm(wide, mean, var, weight, bias, eps=norm.eps), None
     current = rearrange(x, "(t b) ... -> t b ...", t=1 if constant else timesteps)
     if residual is not None:
-        batch = current.shape[1]
-        current = current + rearrange(residual.to(state), "(t b) ... -> t b ...", b=batch)
-    spikes, _ = lif(current, timesteps=timesteps, **options)
-    return rearrange(spikes, "t b ... -> (t b) ...").to(y.dtype), running if tracked else None
+        current = current + rearrange(residual.to(state), "(t b) ... -> t b ...", b=current.shape[1])
+    spikes, v_last = lif(current, v0, timesteps=timesteps, **options)
+    spikes = rearrange(spikes, "t b ... -> (t b) ...").to(y.dtype)
+    return (spikes, v_last, batch) if return_state else (spikes, batch)
 
 
 class MagnitudeToPower(torch.autograd.Function):

@@ -21,6 +21,7 @@ _HOMES = {
     "Callback": "lasnn.callback",
     "Recipe": "lasnn.recipe.schema",
     "Staged": "lasnn.network.staged",
+    "build": "lasnn.training.build",
     "distill": "lasnn.training.distill",
     "evaluate": "lasnn.evaluation.evaluate",
     "load_run": "lasnn.loaded_run",

@@ -4,46 +4,13 @@ A run writes `data.json` when it begins; an exported student has the same in its
 from others. The run's networks are built from it alone. Whatever measures the run on images compares them with it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lasnn.data import Dataset, Images, Streamed
 from lasnn.data.description import KEY_BYTES, DatasetDescription
 from lasnn.errors import UserError
 
 Splits = Sequence[Images | Streamed]
-
-
-def as_metadata(description: DatasetDescription) -> dict[str, Any]:
-    """What the metadata of a student's file say of its data set; no path, and nothing of single files."""
-    return {
-        "data": description.name,
-        "in_channels": description.channels,
-        "height": description.height,
-        "width": description.width,
-        "num_classes": len(description.classes),
-        "classes": list(description.classes),
-        "mean": list(description.mean),
-        "std": list(description.std),
-        "train_size": description.train_size,
-        "test_size": description.test_size,
-        "decoding": description.decoding,
-        "fingerprints": list(description.fingerprints),
-    }
-
-
-def from_metadata(metadata: Mapping[str, Any], where: str) -> DatasetDescription | None:
-    """The data set that `as_metadata` told of; None where the file is of an earlier lasnn and does not tell.
-
-    Raises:
-        UserError: it is damaged; `where` names it.
-    """
-    names = {"data": "name", "in_channels": "channels"}
-    keys = ("data", "in_channels", "height", "width", "classes", "mean", "std", "train_size", "test_size", "decoding")
-    if any(key not in metadata for key in (*keys, "fingerprints")):
-        return None
-    value = {names.get(key, key): metadata[key] for key in (*keys, "fingerprints")}
-    return DatasetDescription.from_json({**value, "keys": []}, where)
 
 
 def data_changes(before: DatasetDescription, data: Dataset, splits: Splits = ()) -> list[str]:
@@ -71,10 +38,10 @@ def data_changes(before: DatasetDescription, data: Dataset, splits: Splits = ())
         raise UserError(
             *lines,
             f"this is not the data set that the run was trained on any more ({', '.join(reasons)}): put it back as it "
-            "was, point data.root at a copy of it, or train a new run",
+            "was, name a copy of it with --data, or train a new run",
         )
-    if before.fingerprints and now.fingerprints and not before.keys and _all_other(before, now):
-        lines.append("whether test images were trained on is not known: neither training nor test images are the same")
+    if not before.keys and before.fingerprints[1:] != now.fingerprints[1:] and now.fingerprints:
+        lines.append("whether any of the test images were trained on is not known: only the run's folder could tell")
     return lines
 
 
@@ -88,7 +55,3 @@ def trained_on(before: DatasetDescription, now: DatasetDescription) -> set[bytes
 def _keys(description: DatasetDescription, split: int) -> set[bytes]:
     joined = b"".join(description.keys[split])
     return {joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES)}
-
-
-def _all_other(before: DatasetDescription, now: DatasetDescription) -> bool:
-    return all(old != new for old, new in zip(before.fingerprints, now.fingerprints, strict=True))

@@ -112,6 +112,8 @@ def print_plan(console: Console, plan: Any) -> None:
         f"data     {facts['data']}: {facts['images']['train']:,} training and {facts['images']['test']:,} test images, "
         f"{channels} x {height} x {width}, {facts['classes']} classes"
     )
+    for line in facts["notes"]:
+        say(line)
     if facts["teacher"]:
         how = facts["teacher_checkpoint"] or f"{facts['teacher_steps']:,} steps unless cached"
         say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")
@@ -289,6 +291,7 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         f"{result['file']}: {result['format']}, T = {result['timesteps']}, {result['bytes']:,} bytes",
         f"takes    {result['takes']}",
         f"gives    {result['gives']}",
+        f"verified on {result['verified_on']}",
     ]
     lines += data_change_lines(result)
     for found in result["agreements"]:
@@ -296,7 +299,7 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         if found["margin"] is not None:
             spikes += f" (first in {found['first_layer']}, |h - threshold| <= {found['margin']:.1e} there)"
         lines.append(
-            f"verified in {found['reader']}: {found['images']} test images, arg-max equal on {found['same_class']}/"
+            f"verified in {found['reader']}: {found['images']} images, arg-max equal on {found['same_class']}/"
             f"{found['images']}, largest logit difference {found['logit_difference']:.2g}, {spikes}"
         )
     for line in lines:

@@ -12,10 +12,6 @@ class UserError(Exception):
         self.problems = problems
 
 
-class BatchError(UserError):
-    """A batch cannot be had any more in the middle of a training, as where a picture has gone."""
-
-
 class MachineError(Exception):
     """The input is right but the work failed: a full or read-only disk, a training that diverged (exit code 1)."""
 

@@ -19,7 +19,8 @@ from lasnn.network.teacher import Teacher
 from lasnn.network.units import Act, ann_units, snn_units
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
 from lasnn.registry import architectures, datasets, encoders, teachers, translate_errors
-from lasnn.weights import TORCH_SAVED
+
+TEACHER = "teacher.safetensors"
 
 
 def make_data(recipe: Recipe) -> Dataset:
@@ -126,17 +127,22 @@ def _named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The weights file that `Recipe.teacher_checkpoint` means: itself, or a run folder's teacher.
+def find_checkpoint(recipe: Recipe) -> Path:
+    """The weights file that `teacher.checkpoint` means: itself, of any ending, or a run folder's teacher.
 
     Raises:
         UserError: there is none.
     """
-    if path.is_dir():
-        path = path / "teacher.safetensors"
+    name = recipe.teacher.checkpoint
+    if "://" in name:
+        raise UserError(f"{name!r} is an address, and nothing is downloaded; fetch the file, and give its path")
+    path = recipe.teacher_checkpoint
+    fix = "give a file of torch.save or safetensors, or a run folder that has a teacher.safetensors"
+    if path.is_dir() and not (path / TEACHER).is_file():
+        inside = [file.name for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        holds = f" (it has {', '.join(inside[:5])}{', ...' * (len(inside) > 5)})" if inside else ""
+        raise UserError(f"no file {path / TEACHER}{holds}; {fix}")
+    path = path / TEACHER if path.is_dir() else path
     if not path.is_file():
-        fix = "give a .safetensors or .pth file, or a run folder that has a teacher.safetensors"
         raise UserError(f"no file {path}; {fix}")
-    if path.suffix not in (".safetensors", *TORCH_SAVED):
-        raise UserError(f"{path} is not a .safetensors, .pth or .pt file")
     return path

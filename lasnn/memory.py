@@ -18,14 +18,14 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
+def carried_voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
     """What is carried from one chunk of time to the next, on the meta device.
 
     Raises:
         UserError: the neuron cannot go on from a voltage.
     """
     student.eval()
-    with translate_errors(neurons[recipe.student.neuron.name]), student.network.clock.carry_state({}) as voltages:
+    with translate_errors(neurons[recipe.student.neuron.name]), student.network.time.carry_state({}) as voltages:
         student.network(_encoded(recipe, data, student, 1), 1)
     return list(voltages.values())
 
@@ -37,7 +37,7 @@ def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> tor
     return student.encoder.part(images, recipe.student.timesteps, stop=steps)
 
 
-def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
+def training_memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
     """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
 
     The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device; half
@@ -57,7 +57,7 @@ def _memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | 
     timesteps, carried = recipe.student.timesteps, 0
     if recipe.time_chunk:
         count, timesteps = even_chunks(timesteps, recipe.time_chunk)
-        carried = count * sum(voltage.nbytes for voltage in _voltages(recipe, data, student))
+        carried = count * sum(voltage.nbytes for voltage in carried_voltages(recipe, data, student))
     student.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student.network(_encoded(recipe, data, student, timesteps), timesteps)

@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.kernels import SURROGATES, lif, norm_lif
-from lasnn.kernels.functional import RunningStatistics
+from lasnn.kernels import SURROGATES, BatchStatistics, lif, norm_lif
 from lasnn.registry import neurons
 
 Surrogate = Literal[SURROGATES]
@@ -68,14 +67,22 @@ class Neuron(nn.Module):
         return lif(current, v0, tau=self.time_constant, timesteps=timesteps, **self.options)
 
     def after_norm(
-        self, y: Tensor, norm: nn.BatchNorm2d, residual: Tensor | None = None, *, timesteps: int, constant: bool = False
-    ) -> tuple[Tensor, RunningStatistics | None]:
-        """Batch norm, residual and this neuron in one: the spikes of `forward` on their sum, from rest.
+        self,
+        y: Tensor,
+        norm: nn.BatchNorm2d,
+        residual: Tensor | None = None,
+        *,
+        timesteps: int,
+        constant: bool = False,
+        v0: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
+        """Batch norm, residual and this neuron in one: what `forward` gives of their sum.
 
         Args, returns: as for `lasnn.kernels.norm_lif`.
         """
-        options = {"tau": self.time_constant, **self.options}
-        return norm_lif(y, norm, residual, timesteps=timesteps, constant=constant, **options)
+        run = {"timesteps": timesteps, "constant": constant, "v0": v0, "return_state": return_state}
+        return norm_lif(y, norm, residual, **run, tau=self.time_constant, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

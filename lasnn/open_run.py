@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lasnn import files, lock
-from lasnn.bound_data import Splits, data_changes
-from lasnn.data import Dataset
-from lasnn.data.description import DatasetDescription
+from lasnn.bound_data import Splits
+from lasnn.data import Dataset, DatasetDescription
 from lasnn.errors import MachineError, UserError
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import Recipe
@@ -158,24 +157,23 @@ def _new_folder(name: str) -> Path:
             raise MachineError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def bind_data(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> list[str]:
-    """Keep which data a run is trained on; a run that goes on must have the same.
+def bind_data(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> DatasetDescription:
+    """Keep what data a run is trained on and measured with; a run that goes on must have the same.
 
     Args:
         splits: the training and the test images, loaded.
 
-    Returns:
-        What has changed since the run began and does not matter to it, a line each.
-
     Raises:
-        UserError: see `lasnn.bound_data.data_changes`.
+        UserError: the data is not what the run began with; the lines say what has changed.
     """
-    found = run.read_json(DATA)
-    begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json"))
-    if found and begun:
-        return data_changes(DatasetDescription.from_json(found, str(run / DATA)), data, splits)
-    if begun:
-        # A run of an earlier lasnn: what its data were is not known any more.
-        return []
-    run.write_json(DATA, data.describe(recipe.data.name, splits).as_json())
-    return []
+    now = data.describe(recipe.data.name, splits)
+    if not any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json")):
+        run.write_json(DATA, now.as_json())
+        return now
+    # A run of an earlier lasnn does not have it; its last.pt knows the training images again.
+    if found := run.read_json(DATA):
+        before = DatasetDescription.from_json(found, str(run / DATA))
+        if changes := data.changes_since(before, splits):
+            fix = "put them back as they were, or choose another --out"
+            raise UserError(*changes, f"{run.path}: its images are not those that the run began with: {fix}")
+    return now

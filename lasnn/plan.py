@@ -6,15 +6,18 @@ reported before the first batch, together with whatever else is wrong.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
-from lasnn.compatibility import Shape, check_same_weights, check_weights
+from lasnn.compatibility import Shape, check_same_weights, fitted_weights
 from lasnn.data import Augmentation, Dataset
+from lasnn.description import describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
     find_checkpoint,
@@ -26,23 +29,18 @@ from lasnn.factory import (
     make_teacher,
     pick_device,
 )
-from lasnn.loss import reading_of
-from lasnn.memory import _memory, _voltages, count_parameters
-from lasnn.network.staged import probe
+from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
+from lasnn.memory import carried_voltages, count_parameters, training_memory
+from lasnn.network.staged import Staged, probe
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
 from lasnn.random import generator
-from lasnn.recipe.schema import LossTable, Recipe, RecipeError
+from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses, neurons, translate_errors
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A stage of the student and the stage of the teacher that it learns from; shapes are (C, H, W)."""
-
-    student: str
-    teacher: str
-    student_shape: Shape
-    teacher_shape: Shape
+Made = TypeVar("Made")
+Network = TypeVar("Network", Student, Teacher)
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class Plan:
             "images": {"train": self.data.train_size, "test": self.data.test_size},
             "image": [self.data.channels, self.data.height, self.data.width],
             "classes": len(self.data.classes),
+            "notes": self.data.notes(),
             "device": str(self.device),
             "precision": recipe.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
@@ -111,125 +110,55 @@ def micro_batches(images: int, recipe: Recipe) -> int:
 
 
 def read_plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Plan:
-    """Read a recipe and make its plan; mistakes of both kinds come together.
+    """Read a recipe and make its plan.
 
     Raises:
-        UserError: everything that is wrong, a line each.
+        UserError: every mistake of form, a line each; or, of a recipe without any, all that does not fit together.
     """
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise UserError("overrides go with a recipe's file or name; this Recipe is already checked")
-        return make_plan(recipe)
-    try:
+    if not isinstance(recipe, Recipe):
         return make_plan(Recipe.load(recipe, overrides))
-    except RecipeError as error:
-        if error.recipe is None:
-            raise
-        try:
-            make_plan(error.recipe, reported=error.keys)
-        except UserError as more:
-            raise UserError(*error.problems, *more.problems) from None
-        raise
+    if overrides:
+        raise UserError("overrides go with a recipe's file or name; this Recipe is already checked")
+    return make_plan(recipe)
 
 
-def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
+def make_plan(recipe: Recipe) -> Plan:
     """Build everything that the recipe names on the meta device and check that it fits together.
-
-    Args:
-        reported: keys that are known to be wrong; what is wrong because of them is not reported again.
 
     Raises:
         UserError: everything that does not fit, a line each.
     """
-    problems: list[str] = []
-    reported = set(reported)
-
-    def report(key: str, message: str) -> None:
-        if not any(f"{key}.".startswith(f"{known}.") or known.startswith(f"{key}.") for known in reported):
-            problems.append(recipe.line(key, message))
-
-    def attempt(key: str, make: Callable, default=None):
-        """What `make` returns; a failure is reported under the key, and `default` returned."""
-        try:
-            with _sizes_named():
-                return make()
-        except UserError as error:
-            for problem in error.problems:
-                report(key, problem)
-            return default
-
-    device = attempt("device", lambda: pick_device(recipe.device))
-    if recipe.precision == "fp16" and device is not None and device.type == "cpu":
-        report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
+    problems = Problems(recipe)
+    device = _check_device(recipe, problems)
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
-        checkpoint = attempt("teacher.checkpoint", lambda: find_checkpoint(recipe.teacher_checkpoint))
-    data = attempt("data", lambda: make_data(recipe))
+        checkpoint = problems.attempt("teacher.checkpoint", lambda: find_checkpoint(recipe))
+    data = problems.attempt("data", lambda: make_data(recipe))
     if data is None:
-        raise UserError(*problems)
-    image = (data.channels, data.height, data.width)
-    mixed = False
-    if not any(key.startswith("data") for key in reported):
-        augmentation = make_augmentation(recipe, data)
-        mixed = augmentation.mixes
-        attempt("data.augment", lambda: _try_augmentation(augmentation, data))
-    table = recipe.student
-    with torch.device("meta"):
-        neuron = attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
-        encoder = attempt("student.encoder", lambda: make_encoder(recipe, data))
-        student = teacher = None
-        if neuron is not None and encoder is not None:
-            student = attempt("student", lambda: make_student(recipe, data))
-        shapes = {}
-        if student:
-            shapes = attempt("student", lambda: probe(student.network, image, table.timesteps), default={})
-        if recipe.teacher:
-            teacher = attempt("teacher", lambda: make_teacher(recipe, data))
-        teacher_shapes = {}
-        if teacher:
-            teacher_shapes = attempt("teacher", lambda: probe(teacher.network, image), default={})
+        # Without its images' size and classes no network can be built.
+        raise UserError(*problems.lines)
+    augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
+    if augmentation:
+        problems.attempt("data.augment", lambda: _try_augmentation(augmentation, data))
+    student = _build_student(recipe, data, problems)
+    teacher = _build_teacher(recipe, data, problems) if recipe.teacher else None
     if checkpoint and teacher:
-        attempt("teacher.checkpoint", lambda: check_weights(checkpoint, teacher.network, len(data.classes)))
-    pairs: list[Pair] = []
-    with torch.device("meta"):
-        # The stages are the same whatever the neuron, so that a wrong tap is reported beside a wrong neuron.
-        staged = student.network if student else attempt("student", lambda: make_network(table, ann_units(), data))
-    if staged and teacher:
-        stages = [dict.fromkeys(network.stage_names, ()) for network in (staged, teacher.network)]
-        pairs, wrong = pair_stages(recipe, stages[0] | shapes, stages[1] | teacher_shapes)
-        for problem in wrong:
-            report("distill.pairs", problem)
-        for key, problem in _check_pairs(recipe, pairs, wrong):
-            report(key, problem)
-        if student and table.init == "teacher" and not reported:
-            attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
-    elif recipe.distill.pairs and recipe.teacher is None:
-        report("distill.pairs", "there is no [teacher] to pair with")
-    if recipe.data.accumulate > recipe.data.batch_size:
-        parts, images = recipe.data.accumulate, recipe.data.batch_size
-        report("data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size")
-    full = min(recipe.data.batch_size, data.train_size)
-    last = data.train_size % full or full
-    if 1 in (images // micro_batches(images, recipe) for images in (full, last)):
-        single = [shape for shape in teacher_shapes.values() if not checkpoint and shape[1:] == (1, 1)]
-        single += [shape for shape in shapes.values() if table.timesteps == 1 and shape[1:] == (1, 1)]
-        if single:
-            what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
-            message = f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
-            report(f"data.{key}", message)
-    if recipe.time_chunk:
-        for key, problem in _check_chunks(recipe):
-            report(key, problem)
-        if student and not problems and not reported:
-            attempt("student.neuron", lambda: _voltages(recipe, data, student))
-    if not problems and not reported:
-        for index, loss in enumerate(recipe.losses):
-            attempt(f"losses.{index}", lambda loss=loss: _try_loss(loss, data, pairs, table.timesteps, mixed))
+        expected = describe_teacher(recipe, data, teacher.network)
+        problems.attempt("teacher.checkpoint", partial(fitted_weights, checkpoint, teacher.network, expected))
+    pairs = _pair(recipe, data, student, teacher, problems)
+    _check_batches(recipe, data, student, None if checkpoint else teacher, problems)
     memory = 0
-    if not problems and not reported:
-        memory = attempt("student", lambda: _memory(recipe, data, student, teacher))
-    if problems or reported:
-        raise UserError(*problems)
+    if student and recipe.time_chunk and not problems.lines:
+        problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
+    if not problems.lines:
+        for index, loss in enumerate(recipe.losses):
+            call = partial(_try_loss, loss, data, pairs, recipe.student.timesteps, augmentation.mixes)
+            problems.attempt(f"losses.{index}", call)
+    if not problems.lines:
+        frozen = teacher.model if teacher else None
+        memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, frozen))
+    if problems.lines:
+        raise UserError(*problems.lines)
     return Plan(
         recipe=recipe,
         data=data,
@@ -240,6 +169,179 @@ def make_plan(recipe: Recipe, reported: Iterable[str] = ()) -> Plan:
         teacher_checkpoint=checkpoint,
         memory_bytes=memory,
     )
+
+
+def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
+    """(key, message) where a batch, or a part of one, has one image; None where none has."""
+    full = min(recipe.data.batch_size, data.train_size)
+    last = data.train_size % full or full
+    if 1 not in (images // micro_batches(images, recipe) for images in (full, last)):
+        return None
+    what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
+    return f"data.{key}", f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
+
+
+def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained_teacher: dict[str, Shape]) -> bool:
+    """Whether batch norm has one value for each image somewhere: by the shapes of the stages."""
+    shapes = [*trained_teacher.values(), *(student.values() if recipe.student.timesteps == 1 else ())]
+    return any(shape[1:] == (1, 1) for shape in shapes)
+
+
+def check_batches(plan: Plan) -> None:
+    """Check the batches once the images are loaded: where some could not be read, the last one has another size.
+
+    Raises:
+        UserError: a batch has one image, which batch norm cannot train on.
+    """
+    recipe, data = plan.recipe, plan.data
+    lone = _lone_image(recipe, data)
+    if lone is None:
+        return
+    image, teacher = (data.channels, data.height, data.width), {}
+    with torch.device("meta"):
+        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps)
+        if recipe.teacher and plan.teacher_checkpoint is None:
+            teacher = probe(make_teacher(recipe, data).network, image)
+    if _one_pixel(recipe, student, teacher):
+        raise UserError(recipe.line(*lone))
+
+
+class Problems:
+    """What does not fit in a recipe, collected so that all of it can be said at once."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.lines: list[str] = []
+
+    def report(self, key: str, message: str) -> None:
+        """Add a line about a key."""
+        self.lines.append(self.recipe.line(key, message))
+
+    def attempt(self, key: str, make: Callable[[], Made], default: Made | None = None) -> Made | None:
+        """What `make` returns; a failure is reported under the key, and `default` returned."""
+        try:
+            with _sizes_named():
+                return make()
+        except UserError as error:
+            for problem in error.problems:
+                self.report(key, problem)
+            return default
+
+
+@dataclass(frozen=True)
+class Built(Generic[Network]):
+    """A network on the meta device, and the shapes (C, H, W) of its stages, {} where it does not run."""
+
+    model: Network
+    shapes: dict[str, Shape]
+
+    @property
+    def network(self) -> Staged:
+        return self.model.network
+
+    @property
+    def stages(self) -> dict[str, Shape]:
+        """Every stage, with an empty shape where that is not known."""
+        return dict.fromkeys(self.network.stage_names, ()) | self.shapes
+
+
+def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
+    device = problems.attempt("device", lambda: pick_device(recipe.device))
+    if recipe.precision == "fp16" and device is not None and device.type == "cpu":
+        problems.report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
+    return device
+
+
+def _build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Student] | None:
+    """The student on the meta device; None where its neuron, its encoder or itself cannot be built."""
+    table, image = recipe.student, (data.channels, data.height, data.width)
+    with torch.device("meta"):
+        neuron = problems.attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
+        encoder = problems.attempt("student.encoder", lambda: make_encoder(recipe, data))
+        if neuron is None or encoder is None:
+            return None
+        student = problems.attempt("student", lambda: make_student(recipe, data))
+        if student is None:
+            return None
+        shapes = problems.attempt("student", lambda: probe(student.network, image, table.timesteps), default={})
+    return Built(student, shapes)
+
+
+def _build_teacher(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Teacher] | None:
+    """The teacher on the meta device; None where it cannot be built."""
+    image = (data.channels, data.height, data.width)
+    with torch.device("meta"):
+        teacher = problems.attempt("teacher", lambda: make_teacher(recipe, data))
+        if teacher is None:
+            return None
+        shapes = problems.attempt("teacher", lambda: probe(teacher.network, image), default={})
+    return Built(teacher, shapes)
+
+
+def _pair(
+    recipe: Recipe,
+    data: Dataset,
+    student: Built[Student] | None,
+    teacher: Built[Teacher] | None,
+    problems: Problems,
+) -> list[Pair]:
+    """The paired stages, checked against the losses that compare them."""
+    if recipe.teacher is None:
+        if recipe.distill.pairs:
+            problems.report("distill.pairs", "there is no [teacher] to pair with")
+        _check_losses(recipe, [], [], problems)
+        return []
+    stages = student.stages if student else _stages_alone(recipe, data, problems)
+    if stages is None or teacher is None:
+        return []
+    pairs, wrong = pair_stages(recipe, stages, teacher.stages)
+    for problem in wrong:
+        problems.report("distill.pairs", problem)
+    _check_losses(recipe, pairs, wrong, problems)
+    if student and recipe.student.init == "teacher":
+        problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
+    return pairs
+
+
+def _stages_alone(recipe: Recipe, data: Dataset, problems: Problems) -> dict[str, Shape] | None:
+    """The student's stages where its neuron or encoder is wrong: they are the same whatever these are."""
+    with torch.device("meta"):
+        network = problems.attempt("student", lambda: make_network(recipe.student, ann_units(), data))
+    return dict.fromkeys(network.stage_names, ()) if network else None
+
+
+def _check_losses(recipe: Recipe, pairs: list[Pair], wrong: list[str], problems: Problems) -> None:
+    """Whether each loss can work on the pairs, and on chunks of time; `wrong` pairs are reported already."""
+    for index, loss in enumerate(recipe.losses):
+        entry = losses[loss.name]
+        if "student_features" not in entry.inputs:
+            continue
+        if not pairs and not wrong:
+            problems.report(f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs")
+        with translate_errors(entry):
+            found = pair_problems(entry.function, pairs, loss.options)
+        for option, message in found:
+            problems.report(f"losses.{index}.{option}", message)
+        if recipe.time_chunk and reading_of(entry.function, loss.options) is None:
+            problems.report(
+                f"losses.{index}",
+                f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
+                f"set time_chunk = 0, or {reading_fix(entry.function)}",
+            )
+
+
+def _check_batches(
+    recipe: Recipe, data: Dataset, student: Built[Student] | None, trained: Built[Teacher] | None, problems: Problems
+) -> None:
+    """Whether the batches can be cut as wanted, and leave batch norm something to average over."""
+    if recipe.data.accumulate > recipe.data.batch_size:
+        parts, images = recipe.data.accumulate, recipe.data.batch_size
+        problems.report(
+            "data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size"
+        )
+    lone = _lone_image(recipe, data)
+    if lone and _one_pixel(recipe, student.shapes if student else {}, trained.shapes if trained else {}):
+        problems.report(*lone)
 
 
 @contextmanager
@@ -309,40 +411,3 @@ def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Sh
         if ours in student and theirs in teacher:
             pairs.append(Pair(ours, theirs, student[ours], teacher[theirs]))
     return pairs, wrong
-
-
-def _check_pairs(recipe: Recipe, pairs: list[Pair], wrong: list[str]):
-    """(key, message) for each loss that cannot work on the pairs; `wrong` pairs are reported already."""
-    for index, loss in enumerate(recipe.losses):
-        if loss.name not in losses or "student_features" not in losses[loss.name].inputs:
-            continue
-        if not pairs and not wrong:
-            yield f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs"
-        weights = loss.options.get("pair_weights")
-        if weights is not None and len(weights) != len(pairs):
-            yield (
-                f"losses.{index}.pair_weights",
-                f"{len(weights)} weights for {len(pairs)} pairs; give one a pair",
-            )
-        for pair in pairs if loss.name == "feature-mse" else ():
-            if pair.student_shape and pair.teacher_shape and pair.student_shape[0] != pair.teacher_shape[0]:
-                message = (
-                    f"'feature-mse' needs equal channels; {pair.student!r} has {pair.student_shape[0]}, "
-                    f"the teacher's {pair.teacher!r} {pair.teacher_shape[0]}"
-                )
-                yield f"losses.{index}.name", message
-
-
-def _check_chunks(recipe: Recipe):
-    """(key, message) for each loss that needs more of the features than chunks of time keep."""
-    for index, loss in enumerate(recipe.losses):
-        if loss.name not in losses:
-            continue
-        entry = losses[loss.name]
-        if "student_features" in entry.inputs and reading_of(entry.function, loss.options) is None:
-            fix = 'temporal = "rate" or "step"' if loss.name == "attention" else "mark it with lasnn.loss.over_time"
-            yield (
-                f"losses.{index}",
-                f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
-                f"set time_chunk = 0, or {fix}",
-            )

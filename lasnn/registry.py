@@ -13,13 +13,14 @@ parameters are the options that a recipe may set, with their annotations as type
 
 import inspect
 import json
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from lasnn.errors import UserError, unknown
+from lasnn.errors import MachineError, UserError, out_of_memory, unknown
 
 REQUIRED = inspect.Parameter.empty
 
@@ -181,16 +182,29 @@ class Registry:
 
 @contextmanager
 def translate_errors(entry: Entry):
-    """Turn what a user's own part raises into one line that names it; a built-in part's error is a bug, and shown."""
+    """Turn what a user's own part raises into one line that names it, with the line of its code; a built-in part's
+    error is a bug, and shown.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, MachineError):
         raise
     except Exception as error:
-        if entry.function.__module__.startswith("lasnn."):
+        # A memory that is too small, and an operation that cannot repeat, are not the part's fault.
+        if entry.function.__module__.startswith("lasnn.") or out_of_memory(error) or "determinis" in str(error):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"{entry.kind} {entry.name!r} ({entry.where}) failed: {reason}") from error
+        raise UserError(f"{entry.kind} {entry.name!r} ({entry.where}) failed: {reason}{_raised_at(error)}") from error
+
+
+def _raised_at(error: BaseException) -> str:
+    """` (file:line)` of the user's own code that raised an error; nothing where there is none on the way."""
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if "site-packages" not in file and not frame.f_globals.get("__name__", "").startswith("lasnn."):
+            place = f" ({file}:{line})"
+    return place
 
 
 def _entry(kind: str, name: str, function: Callable) -> Entry:

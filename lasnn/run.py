@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lasnn import __version__, files, lock, processes
-from lasnn.data import Dataset
+from lasnn.compatibility import fitted_weights
+from lasnn.description import Description
 from lasnn.errors import UserError
+from lasnn.network.staged import Staged
 from lasnn.recipe.load import parse
 from lasnn.recipe.paths import RECORDED, expanded
 from lasnn.recipe.schema import Recipe
-from lasnn.weights import check_state, load_weights
+from lasnn.weights import check_state
 
 RUNS = Path("runs")
 DATA = "data.json"
@@ -204,32 +205,24 @@ def _known_runs() -> str:
     return f"; the newest: {', '.join(runs)}" if runs else ""
 
 
-def describe_network(architecture: str, options: dict[str, Any], recipe: Recipe, data: Dataset) -> dict[str, Any]:
-    """What a weights file says of the network that it is of."""
-    return {
-        "architecture": architecture,
-        "options": options,
-        "in_channels": data.channels,
-        "num_classes": len(data.classes),
-        "data": recipe.data.name,
-    }
-
-
 def resume_command(folder: Path) -> str:
     """The command that goes on with a run, in as many processes as there are now."""
     command = ["distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"]
     return shlex.join([*processes.launcher(), *command])
 
 
-def load_into(network: nn.Module, path: Path) -> None:
+def load_into(network: Staged, path: Path, expected: Description) -> list[str]:
     """Load a weights file into a network.
+
+    Args:
+        expected: what the file should say of the network, as far as it says it (see `lasnn.description`).
+
+    Returns:
+        What of the file was left out or converted, a line each.
 
     Raises:
         UserError: the file is damaged or does not fit.
     """
-    weights, _ = load_weights(path)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path} does not fit the recipe's network: {first}") from error
+    weights, notes = fitted_weights(path, network, expected)
+    network.load_state_dict(weights)
+    return notes

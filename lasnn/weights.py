@@ -1,10 +1,9 @@
-"""Files of tensors, without pickled code: weights (safetensors, or what `torch.save` wrote) and states of trainings."""
+"""Files of tensors that lasnn writes, without pickled code: weights (safetensors) and states of trainings."""
 
 import hashlib
 import io
 import json
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +18,25 @@ from lasnn.errors import UserError
 from lasnn.files import write
 
 DIGEST_SIZE = hashlib.sha256().digest_size
-TORCH_SAVED = (".pth", ".pt")
-STATE_DICT_NAMES = ("state_dict", "model_state_dict", "model", "net")
-SAVE_WEIGHTS = "save the weights alone: torch.save(network.state_dict(), file)"
+# What a description with a digest in it has, whatever the key that it stands under.
+SEALED = '"digest": "'
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-    """Write a state dict as safetensors; the metadata has its description as JSON (`lasnn`) and a digest of both."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    text = json.dumps(description)
-    write(path, save(tensors, metadata={"lasnn": text, "digest": digest(tensors, text)}))
+    """Write a state dict as safetensors, the same bytes for the same weights and description.
+
+    The metadata has one key, `lasnn`: the description as JSON, with a `digest` of it and of the weights. It is one key
+    because safetensors writes several in random order. Weights that share memory are written once for each name.
+    """
+    tensors, seen = {}, set()
+    for name, value in weights.items():
+        value = value.detach().cpu().contiguous()
+        place = value.untyped_storage().data_ptr()
+        # safetensors takes no two tensors of one memory.
+        tensors[name] = value.clone() if place in seen else value
+        seen.add(place)
+    sealed = {**description, "digest": digest(tensors, json.dumps(description))}
+    write(path, save(tensors, metadata={"lasnn": json.dumps(sealed)}))
 
 
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -42,42 +50,64 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and their description ({} where the file has none), from safetensors or what `torch.save` wrote.
+    """Read weights and their description from safetensors ({} where the file has none, as those of other programs).
 
     Raises:
         UserError: it is not a whole file of weights, or it changed since it was saved.
     """
-    if path.suffix in TORCH_SAVED:
-        return _load_torch_saved(path, "cpu"), {}
     with translate_file_errors(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-        description = _description(metadata)
-        # Files of before the digest covered their description have a "sha256", which is not checked any more.
-        sealed = {"lasnn", "digest"} & metadata.keys() and "sha256" not in metadata
-        if sealed and metadata.get("digest") != digest(weights, metadata.get("lasnn", "")):
-            raise UserError(f"{path} is damaged: it is not what was saved")
+        description, seal = _description(path, metadata)
+        if seal is not None and seal != digest(weights, _text(metadata, description)):
+            raise _damaged(path)
     return weights, description
 
 
-def weight_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """The shape of each weight in a file, without reading the weights, and the file's description.
+def read_description(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of its network, {} where that is nothing; the weights are not read.
 
     Raises:
-        UserError: it is not a file of weights.
+        UserError: it is not a safetensors file.
     """
-    if path.suffix in TORCH_SAVED:
-        return {name: tuple(value.shape) for name, value in _load_torch_saved(path, "meta").items()}, {}
     with translate_file_errors(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return shapes, _description(file.metadata() or {})
+        return _description(path, file.metadata() or {})[0]
 
 
-def _description(metadata: Mapping[str, str]) -> dict[str, Any]:
-    description = json.loads(metadata.get("lasnn", "{}"))
+def _description(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str | None]:
+    """The description in a file's metadata, and the digest that seals the file, None where it has none.
+
+    Raises:
+        UserError: it is not what lasnn wrote.
+    """
+    if "lasnn" not in metadata:
+        # A changed name of the key does not make a file one of others.
+        if "digest" in metadata or any(SEALED in value for value in metadata.values()):
+            raise _damaged(path)
+        return {}, None
+    try:
+        description = json.loads(metadata["lasnn"])
+    except (ValueError, RecursionError):
+        description = None
     if not isinstance(description, dict):
-        raise ValueError("its description is no JSON object")
-    return description
+        raise UserError(f"{path} is damaged: its metadata have a key 'lasnn' that lasnn did not write; save it again")
+    if "sha256" in metadata:
+        # Of before the digest covered the description; it is not checked any more.
+        return description, None
+    # The digest was once a second key of the metadata, over the description's text.
+    seal = metadata["digest"] if "digest" in metadata else description.pop("digest", None)
+    if not isinstance(seal, str):
+        raise _damaged(path)
+    return description, seal
+
+
+def _text(metadata: Mapping[str, str], description: Mapping[str, Any]) -> str:
+    """The description's text that the digest is of."""
+    return metadata["lasnn"] if "digest" in metadata else json.dumps(description)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: it is not what was saved")
 
 
 @contextmanager
@@ -94,37 +124,6 @@ def translate_file_errors(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not {what}: {reason}") from error
-
-
-def _load_torch_saved(path: Path, device: str) -> dict[str, Tensor]:
-    """The state dict in a file of `torch.save`: alone, or within a training state under one of the usual names."""
-    with translate_file_errors(path, "a whole file of weights"):
-        # Old files are no archives, and have no checksums.
-        if device != "meta" and zipfile.is_zipfile(path):
-            _check_archive(path)
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UserError(f"{path} holds more than weights, or is damaged; {SAVE_WEIGHTS}") from error
-    outer = state
-    if isinstance(state, Mapping):
-        state = next((state[name] for name in STATE_DICT_NAMES if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = f" (its keys: {', '.join(map(str, list(outer)[:6]))})" if isinstance(outer, Mapping) else ""
-        raise UserError(f"{path} holds no state_dict{keys}; {SAVE_WEIGHTS}")
-    # What DataParallel puts before every name.
-    parallel = all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
-
-
-def _check_archive(path: Path) -> None:
-    """Find a flipped bit, which torch.load takes for a weight, by the archive's checksums."""
-    with zipfile.ZipFile(path) as archive:
-        # What is marked as a folder is not read by torch.load, which then takes what lies in memory for the weight.
-        folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
-        damaged = archive.testzip() or next(folders, None)
-    if damaged is not None:
-        raise UserError(f"{path} is damaged (checksum of {damaged})")
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -24,6 +24,19 @@ def registries_as_they_were():
     plugins._loaded_plugins.update(loaded)
 
 
+@pytest.fixture(scope="session")
+def trained_teachers(tmp_path_factory):
+    """A cache of trained teachers that tests share: what defines a teacher is its key."""
+    return tmp_path_factory.mktemp("teachers")
+
+
+@pytest.fixture
+def cached_teachers(tmp_path, trained_teachers):
+    """Let runs in the test's folder take their teachers from the shared cache, and add to it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "teachers").symlink_to(trained_teachers)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """A folder with a tiny recipe and its plugin, made the working directory; returns the recipe's path."""

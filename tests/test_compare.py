@@ -103,7 +103,9 @@ def test_the_command_of_a_row_gives_its_figure(lasnn, tiny):
 
 
 def test_the_ablation_leaves_one_thing_out_at_a_time(lasnn, tiny):
-    found = lasnn.json("compare", tiny, "--seeds", 1, "--ablation", *SHORT, "--set", "student.init=teacher")
+    losses = 'losses=[{name="cross-entropy"}, {name="attention", weight=100, power=1}]'
+    settings = [*SHORT, "--set", "student.init=teacher", "--set", losses]
+    found = lasnn.json("compare", tiny, "--seeds", 1, "--ablation", *settings)
     assert [row["name"] for row in found["arms"]] == [
         "distilled",
         "alone",

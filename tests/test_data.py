@@ -179,6 +179,40 @@ def test_reads_root_packed_or_not(small, inner, packed):
     assert len(test) == TEST
 
 
+SPELLINGS = {
+    "dots": lambda name: name.replace("-idx", ".idx"),
+    "underscores": lambda name: name.replace("-", "_"),
+    "upper case": str.upper,
+    "test for t10k": lambda name: name.replace("t10k", "test"),
+    "a folder each": lambda name: f"{name.removesuffix('.gz')}/{name}",
+}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_reads_other_spellings_of_the_file_names(small, spelling, packed):
+    write_set(small)
+    for name in FILES:
+        other = small / SPELLINGS[spelling](name if packed else name.removesuffix(".gz"))
+        if not packed:
+            unpack(small / name)
+        here = small / (name if packed else name.removesuffix(".gz"))
+        content = here.read_bytes()
+        here.unlink()
+        other.parent.mkdir(exist_ok=True)
+        other.write_bytes(content)
+    train, test = datasets.build("fashion-mnist", small).load()
+    assert (len(train), len(test)) == (TRAIN, TEST)
+
+
+@pytest.mark.parametrize("inner", ["fashion-mnist", "fashion_mnist/raw", "FASHIONMNIST/RAW", "raw"])
+def test_reads_the_folders_that_others_keep_them_in(small, inner):
+    folder = write_set(small / "data" / inner)
+    dataset = datasets.build("fashion-mnist", small / "data")
+    dataset.load()
+    assert dataset.source == str(folder)
+
+
 def test_root_goes_before_debian(small):
     write_set(small / "debian")
     dataset = datasets.build("fashion-mnist", small / "data")

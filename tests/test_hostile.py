@@ -16,6 +16,7 @@ from torch import nn
 
 from lasnn import weights
 from lasnn.errors import UserError
+from lasnn.foreign_weights import read_checkpoint
 from lasnn.plan import Plan, read_plan
 from lasnn.recipe.load import shipped
 
@@ -299,7 +300,7 @@ FILES = {
         weights.load_weights,
     ),
     # A teacher's checkpoint of somebody else.
-    "teacher.pth": (lambda path: torch.save(a_state()["module"], path), weights.load_weights),
+    "teacher.pth": (lambda path: torch.save(a_state()["module"], path), lambda path: read_checkpoint(path).weights),
 }
 
 

@@ -15,12 +15,15 @@ from lasnn.loss import attention, reading_of
 from lasnn.network import time
 from lasnn.network.staged import build
 from lasnn.network.student import Student
-from lasnn.network.time_chunks import running_statistics_pooled
+from lasnn.network.time import TimeContext
+from lasnn.network.time_chunks import pool_running_statistics
 from lasnn.network.units import snn_units
 from lasnn.plan import micro_batches, read_plan
 from lasnn.random import generator
 from lasnn.registry import encoders, losses
 from lasnn.training.stop import Stopped
+
+pytestmark = pytest.mark.usefixtures("cached_teachers")
 
 # Without batch norm a batch's gradient is the mean of its images' gradients, however they are grouped.
 PLAIN = '''
@@ -47,7 +50,8 @@ def plain(tiny):
 
 def test_the_gradient_is_the_mean_over_the_batch(plain):
     """400 images in batches of 150, the last of 100: in parts of 22 and 21, and of 20."""
-    settings = [*SETTINGS, "data.batch_size=150", "teacher.clip_norm=0.5"]
+    losses = 'losses=[{name="cross-entropy"},{name="attention",weight=1000.0}]'
+    settings = [*SETTINGS, "data.batch_size=150", "teacher.clip_norm=0.5", losses]
     whole, parts = (distill(plain, overrides=[*settings, f"data.accumulate={n}"]) for n in (1, 7))
     # The teacher is smooth: its weights differ by rounding alone.
     teachers = [load_file(run / "teacher.safetensors") for run in (whole, parts)]
@@ -127,6 +131,15 @@ def assert_equal(one, other, atol=1e-10):
         torch.testing.assert_close(value, other[name], rtol=0, atol=atol, msg=name)
 
 
+def keep_everything(monkeypatch):
+    """Plain autograd in the place of what is computed again in the backward pass."""
+
+    def plain(function, *inputs, use_reentrant, context_fn, **options):
+        return function(*inputs, **options)
+
+    monkeypatch.setattr("lasnn.network.time_chunks.checkpoint", plain)
+
+
 @pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
 @pytest.mark.parametrize(("architecture", "neuron"), [("vgg5", "plif"), ("resnet20", "lif")])
 def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, neuron, monkeypatch):
@@ -136,10 +149,9 @@ def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, 
         return (features["stage1"].sum(2) * torch.linspace(0, 1, 8)).square().mean() + logits.square().mean()
 
     chunked = gradients(student(encoder, architecture, neuron), 4, of_steps)
-    monkeypatch.setattr(
-        "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
-    )
-    monkeypatch.setattr("lasnn.neuron.lif", reference.lif)
+    keep_everything(monkeypatch)
+    for op in ("lif", "norm_lif"):
+        monkeypatch.setattr(f"lasnn.neuron.{op}", getattr(reference, op))
     plain = gradients(student(encoder, architecture, neuron), 4, of_steps)
     assert max(value.abs().max() for name, value in plain.items() if name.endswith("weight")) > 1e-3
     assert_equal(chunked, plain)
@@ -199,7 +211,7 @@ def test_pooled_statistics_are_left_as_they_were_by_a_failure():
     mean = net[0].running_mean
 
     def broken():
-        with running_statistics_pooled(net):
+        with pool_running_statistics(net, TimeContext()):
             net(torch.rand(4, 2, 3, 3))
             raise ZeroDivisionError
 
@@ -220,9 +232,7 @@ def test_what_layers_draw_is_the_same_again(monkeypatch):
         net.train()
         torch.manual_seed(3)
         values.append(gradients(net, 4))
-        monkeypatch.setattr(
-            "lasnn.network.student.recompute", lambda _, function, *args, **options: function(*args, **options)
-        )
+        keep_everything(monkeypatch)
     assert_equal(*values)
 
 

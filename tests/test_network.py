@@ -251,8 +251,8 @@ def test_a_neuron_with_a_forward_of_its_own_is_not_fused():
             return super().forward(2 * current, v0, timesteps)
 
     torch.manual_seed(0)
-    clock = TimeContext(3, 2)
-    units = [NormSpike(4, neuron, clock) for neuron in (LIF(), Doubled(), LIF(threshold=0.5))]
+    time = TimeContext(3, 2)
+    units = [NormSpike(4, neuron, time) for neuron in (LIF(), Doubled(), LIF(threshold=0.5))]
     assert [unit.fused for unit in units] == [True, False, True]
     y = torch.randn(6, 4, 5, 5)
     plain, doubled, half = (unit(y) for unit in units)
@@ -332,7 +332,7 @@ def test_a_long_evaluation_in_pieces_has_the_spikes_of_the_whole(architecture, e
     student.train().steps(images, generator=generator(0))
     student.eval()
     lengths = []
-    network.register_forward_hook(lambda *_: lengths.append(network.clock.steps))
+    network.register_forward_hook(lambda *_: lengths.append(network.time.steps))
     found = []
     for piece in (8, 19):
         monkeypatch.setattr("lasnn.network.student.TIME_CHUNK", piece)

@@ -42,7 +42,7 @@ def spikes_of(network, x):
     """Logits [T, B, K] and the spikes [T, B, ...] of each unit's run."""
     spikes = []
     hooks = [
-        unit.register_forward_hook(lambda _, __, output: spikes.append(network.clock.unfold(output)))
+        unit.register_forward_hook(lambda _, __, output: spikes.append(network.time.unfold(output)))
         for unit in network.modules()
         if isinstance(unit, NormSpike)
     ]

@@ -24,10 +24,7 @@ def plain(tmp_path):
 
 def test_defaults_are_written_down(plain):
     recipe = Recipe.load(plain)
-    assert [(loss.name, loss.weight) for loss in recipe.losses] == [
-        ("cross-entropy", 1.0),
-        ("attention", 1000.0),
-    ]
+    assert [(loss.name, loss.weight) for loss in recipe.losses] == [("cross-entropy", 1.0)]
     assert recipe.data.augment == ["flip"]
     assert recipe.student.options == {"width": 4}
     assert recipe.student.neuron.name == "lif"
@@ -156,7 +153,7 @@ power = 0
             "student.encoder.gain",
             "'gain'; known: name",
         ),
-        ('data.augment=["crop","flp"]', "data.augment", "did you mean 'flip'?"),
+        ('data.augment=["crop","flp"]', "data.augment.1", "did you mean 'flip'?"),
         ('data.augment=["crop",{name="cutut"}]', "data.augment.1.name", "did you mean 'cutout'?"),
         ('data.augment=["crop",{name="cutout",sise=8}]', "data.augment.1.sise", "did you mean 'size'?"),
         ('data.augment=[{name="cutout",size=0}]', "data.augment.0.size", "it takes a whole number (>= 1)"),
@@ -234,6 +231,39 @@ def test_missing_sections_and_broken_files(tmp_path):
     assert "line 1" in line
     path.write_bytes(b"\xff\xfe")
     assert "not valid TOML" in problems(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("epochs = 4", "line 7: not valid TOML: 'epochs' is given twice in [distill]"),
+        ("# again\nepochs = 4\n", "line 8: not valid TOML: 'epochs' is given twice in [distill]"),
+        ('pairs = [\n"a",\n]\npairs = [\n"b",\n]\n', "line 10: not valid TOML: 'pairs' is given twice in [distill]"),
+        ("[data]", "line 7: not valid TOML: the table [data] is given twice"),
+    ],
+)
+def test_what_stands_there_twice_is_named_with_its_line(tmp_path, more, message):
+    path = tmp_path / "r.toml"
+    head = '[data]\nname = "fashion-mnist-mini"\n[student]\narchitecture = "vgg5"\n[distill]\nepochs = 3\n'
+    path.write_text(head + more)
+    assert problems(path) == [f"{path}: {message}"]
+
+
+def test_a_byte_order_mark_is_read_over(plain):
+    plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert Recipe.load(plain).student.architecture == "vgg5"
+
+
+def test_options_that_are_left_out_are_found_beside_other_mistakes(plain):
+    settings = ["data.name=image-folder", "teacher.architecture=torchvision", "teacher.width=", "distill.lr=-1"]
+    found = problems(plain, *settings, "seed=99999999999999999999")
+    for start in (
+        "teacher.model: missing; 'torchvision' needs it (one of ",
+        "distill.lr: -1 is not valid",
+        "seed: 99999999999999999999 is too large",
+    ):
+        assert any(f": {start}" in line for line in found), (start, found)
+    assert len(found) == 3
 
 
 def test_unknown_recipe_names_the_shipped_ones():

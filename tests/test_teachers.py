@@ -128,7 +128,7 @@ def test_a_users_file_loads_in_its_usual_forms(recipe, tmp_path, form):
     from lasnn.run import load_into
 
     network = make("resnet18", in_channels=1, stem="small")
-    load_into(network, path)
+    load_into(network, path, {})
     torch.testing.assert_close(network.conv1.weight.detach(), state["conv1.weight"])
 
 
@@ -145,10 +145,10 @@ def test_files_that_cannot_teach(recipe, tmp_path):
     assert f"{path} was trained for 1000 classes; the data set has 10: train its last layer (fc) anew with 10" in line
     torch.save(torchvision.models.resnet34(num_classes=10).state_dict(), path)
     [line] = checked(recipe, f"teacher.checkpoint={path}", "teacher.stem=imagenet")
-    assert "has besides 'layer1.2.conv1.weight', " in line
+    assert "unexpected keys: 'layer1.2.conv1.weight', " in line
     torch.save(torchvision.models.resnet18(num_classes=10), path)
     [line] = checked(recipe, f"teacher.checkpoint={path}")
-    assert "holds more than weights, or is damaged; save the weights alone" in line
+    assert "holds more than weights (torchvision.models.resnet.ResNet), or is damaged; save the weights alone" in line
     torch.save({"epoch": 1, "lr": 0.1}, path)
     [line] = checked(recipe, f"teacher.checkpoint={path}")
     assert "holds no state_dict (its keys: epoch, lr)" in line

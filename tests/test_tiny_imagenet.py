@@ -106,6 +106,58 @@ def test_reads_every_image_in_order(tree, monkeypatch, inner, order):
         assert (pixels.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 3
 
 
+def sort_into_classes(tree: Path, inner: str) -> None:
+    """As the scripts do that make the validation images suit other loaders."""
+    for number, label in enumerate(VAL):
+        folder = tree / "val" / WNIDS[label] / inner
+        folder.mkdir(parents=True, exist_ok=True)
+        (tree / f"val/images/val_{number}.JPEG").rename(folder / f"val_{number}.JPEG")
+    (tree / "val/images").rmdir()
+    (tree / "val/val_annotations.txt").unlink()
+
+
+def flatten(tree: Path) -> None:
+    for wnid in WNIDS:
+        for path in list((tree / "train" / wnid / "images").iterdir()):
+            path.rename(tree / "train" / wnid / path.name)
+        (tree / "train" / wnid / "images").rmdir()
+
+
+def rename_endings(tree: Path) -> None:
+    for number, path in enumerate(sorted(tree.rglob("*.JPEG"))):
+        path.rename(path.with_suffix((".jpeg", ".jpg", ".JPG", ".Jpeg")[number % 4]))
+
+
+def nest(tree: Path) -> None:
+    tree.rename(tree.with_name("inner"))
+    tree.mkdir()
+    tree.with_name("inner").rename(tree / tree.name)
+
+
+LAYOUTS = {
+    "sorted": lambda tree: sort_into_classes(tree, ""),
+    "sorted, with images folders": lambda tree: sort_into_classes(tree, "images"),
+    "no images folders": flatten,
+    "other endings": rename_endings,
+    "nested": nest,
+    "all": lambda tree: (sort_into_classes(tree, ""), flatten(tree), rename_endings(tree), nest(tree)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_that_others_leave_are_the_same_data_set(tree, layout):
+    before = Small(tree).load()
+    LAYOUTS[layout](tree)
+    for images, same in zip(Small(tree.parent).load(), before, strict=True):
+        assert images.fingerprint() == same.fingerprint()
+
+
+def test_sorted_validation_images_are_counted(tree):
+    sort_into_classes(tree, "")
+    (tree / "val" / WNIDS[1] / "val_3.JPEG").rename(tree / "val" / WNIDS[0] / "val_3.JPEG")
+    assert failure(tree).endswith("3 images val_<number>.JPEG; 2 expected")
+
+
 def test_rows_are_height_and_columns_are_width(tree):
     path = tree / "train" / WNIDS[0] / "images" / f"{WNIDS[0]}_0.JPEG"
     pixels = np.zeros((64, 64, 3), np.uint8)

@@ -1,9 +1,12 @@
 import errno
+import json
 import os
 import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from lasnn import files, weights
 from lasnn.errors import MachineError, UserError
@@ -98,3 +101,43 @@ def test_written_files_follow_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path):
+    """One key of metadata: safetensors writes several in another order each time."""
+    tensors, contents = {"a": torch.arange(6.0), "b": torch.ones(2, 3)}, set()
+    for number in range(8):
+        weights.save_weights(tmp_path / f"{number}.safetensors", tensors, {"role": "teacher", "classes": ["é", "b"]})
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert list(file.metadata()) == ["lasnn"]
+
+
+@pytest.mark.parametrize("age", ["digest", "sha256"])
+def test_files_of_earlier_versions_are_read(tmp_path, age):
+    path, tensors, text = tmp_path / "w.safetensors", {"a": torch.arange(3.0)}, json.dumps({"num_classes": 3})
+    seal = weights.digest(tensors, text) if age == "digest" else "of before the description was covered"
+    path.write_bytes(save(tensors, metadata={"lasnn": text, age: seal}))
+    read, description = weights.load_weights(path)
+    assert torch.equal(read["a"], tensors["a"])
+    assert description == {"num_classes": 3}
+    if age == "digest":
+        path.write_bytes(save(tensors, metadata={"lasnn": text.replace("3", "4"), age: seal}))
+        with pytest.raises(UserError, match="w.safetensors is damaged"):
+            weights.load_weights(path)
+
+
+def test_weights_that_share_memory_are_saved_by_each_name(tmp_path):
+    whole = torch.arange(6.0)
+    tied = {"a": whole, "b": whole, "part": whole[2:4], "turned": whole.view(2, 3).T}
+    weights.save_weights(tmp_path / "w.safetensors", tied, {})
+    read, _ = weights.load_weights(tmp_path / "w.safetensors")
+    assert all(torch.equal(read[name], value) for name, value in tied.items())
+
+
+def test_metadata_of_others_under_our_key_are_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(save({"a": torch.ones(1)}, metadata={"lasnn": "not json"}))
+    with pytest.raises(UserError, match="a key 'lasnn' that lasnn did not write; save it again"):
+        weights.load_weights(path)

@@ -23,7 +23,7 @@ from lasnn.bench.timing import Times, copy_gb_per_s, kept_bytes, take_turns
 from lasnn.errors import UserError, unknown
 from lasnn.factory import pick_device
 from lasnn.kernels import reference
-from lasnn.kernels.layout import stretches
+from lasnn.kernels.layout import segments
 from lasnn.run import environment
 
 OPS = ("lif", "norm_lif", "norm_lif+residual", "norm_lif+constant", "attention_map")
@@ -203,19 +203,19 @@ def bytes_per_element(op: str, timesteps: int, itemsize: int) -> float:
 
     Args:
         op: one of `OPS`.
-        timesteps: T. Every stretch of 8 steps after the first keeps a state at its border.
+        timesteps: T. Every segment of 8 steps after the first has its first state saved.
         itemsize: bytes of an element.
     """
-    borders = stretches(timesteps)[0] - 1
+    saved = segments(timesteps)[0] - 1
     whole, once, states = {
         # x, spikes; x, gradient, dx. v_last is a state, written.
-        "lif": (5, 0, 1 + 2 * borders),
-        # y; y, spikes; gradient, y; gradient, y, dy. Borders are written once and read by both passes backward.
-        "norm_lif": (8, 0, 3 * borders),
+        "lif": (5, 0, 1 + 2 * saved),
+        # y; y, spikes; gradient, y; gradient, y, dy. Saved states are written once and read by both passes backward.
+        "norm_lif": (8, 0, 3 * saved),
         # y; y, residual, spikes; gradient, y, residual, g; g, y, dy.
-        "norm_lif+residual": (11, 0, 2 * borders),
+        "norm_lif+residual": (11, 0, 2 * saved),
         # Whole: spikes; gradient. One step: y; y; y, g; g, y, dy.
-        "norm_lif+constant": (2, 7, 2 * borders),
+        "norm_lif+constant": (2, 7, 2 * saved),
         # x; x. One step: dx, the same for all.
         "attention_map": (2, 1, 0),
     }[op]
@@ -272,11 +272,9 @@ def fused(case: Case, device: torch.device, ops: ModuleType, dtype: torch.dtype 
     norm = batch_norm(case, device).to(dtype)
 
     def forward(y: Tensor, residual: Tensor | None) -> Tensor:
-        spikes, running = ops.norm_lif(y, norm, residual, timesteps=case.timesteps, constant=case.constant)
+        spikes, batch = ops.norm_lif(y, norm, residual, timesteps=case.timesteps, constant=case.constant)
         # As a student's unit does, and as the peers' batch norm does inside.
-        norm.running_mean.copy_(running[0])
-        norm.running_var.copy_(running[1])
-        norm.num_batches_tracked.add_(1)
+        kernels.update_running_statistics(norm, batch)
         return spikes
 
     return Layer(forward, norm)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lasnn.errors import MachineError
+from lasnn.files import write as write_file
 
 # A row of the result, in the order of the CSV file.
 COLUMNS = (
@@ -126,7 +127,7 @@ def save(result: Mapping[str, Any], out: Path, write: Path | None = None) -> lis
     if write is not None:
         files[write] = replaced(write.read_text(encoding="utf-8"), kind, markdown(result))
     for path, content in files.items():
-        files.write(path, content)
+        write_file(path, content)
     return list(files)
 
 

@@ -6,6 +6,7 @@ significant byte first (http://yann.lecun.com/exdb/mnist, "The IDX file format")
 
 import gzip
 import os
+import re
 import sys
 import zlib
 from contextlib import redirect_stdout
@@ -51,7 +52,7 @@ class IdxDataset(Dataset):
             MachineError: the download failed.
         """
         raw = self.root / self.torchvision_name / "raw"
-        places = (self.root, raw, *self.elsewhere)
+        places = (self.root, raw, *_of_other_spelling(self.root, self.torchvision_name), *self.elsewhere)
         folder = next((place for place in places if _holds_any_file(place)), None)
         if folder is None and self.download:
             _download(self, raw)
@@ -79,9 +80,44 @@ def read_splits(data: Dataset, folder: Path) -> tuple[Images, Images]:
     return train, test
 
 
+def _of_other_spelling(root: Path, name: str) -> list[Path]:
+    """The folders in which others keep the files: that of the set's name in any spelling, and `raw` in each."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    found = [
+        folder
+        for folder in _listed(root)
+        if re.sub(r"[^a-z0-9]", "", folder.name.lower()) in (plain, "raw") and folder.is_dir()
+    ]
+    return found + [inner for folder in found for inner in _listed(folder) if inner.name.lower() == "raw"]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where there is no such folder, or it may not be seen."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
 def _holds_any_file(folder: Path) -> bool:
     names = (*images_and_labels("train"), *images_and_labels("t10k"))
-    return any(os.path.exists(folder / f"{name}{ending}") for name in names for ending in (".gz", ""))
+    return any(_spelled(folder, name) for name in names)
+
+
+def _spelled(folder: Path, name: str) -> list[Path]:
+    """The files in a folder that are `name`, packed ones first, then in its own spelling.
+
+    Others write `train-images.idx3-ubyte` (Windows' unpackers), upper case or underscores, `test` for `t10k`, or put
+    each file into a folder of its own name (Kaggle's).
+    """
+    split, kind, form, _ = name.split("-")
+    first = "(t10k|test)" if split == "t10k" else split
+    pattern = re.compile(rf"{first}[-_. ]{kind}[-_. ]{form}[-_. ]ubyte(\.gz)?", re.IGNORECASE)
+    found = [path for path in _listed(folder) if pattern.fullmatch(path.name)]
+    inner = [file for path in found if path.is_dir() for file in _listed(path) if pattern.fullmatch(file.name)]
+    # A folder in the place of a file stays, so that it is named, unless the file is in it.
+    found = [path for path in found if not any(file.parent == path for file in inner)] + inner
+    return sorted(found, key=lambda path: (path.suffix.lower() != ".gz", not path.name.startswith(name), path))
 
 
 def _download(data: IdxDataset, raw: Path) -> None:
@@ -126,14 +162,13 @@ def read_split(folder: Path, split: str, shape: tuple[int, int, int], classes: i
 
 
 def find(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`, packed or not; packed first, because gzip carries a checksum.
+    """The path of `name` in `folder`, packed or not, in any spelling; packed first, because gzip carries a checksum.
 
     Raises:
         UserError: neither is there.
     """
-    for path in (folder / f"{name}.gz", folder / name):
-        if os.path.exists(path):
-            return path
+    if found := _spelled(folder, name):
+        return found[0]
     raise UserError(f"{folder / name}.gz is missing (unpacked, without .gz, would do as well)")
 
 
@@ -170,7 +205,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.suffix != ".gz":
+        if path.suffix.lower() != ".gz":
             return path.read_bytes()
         with gzip.open(path) as file:
             return file.read()

@@ -67,7 +67,7 @@ class ImageFolder(Dataset):
         mean: list[Unit] | None = None,
         std: list[Positive] | None = None,
     ):
-        sides = [size, size] if isinstance(size, int) else list(size)
+        sides = list(size) if isinstance(size, list | tuple) else [size, size]
         if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise UserError(f"size is {size!r}; give a whole number of pixels, as 64, or [height, width]")
         self.root = Path(root)

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,7 +62,12 @@ class TinyImageNet(Dataset):
                 and counted; with `skip_unreadable` only if all of a class are.
             MachineError: the machine failed to read a file, or the download failed.
         """
-        folder = ARCHIVE.find(self.root, "wnids.txt", download=self.download)
+        # Some unpackers make a folder of the archive's name around the one that is in it.
+        nested = self.root / FOLDER / FOLDER
+        if os.path.exists(nested / "wnids.txt"):
+            folder = nested
+        else:
+            folder = ARCHIVE.find(self.root, "wnids.txt", download=self.download)
         classes = self._read_classes(folder / "wnids.txt")
         # All names before the first image: what is missing shows at once.
         train, test = self._find_train(folder / "train", classes), self._find_test(folder / "val", classes)
@@ -97,6 +103,9 @@ class TinyImageNet(Dataset):
         paths, labels = [], []
         for label, wnid in enumerate(classes):
             inner = folder / wnid / "images"
+            if not inner.exists() and _numbered(folder / wnid, wnid):
+                # Scripts that sort the images leave the inner folder out.
+                inner = folder / wnid
             names = _numbered(inner, wnid)
             if len(names) != expected:
                 raise UserError(f"{inner}: {len(names)} images {wnid}_<number>.JPEG; {expected} expected")
@@ -107,12 +116,16 @@ class TinyImageNet(Dataset):
     def _find_test(self, folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
         """Path and label of every validation image, in the order of the data set.
 
-        They lie in one folder; val_annotations.txt has a line for each: file name, WordNet id and the four
+        As archived they lie in one folder; scripts that suit other loaders sort them into a folder a class. In the one
+        folder, val_annotations.txt has a line for each: file name, WordNet id and the four
         numbers of a box, separated by tabs.
         """
         inner, annotations = folder / "images", folder / "val_annotations.txt"
+        if not (inner.is_dir() and _numbered(inner, "val")) and any((folder / wnid).is_dir() for wnid in classes):
+            return self._find_sorted(folder, classes)
         names = _numbered(inner, "val")
         present, label_of = set(names), {wnid: label for label, wnid in enumerate(classes)}
+        other_ending = {name.rpartition(".")[0].lower(): name for name in names}
         labels: dict[str, int] = {}
         for number, line in enumerate(_read_text(annotations).splitlines(), 1):
             where = f"{annotations}, line {number}"
@@ -120,6 +133,7 @@ class TinyImageNet(Dataset):
             if len(fields) != 6:
                 raise UserError(f"{where}: {len(fields)} fields separated by tabs; 6 expected")
             name, wnid = fields[:2]
+            name = other_ending.get(name.removesuffix(".JPEG").lower(), name)
             if wnid not in label_of:
                 raise UserError(f"{where}: {wnid!r} is not in wnids.txt")
             if name not in present:
@@ -140,6 +154,24 @@ class TinyImageNet(Dataset):
             if count != expected:
                 raise UserError(f"{annotations}: {count} images of class {wnid}; {expected} expected")
         return [inner / name for name in names], ordered
+
+    def _find_sorted(self, folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], list[int]]:
+        """Path and label of every validation image where each lies in the folder of its class, in the same order."""
+        expected = type(self).test_size // len(classes)
+        found: list[tuple[int, Path, int]] = []
+        for label, wnid in enumerate(classes):
+            inner = folder / wnid
+            if (inner / "images").is_dir():
+                inner = inner / "images"
+            names = _numbered(inner, "val")
+            if len(names) != expected:
+                raise UserError(f"{inner}: {len(names)} images val_<number>.JPEG; {expected} expected")
+            found += [(int(re.findall("[0-9]+", name)[0]), inner / name, label) for name in names]
+        found.sort()
+        for (number, path, _), (following, other, _) in pairwise(found):
+            if number == following:
+                raise UserError(f"{path} and {other} are both number {number}")
+        return [path for _, path, _ in found], [label for _, _, label in found]
 
     def _read(self, paths: list[Path], labels: list[int], reasons: list[str]) -> Images:
         """The images that can be decoded; of the others, the reasons are added."""
@@ -171,8 +203,11 @@ def _read_image(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def _numbered(folder: Path, stem: str) -> list[str]:
-    """The names <stem>_<number>.JPEG in a folder by their number; what else is there is no image of the set."""
-    pattern = re.compile(rf"{re.escape(stem)}_([0-9]+)\.JPEG")
+    """The names <stem>_<number>.JPEG in a folder by their number; what else is there is no image of the set.
+
+    The ending may be written as others do, .jpg or in lower case.
+    """
+    pattern = re.compile(rf"{re.escape(stem)}_([0-9]+)\.jpe?g", re.IGNORECASE)
     found = [match for name in _attempt(os.listdir, folder) if (match := pattern.fullmatch(name))]
     return [match[0] for match in sorted(found, key=lambda match: (int(match[1]), match[0]))]
 

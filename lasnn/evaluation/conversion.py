@@ -15,7 +15,6 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,6 +25,7 @@ from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
 from lasnn.errors import MachineError, UserError, unknown
+from lasnn.kernels.layout import state_dtype
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -36,8 +36,6 @@ Method = Literal["maxnorm", "percentile", "qcfs"]
 # Where the voltage starts, as a share of the threshold: rest in Diehl et al. (IJCNN 2015, maxnorm) and Rueckauer et al.
 # (Frontiers in Neuroscience 2017, percentile), one half in Bu et al. (ICLR 2022, qcfs).
 MEMBRANE_START = {"maxnorm": 0.0, "percentile": 0.0, "qcfs": 0.5}
-# Steps held in memory at once; the accuracy does not depend on it.
-CHUNK = 8
 CONVERTIBLE = (nn.ReLU, QCFS)
 
 # What may stand between the units: for a spike train it commutes with the mean over time.
@@ -66,10 +64,30 @@ class BalancedIF(IF):
         return self.options["threshold"]
 
     def forward(self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None) -> tuple[Tensor, Tensor]:
-        if v0 is None:
-            v0 = torch.full_like(current[0], self.start * self.amplitude, dtype=torch.float32)
+        v0 = self._start(current[0]) if v0 is None else v0
         spikes, voltage = super().forward(current, v0, timesteps)
         return spikes * self.amplitude, voltage
+
+    def after_norm(
+        self,
+        y: Tensor,
+        norm: nn.BatchNorm2d,
+        residual: Tensor | None = None,
+        *,
+        timesteps: int,
+        constant: bool = False,
+        v0: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple:
+        if v0 is None:
+            v0 = self._start(y[: len(y) if constant else len(y) // timesteps])
+        run = {"timesteps": timesteps, "constant": constant, "v0": v0, "return_state": return_state}
+        spikes, *rest = super().after_norm(y, norm, residual, **run)
+        return spikes * self.amplitude, *rest
+
+    def _start(self, step: Tensor) -> Tensor:
+        """The voltage before the first step."""
+        return torch.full_like(step, self.start * self.amplitude, dtype=state_dtype(step.dtype))
 
     def extra_repr(self) -> str:
         return f"threshold={self.amplitude:.4g}, start={self.start}"
@@ -77,9 +95,6 @@ class BalancedIF(IF):
 
 class Converted(Student):
     """A converted teacher: images in, logits out, like a distilled student.
-
-    A run of T steps is made in time chunks of `CHUNK` steps, so that its memory does not grow with T; only the
-    logits of all steps are kept. The layers before the first neuron, whose input is constant, run once a chunk.
 
     Args:
         network: whose units hold a `BalancedIF`.
@@ -92,18 +107,6 @@ class Converted(Student):
     def __init__(self, network: Staged, encoder: nn.Module, timesteps: int, description: dict[str, Any]):
         super().__init__(network, encoder, timesteps)
         self.description = description
-
-    def steps(
-        self, images: Tensor, taps: Iterable[str] = (), generator: torch.Generator | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features, of all T steps."""
-        x = self.encoder(images, 1, generator)
-        chunks, voltages = [], {}
-        for start in range(0, self.timesteps, CHUNK):
-            with self.network.clock.carry_state(voltages, start) as voltages:
-                chunks.append(self.network(x, min(CHUNK, self.timesteps - start), taps))
-        logits, features = zip(*chunks, strict=True)
-        return torch.cat(logits), {name: torch.cat([chunk[name] for chunk in features]) for name in features[0]}
 
 
 def convert(
@@ -148,7 +151,7 @@ def convert(
     network = copy.deepcopy(teacher.network).requires_grad_(False).eval()
     for name, threshold in thresholds.items():
         unit = network.get_submodule(name)
-        spiking = NormSpike(None, BalancedIF(threshold, start), network.clock)
+        spiking = NormSpike(None, BalancedIF(threshold, start), network.time)
         spiking.norm, spiking.name = unit.norm, name
         network.set_submodule(name, spiking)
     encoder = Direct(teacher.mean.flatten().tolist(), teacher.std.flatten().tolist()).to(teacher.mean.device)

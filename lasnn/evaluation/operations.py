@@ -71,7 +71,7 @@ class OperationCounter:
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._marked.clear()
-        context = self.student.network.clock
+        context = self.student.network.time
         if context.start == 0:
             # A run in time chunks sees its images in each of them.
             self.images += context.batch
@@ -93,7 +93,7 @@ class OperationCounter:
             spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
             count[self._now] += spikes_per_one * self._by_step(spikes)
-            fired = self.student.network.clock.unfold(spikes).detach().ne(0).any(1)
+            fired = self.student.network.time.unfold(spikes).detach().ne(0).any(1)
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
             self._mark(spikes, spikes_per_one)
@@ -114,7 +114,7 @@ class OperationCounter:
     def _count_operations(self, name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0]
-            context = self.student.network.clock
+            context = self.student.network.time
             spikes = self._spikes_per_one(x)
             if spikes is not None:
                 fanout = self._fanout_of(layer, x, output)
@@ -160,15 +160,15 @@ class OperationCounter:
 
     def _by_step(self, x: Tensor) -> Tensor:
         """Sum over everything but time: [T*B, ...] -> [T], in fp64 on the CPU."""
-        x = self.student.network.clock.unfold(x)
+        x = self.student.network.time.unfold(x)
         sums = x.flatten(1).sum(1, dtype=torch.float64).cpu()
-        steps = self.student.network.clock.steps
+        steps = self.student.network.time.steps
         return sums if len(sums) == steps else sums.repeat(steps)
 
     @property
     def _now(self) -> slice:
         """The steps that the current pass makes; all of them unless the run is in time chunks."""
-        context = self.student.network.clock
+        context = self.student.network.time
         return slice(context.start, context.start + context.steps)
 
     def join(self) -> None:

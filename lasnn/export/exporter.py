@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lasnn import __version__
-from lasnn.bound_data import as_metadata
+from lasnn.description import describe_student
 from lasnn.errors import UserError
 from lasnn.loaded_run import Run
 from lasnn.registry import architectures, encoders, neurons
@@ -142,14 +142,5 @@ class Exporter(ABC):
     def description(self) -> dict[str, Any]:
         """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""
         table = self.run.recipe.student.model_copy(update={"timesteps": self.timesteps})
-        return {
-            "lasnn": __version__,
-            "architecture": table.architecture,
-            "options": table.options,
-            **as_metadata(self.run.description),
-            "timesteps": self.timesteps,
-            "encoder": table.encoder_table.name,
-            "neuron": table.neuron.name,
-            "takes": self.takes,
-            "recipe": self.run.recipe.model_copy(update={"student": table}).to_toml(),
-        }
+        recipe = self.run.recipe.model_copy(update={"student": table})
+        return {"lasnn": __version__, **describe_student(recipe, self.run.description), "takes": self.takes}

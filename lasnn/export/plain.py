@@ -1,7 +1,7 @@
 """A student in plain PyTorch operators, unrolled over T: what ONNX and pt2 files hold.
 
-The arithmetic is that of the CPU kernels, operation by operation (kernels/cpu.py), so that its logits and spikes are
-the student's bit for bit at the same batch size and number of threads.
+The arithmetic is that of the CPU kernels, operation by operation (kernels/cpu/), so that its logits and spikes are the
+student's bit for bit at the same batch size and number of threads.
 
 Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 """
@@ -36,9 +36,9 @@ class PlainUnit(nn.Module):
     A neuron with a `forward` of its own is called as it is.
     """
 
-    def __init__(self, unit: NormSpike, clock: TimeContext, trace: Trace):
+    def __init__(self, unit: NormSpike, time: TimeContext, trace: Trace):
         super().__init__()
-        self.name, self.clock, self.trace = unit.name, clock, trace
+        self.name, self.time, self.trace = unit.name, time, trace
         self.own = getattr(type(unit.neuron), "forward", None) is not Neuron.forward
         if unit.fused:
             for name, value in zip(("mean", "scale", "bias"), folded(unit.norm), strict=True):
@@ -55,11 +55,11 @@ class PlainUnit(nn.Module):
         self.threshold, self.v_reset = unit.neuron.options["threshold"], unit.neuron.options["v_reset"]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        current = self.clock.unfold((x - self.mean) * self.scale + self.bias if self.fused else self.norm(x))
+        current = self.time.unfold((x - self.mean) * self.scale + self.bias if self.fused else self.norm(x))
         if residual is not None:
-            current = current + self.clock.unfold(residual)
+            current = current + self.time.unfold(residual)
         if self.own:
-            spikes = self.neuron(current, timesteps=self.clock.steps)[0].to(x.dtype).flatten(0, 1)
+            spikes = self.neuron(current, timesteps=self.time.steps)[0].to(x.dtype).flatten(0, 1)
         else:
             spikes = self.fire(current)
         self.trace.spikes[self.name] = spikes
@@ -69,7 +69,7 @@ class PlainUnit(nn.Module):
         """[T, B, ...], or [1, B, ...] where constant in time -> spikes [T*B, ...]."""
         v_rest = self.v_reset or 0.0
         v, spikes, potentials = None, [], []
-        for t in range(self.clock.steps):
+        for t in range(self.time.steps):
             x = current[t if len(current) > 1 else 0]
             if self.decay_input:
                 x = x * self.decay
@@ -109,7 +109,7 @@ class Plain(nn.Module):
         self.units: dict[str, PlainUnit] = {}
         for name, unit in list(self.network.named_modules(remove_duplicate=False)):
             if isinstance(unit, NormSpike):
-                plain = self.units.setdefault(unit.name, PlainUnit(unit, self.network.clock, self.trace))
+                plain = self.units.setdefault(unit.name, PlainUnit(unit, self.network.time, self.trace))
                 parent, _, attribute = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), attribute, plain)
         self.eval()

@@ -1,1 +1,8 @@
 """Networks: named stages of units, as an ANN teacher and as a spiking student."""
+
+from lasnn.network.staged import Staged, StagedView, build
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
+
+__all__ = ["NormActivate", "NormSpike", "Staged", "StagedView", "Student", "Teacher", "ann_units", "build", "snn_units"]

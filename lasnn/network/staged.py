@@ -39,10 +39,10 @@ class Staged(nn.Module):
         units = {name: module for name, module in self.named_modules() if isinstance(module, NormSpike)}
         for name, unit in units.items():
             unit.name = name
-        clocks = {id(unit.clock): unit.clock for unit in units.values()}
-        if len(clocks) > 1:
+        contexts = {id(unit.time): unit.time for unit in units.values()}
+        if len(contexts) > 1:
             raise ValueError("the units of one network must come from one `act` factory")
-        self.clock = next(iter(clocks.values()), TimeContext())
+        self.time = next(iter(contexts.values()), TimeContext())
 
     def forward(self, x: Tensor, timesteps: int = 1, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the network from rest.
@@ -60,14 +60,14 @@ class Staged(nn.Module):
         """
         if x.shape[0] not in (1, timesteps):
             raise ValueError(f"the input has {x.shape[0]} time steps; expected {timesteps}, or 1 if constant in time")
-        self.clock.steps, self.clock.batch = timesteps, x.shape[1]
+        self.time.steps, self.time.batch = timesteps, x.shape[1]
         x = self.stem(rearrange(x, "t b c h w -> (t b) c h w"))
         features = {}
         for name in self.stage_names:
             x = getattr(self, name)(x)
             if name in taps:
-                features[name] = self.clock.unfold(x)
-        return self.clock.unfold(self.head(x)), features
+                features[name] = self.time.unfold(x)
+        return self.time.unfold(self.head(x)), features
 
 
 class StagedView(Staged):
@@ -97,7 +97,7 @@ class StagedView(Staged):
         for name, view in {"stem": stem or nn.Identity(), **stages, "head": head}.items():
             object.__setattr__(self, name, view)
         self.stage_names = tuple(stages)
-        self.clock = TimeContext()
+        self.time = TimeContext()
         self.normalisation = None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
@@ -127,7 +127,7 @@ def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> d
     channels, height, width = image
     mode = network.training
     network.eval()
-    network.clock.steps, network.clock.batch = timesteps, 1
+    network.time.steps, network.time.batch = timesteps, 1
     x = torch.empty(1, channels, height, width, device="meta")
     shapes = {}
     for name in ("stem", *network.stage_names, "head"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lasnn.encoder import check_images
 from lasnn.kernels.layout import state_dtype
 from lasnn.network.staged import Staged
-from lasnn.network.time_chunks import even_chunks, recompute, running_statistics_pooled
+from lasnn.network.time_chunks import even_chunks, pool_running_statistics, recompute
 from lasnn.network.units import NormSpike
 
 # Time steps of a long evaluation that are computed at once.
@@ -61,7 +61,7 @@ class Student(nn.Module):
             for start in range(0, self.timesteps, TIME_CHUNK):
                 stop = min(start + TIME_CHUNK, self.timesteps)
                 place = {"first": first, "total": total, "start": start, "stop": stop}
-                with self.network.clock.carry_state(voltages, start) as voltages:
+                with self.network.time.carry_state(voltages, start) as voltages:
                     encoded = self.encoder.part(images, self.timesteps, generator, **place)
                     pieces.append(self.network(encoded, stop - start, taps))
             logits, features = zip(*pieces, strict=True)
@@ -112,7 +112,7 @@ class Student(nn.Module):
             draws = None if state is None else torch.Generator(generator.device).set_state(state)
             place = {"first": first, "total": total, "start": start, "stop": stop}
             encoded = self.encoder.part(images, self.timesteps, draws, **place)
-            with self.network.clock.carry_state(voltages, start) as after:
+            with self.network.time.carry_state(voltages, start) as after:
                 logits, features = self.network(encoded, stop - start, taps)
             sums = {name: feature.to(state_dtype(feature.dtype)).sum(0) for name, feature in features.items()}
             found = None if of_steps is None else (stop - start) * of_steps(logits, features)
@@ -121,10 +121,10 @@ class Student(nn.Module):
         voltages: dict[str, Tensor] = {}
         state = None if generator is None else generator.get_state()
         parts, features, found = [], {}, None
-        with running_statistics_pooled(self.network):
+        with pool_running_statistics(self.network, self.network.time):
             for start in range(0, self.timesteps, chunk):
                 stop = min(start + chunk, self.timesteps)
-                done = recompute(self.network, run, images, voltages, state, start, stop)
+                done = recompute(self.network, self.network.time, run, images, voltages, state, start, stop)
                 logits, sums, of_chunk, voltages, state = done
                 parts.append(logits)
                 features = {name: features[name] + value if features else value for name, value in sums.items()}
@@ -158,6 +158,6 @@ class Student(nn.Module):
                 f"the encoder {type(self.encoder).__name__} decides the spikes of all steps at once; step() needs a "
                 "causal one, as direct or poisson"
             )
-        with self.network.clock.carry_state(voltages or {}) as after:
+        with self.network.time.carry_state(voltages or {}) as after:
             logits, _ = self.network(self.encoder(images, 1, generator))
         return logits[0], after

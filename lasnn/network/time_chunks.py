@@ -1,31 +1,33 @@
 """Training over a long T in the memory of a few steps: chunks of time that are computed again in the backward pass."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from lasnn.kernels.norm import updated
+from lasnn.kernels import BatchStatistics, pool_statistics, update_running_statistics
+from lasnn.network.time import TimeContext
 
 
-def recompute(module: nn.Module, function: Callable, *inputs, **options):
-    """`function(*inputs, **options)`, computed again in the backward pass instead of keeping what is in between.
+def recompute(module: nn.Module, time: TimeContext, function: Callable, *inputs):
+    """`function(*inputs)`, computed again in the backward pass instead of keeping what is in between.
 
     What layers draw of their own accord is drawn alike, and the batch norms of `module`, which the function runs,
     update their running statistics in the first pass alone.
     """
 
-    def contexts():
-        return nullcontext(), running_statistics_left(module)
+    @contextmanager
+    def second_pass() -> Iterator[None]:
+        with keep_running_statistics(module), time.collect_statistics():
+            yield
 
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts, **options)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), second_pass()))
 
 
 @contextmanager
-def running_statistics_left(module: nn.Module) -> Iterator[list[_BatchNorm]]:
+def keep_running_statistics(module: nn.Module) -> Iterator[list[_BatchNorm]]:
     """Within the block the batch norms that train update copies of their running statistics, which are then dropped.
 
     Yields these batch norms.
@@ -45,38 +47,29 @@ def running_statistics_left(module: nn.Module) -> Iterator[list[_BatchNorm]]:
 
 
 @contextmanager
-def running_statistics_pooled(module: nn.Module) -> Iterator[None]:
+def pool_running_statistics(module: nn.Module, time: TimeContext) -> Iterator[None]:
     """The running statistics are updated once, at the end, by those of all passes in the block together.
 
     As if all their elements had been normalised at once: the variance within the passes and that between them.
     """
-    passes: dict[_BatchNorm, list[tuple[int, Tensor, Tensor]]] = {}
+    with ExitStack() as stack:
+        norms = stack.enter_context(keep_running_statistics(module))
+        collected = stack.enter_context(time.collect_statistics())
 
-    def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
-        count = inputs[0].numel() // inputs[0].shape[1] if getattr(norm, "group", None) is None else int(norm.count)
-        mean, var = (value.to(torch.float64, copy=True) for value in (norm.running_mean, norm.running_var))
-        passes.setdefault(norm, []).append((count, mean, var))
+        def collect(norm: _BatchNorm, inputs: tuple[Tensor, ...], _: object) -> None:
+            """Of a norm that is not a unit's, as a shortcut's: its running statistics are these at a momentum of 1."""
+            count = inputs[0].numel() // inputs[0].shape[1] if getattr(norm, "group", None) is None else norm.count
+            mean, unbiased = norm.running_mean.double(), norm.running_var.double()
+            batch = BatchStatistics(mean.clone(), unbiased * ((count - 1) / count), count)
+            collected.setdefault(norm, []).append(batch)
 
-    with running_statistics_left(module) as norms:
-        momenta = [norm.momentum for norm in norms]
-        hooks = [norm.register_forward_hook(collect) for norm in norms]
         for norm in norms:
-            # With a momentum of 1 a pass's running statistics are its own.
+            stack.callback(norm.register_forward_hook(collect).remove)
+            stack.callback(setattr, norm, "momentum", norm.momentum)
             norm.momentum = 1.0
-        try:
-            yield
-        finally:
-            for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
-                norm.momentum = momentum
-                hook.remove()
-    for norm, seen in passes.items():
-        total = sum(count for count, _, _ in seen)
-        middle = sum(count * mean for count, mean, _ in seen) / total
-        spread = sum((count - 1) * var + count * (mean - middle).square() for count, mean, var in seen) / total
-        mean, var = updated(norm, torch.stack([middle, spread]), total)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
-        norm.num_batches_tracked.add_(1)
+        yield
+    for norm, batches in collected.items():
+        update_running_statistics(norm, pool_statistics(batches))
 
 
 def even_chunks(timesteps: int, most: int) -> tuple[int, int]:

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 
 from lasnn.activation import QCFS
 from lasnn.kernels import BatchNorm2d
-from lasnn.kernels.functional import normalised
-from lasnn.kernels.layout import state_dtype
 from lasnn.network.time import TimeContext
-from lasnn.network.time_chunks import recompute
 from lasnn.neuron import Neuron
 from lasnn.registry import neurons
 
@@ -37,54 +34,56 @@ class NormSpike(nn.Module):
     `channels=None` leaves the normalisation out. Input [T*B, C, H, W], or [B, C, H, W] where it is constant in time
     (it is then normalised once, with the statistics of the unrepeated tensor); output: spikes [T*B, C, H, W].
 
-    A registered neuron with a `forward` of its own runs behind `lasnn.kernels.BatchNorm2d`, not in the kernel.
+    A neuron with a `forward` of its own, and one without normalisation, runs behind it, not in the kernel.
     """
 
-    def __init__(self, channels: int | None, neuron: nn.Module, clock: TimeContext):
+    def __init__(self, channels: int | None, neuron: nn.Module, time: TimeContext):
         super().__init__()
         self.norm = nn.Identity() if channels is None else BatchNorm2d(channels)
         self.neuron = neuron
-        self.clock = clock
-        self.fused = channels is not None and getattr(type(neuron), "forward", None) is Neuron.forward
+        self.time = time
         # In its network; the network sets it.
         self.name = ""
 
+    @property
+    def fused(self) -> bool:
+        """Whether normalisation and neuron are one kernel."""
+        return type(self.norm) in (nn.BatchNorm2d, BatchNorm2d) and fuses(type(self.neuron))
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        voltages = self.clock.voltages
-        if self.fused and voltages is None:
-            steps = self.clock.steps
-            constant = steps > 1 and x.shape[0] == self.clock.batch
-            spikes, running = self.neuron.after_norm(x, self.norm, residual, timesteps=steps, constant=constant)
-            if running is not None:
-                self.norm.running_mean.copy_(running.mean)
-                self.norm.running_var.copy_(running.var)
-                self.norm.num_batches_tracked.add_(1)
-            return spikes
-        if voltages is None:
-            return self._in_turn(x, residual)[0]
-        before = voltages.get(self.name)
-        if self.training:
-            # Only x, the residual and the voltage are kept for the backward pass, as by the kernel.
-            spikes, after = recompute(self, self._in_turn, x, residual, v0=before)
-        else:
-            spikes, after = self._in_turn(x, residual, v0=before)
-        voltages[self.name] = after
+        run = self._fused if self.fused else self._in_turn
+        if self.time.voltages is None:
+            return run(x, residual)[0]
+        spikes, v_last = run(x, residual, v0=self.time.voltages.get(self.name))
+        self.time.voltages[self.name] = v_last
         return spikes
 
-    def _in_turn(self, x: Tensor, residual: Tensor | None, **before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Normalisation and neuron one after the other, with the voltage before and after if it is carried."""
-        if not self.fused:
-            current = self.norm(x)
-        elif self.training:
-            # In the kernel's precision, whatever the type of x.
-            current = self.norm(x.to(state_dtype(x.dtype)))
-        else:
-            current = normalised(x, self.norm)
-        current = self.clock.unfold(current)
+    def _fused(self, x: Tensor, residual: Tensor | None, **state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Spikes and, where a state is given (None: rest), the voltage after the last step."""
+        steps = self.time.steps
+        constant = steps > 1 and x.shape[0] == self.time.batch
+        options = {"timesteps": steps, "constant": constant, "return_state": bool(state), **state}
+        spikes, *v_last, batch = self.neuron.after_norm(x, self.norm, residual, **options)
+        self.time.update_statistics(self.norm, batch)
+        return spikes, v_last[0] if v_last else None
+
+    def _in_turn(self, x: Tensor, residual: Tensor | None, **state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same for what is not one kernel."""
+        current = self.time.unfold(self.norm(x))
         if residual is not None:
-            current = current + self.clock.unfold(residual)
-        spikes, after = self.neuron(current, timesteps=self.clock.steps, **before)
-        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ..."), after
+            current = current + self.time.unfold(residual)
+        spikes, v_last = self.neuron(current, timesteps=self.time.steps, **state)
+        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ..."), v_last
+
+
+def fuses(neuron: type[nn.Module]) -> bool:
+    """Whether a neuron's `after_norm` is what its `forward` does: one that overrides the second only is not fused."""
+    ancestry = neuron.__mro__
+    forward, after_norm = (
+        next((number for number, kind in enumerate(ancestry) if name in vars(kind)), len(ancestry))
+        for name in ("forward", "after_norm")
+    )
+    return after_norm <= forward and issubclass(neuron, Neuron)
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.
@@ -99,5 +98,5 @@ def ann_units(activation: str = "relu", **options) -> Act:
 
 def snn_units(neuron: str = "lif", **options) -> Act:
     """The factory that makes a network an SNN of the registered `neuron` with its `options`."""
-    clock = TimeContext()
-    return lambda channels=None: NormSpike(channels, neurons.build(neuron, **options), clock)
+    time = TimeContext()
+    return lambda channels=None: NormSpike(channels, neurons.build(neuron, **options), time)

@@ -1,13 +1,15 @@
-"""Reading a recipe: TOML, `--set`, shipped recipes; and writing one."""
+"""A recipe as text: TOML, `--set`, the shipped recipes, and writing one. What its keys mean is not known here."""
 
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lasnn.errors import UserError, unknown
+from lasnn.errors import UserError, printable, unknown
+from lasnn.recipe.paths import expanded
 
 # Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
 LARGEST, DEEPEST = 2**20, 16
@@ -24,7 +26,8 @@ def parse(content: bytes, source: str) -> dict[str, Any]:
         lines = content.count(b"\n")
         raise UserError(f"{source}: line {lines}: it goes on after {LARGEST:,} bytes; that is no recipe")
     try:
-        text = content.decode()
+        # Editors on Windows put a byte-order mark first, and end lines by a carriage return and a line feed.
+        text = content.decode("utf-8-sig")
         return tomllib.loads(text)
     except UnicodeDecodeError as error:
         at = content.count(b"\n", 0, error.start) + 1
@@ -33,25 +36,57 @@ def parse(content: bytes, source: str) -> dict[str, Any]:
         at = max(enumerate(text.splitlines(), 1), key=lambda line: line[1].count("[") + line[1].count("{"))[0]
         raise UserError(f"{source}: line {at}: not valid TOML: nested too deeply") from error
     except ValueError as error:
+        if str(error).startswith("Cannot ") and (said := _given_twice(text, str(error))):
+            raise UserError(f"{source}: {said}") from error
         # TOML's own errors name their line; Python's limit on the digits of a number does not.
         long = re.search(r"\d[\d_]{4000}", text) if not isinstance(error, tomllib.TOMLDecodeError) else None
         where = f"line {text.count(chr(10), 0, long.start()) + 1}: " if long else ""
         raise UserError(f"{source}: {where}not valid TOML: {str(error).partition(';')[0]}") from error
 
 
-def _beyond(tables: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, message) of values that no recipe has: tables in tables without end, numbers that no size can be."""
-    inner = [("", 0, tables)]
-    while inner:
-        key, depth, value = inner.pop()
-        if depth > DEEPEST:
-            yield key, "is nested deeper than any key of a recipe"
+def _given_twice(text: str, reason: str) -> str | None:
+    """The line for a key or a table that stands in a TOML file for the second time; None where it is not found.
+
+    tomllib says where the second definition ends, by its line or as the end of the document, and not of what it is.
+    """
+    lines = text.split("\n")
+    named = re.search(r"\(at line (\d+)", reason)
+    last = int(named.group(1)) if named else len(lines)
+    # It begins behind the longest part of the file that is TOML; a value may go over several lines.
+    for start in range(last - 1, max(-1, last - 200), -1):
+        try:
+            tomllib.loads("\n".join(lines[:start]))
+        except ValueError:
             continue
-        largest = LARGEST_SEED if key == "seed" else LARGEST_INTEGER
+        # Blank lines and comments may come before it.
+        while start < last - 1 and (not lines[start].strip() or lines[start].lstrip().startswith("#")):
+            start += 1
+        table = next((line.strip() for line in reversed(lines[:start]) if re.match(r"\s*\[[^=]*\]\s*(#|$)", line)), "")
+        if lines[start].lstrip().startswith("["):
+            return f"line {start + 1}: not valid TOML: the table {lines[start].strip()} is given twice"
+        key = lines[start].partition("=")[0].strip()
+        return f"line {start + 1}: not valid TOML: {key!r} is given twice{f' in {table}' if table else ''}"
+    return None
+
+
+def beyond(tables: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """(place, message) of values that no recipe has: tables in tables without end, numbers that no size can be."""
+    inner: list[tuple[tuple[str | int, ...], Any]] = [((), tables)]
+    while inner:
+        place, value = inner.pop()
+        if len(place) > DEEPEST:
+            yield place, "is nested deeper than any key of a recipe"
+            continue
+        largest = LARGEST_SEED if place == ("seed",) else LARGEST_INTEGER
         if isinstance(value, int) and abs(value) > largest:
-            yield key, f"{value if abs(value) < 1e40 else 'a number of very many digits'} is too large"
+            yield place, f"{value if abs(value) < 1e40 else 'a number of very many digits'} is too large"
         pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        inner += [(f"{key}.{name}" if key else str(name), depth + 1, item) for name, item in pairs]
+        inner += [((*place, name), item) for name, item in pairs]
+
+
+def key_of(place: tuple[str | int, ...]) -> str:
+    """A place as a recipe's user writes it: `losses.0.weight`."""
+    return ".".join(map(str, place))
 
 
 def find(recipe: str | Path) -> Path:
@@ -60,7 +95,7 @@ def find(recipe: str | Path) -> Path:
     Raises:
         UserError: there is neither.
     """
-    path = Path(recipe)
+    path = expanded(recipe, "the recipe")
     if path.is_file():
         return path
     known = shipped()
@@ -82,6 +117,44 @@ def shipped() -> dict[str, Path]:
 def summary(path: Path) -> str:
     """What a recipe file says of itself: the first line of its header comment."""
     return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a file and its overrides say, not yet checked.
+
+    Args:
+        tables: nested dicts, as `tomllib` returns them.
+        source: the file.
+        overridden: keys that `--set` brought.
+        problems: a line for each override that cannot be applied.
+    """
+
+    tables: dict[str, Any]
+    source: str
+    overridden: set[str]
+    problems: list[str]
+
+
+def read(recipe: str | Path, overrides: Iterable[str] = ()) -> Read:
+    """Read a recipe's file, given as a path or as a shipped recipe's name, and apply the overrides in order.
+
+    Raises:
+        UserError: there is no such file, or it is no TOML.
+    """
+    path = find(recipe)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    found = Read(parse(content, str(path)), str(path), set(), [])
+    for setting in overrides:
+        try:
+            found.overridden.add(_override(found.tables, setting))
+        except ValueError as error:
+            found.problems.append(f"--set {printable(setting)}: {error}")
+    return found
 
 
 def _override(tables: dict[str, Any], setting: str) -> str:
@@ -128,30 +201,6 @@ def _entry(entries: list, step: str, where: str) -> int:
         return int(step)
     names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
     raise ValueError(unknown(f"entry of {where}", step, names))
-
-
-def _place(here: Any, key: str) -> tuple:
-    """Where a dotted key leads in nested tables; the names on the way may have dots themselves."""
-    if isinstance(here, list):
-        number, _, rest = key.partition(".")
-        return (int(number), *(_place(here[int(number)], rest) if rest else ()))
-    if isinstance(here, dict) and key not in here:
-        for name in here:
-            if key.startswith(f"{name}."):
-                return (name, *_place(here[name], key.removeprefix(f"{name}.")))
-    return (key,)
-
-
-def _remove(tables: dict[str, Any], place: tuple) -> bool:
-    """Delete the value at `place`; False if there is nothing to delete (a missing key)."""
-    here: Any = tables
-    try:
-        for part in place[:-1]:
-            here = here[part]
-        del here[place[-1]]
-    except (KeyError, IndexError, TypeError):
-        return False
-    return True
 
 
 def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:

@@ -1,26 +1,17 @@
-"""What is said of a recipe's mistakes."""
+"""What is said of a recipe's mistakes, by the fields of its model alone."""
 
-from collections.abc import Iterable
-from typing import Any
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from lasnn.errors import printable, unknown
-from lasnn.recipe.schema import (
-    AugmentTable,
-    DataTable,
-    DistillTable,
-    EncoderTable,
-    LossTable,
-    NeuronTable,
-    Recipe,
-    StudentTable,
-    TeacherTable,
-)
-from lasnn.registry import (
-    describe_limits,
-    describe_type,
-)
+from lasnn.registry import describe_limits, describe_type
+
+# The way to a key: names of tables and keys, and numbers of a list's entries.
+Place = tuple[str | int, ...]
 
 
 def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
@@ -36,55 +27,80 @@ def fields(model: type[BaseModel]) -> list[tuple[str, str, Any, str]]:
     ]
 
 
-def _line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
+def line(source: str, overridden: Iterable[str], key: str, message: str) -> str:
     """One line about a key; what `--set` brought is blamed on it, not on the file."""
     blamed = any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden)
     return f"{'--set' if blamed else source}: {printable(key, 100)}: {printable(message)}"
 
 
-def _faults(error: ValidationError):
+def title(place: Place) -> str:
+    """A table as it stands in the file: `[student.neuron]`, or `[[losses]]` for an entry of a list."""
+    if not place:
+        return "the recipe"
+    names = ".".join(str(part) for part in place if isinstance(part, str))
+    return f"[[{names}]]" if isinstance(place[-1], int) else f"[{names}]"
+
+
+def faults(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Place, str]]:
     """(place, message) of each of pydantic's errors, in lasnn's words."""
     seen = set()
     for fault in error.errors(include_url=False):
-        if fault["loc"][-1] == "str" and isinstance(fault["input"], dict):
-            continue  # "or text" is no advice for what is written as a table
-        place = tuple(part for part in fault["loc"] if part not in ("str", "EncoderTable", "AugmentTable"))
-        if place in seen:
+        place, table, info, branch = _resolve(model, fault["loc"])
+        if place in seen or (branch is str and isinstance(fault["input"], dict)):
+            # A value that is wrong for each type of a union is wrong once; "or text" is no advice for a table.
             continue
         seen.add(place)
-        model, info = _field(place)
         if fault["type"] == "extra_forbidden":
-            message = unknown(f"key of {_title(place[:-1])}", place[-1], model.model_fields if model else ())
+            message = unknown(f"key of {title(place[:-1])}", place[-1], table.model_fields)
         elif fault["type"] == "missing":
-            message = f"missing; {_title(place[:-1])} needs it"
+            message = f"missing; {title(place[:-1])} needs it"
         elif info is not None:
-            kind = describe_type(info.annotation)
-            message = f"{fault['input']!r} is not valid; it takes {kind}{describe_limits(info.metadata)}"
+            accepted = describe_type(info.annotation) + describe_limits(info.metadata)
+            message = f"{fault['input']!r} is not valid; it takes {accepted}"
         else:
             message = f"{fault['input']!r} is not valid: {fault['msg'].lower()}"
         yield place, message
 
 
-def _title(place: tuple) -> str:
-    if not place:
-        return "the recipe"
-    return f"[[{place[0]}]]" if place[0] == "losses" else f"[{'.'.join(map(str, place))}]"
+def table_of(model: type[BaseModel], place: Place) -> type[BaseModel]:
+    """The model of the table at a place of a recipe, that of an entry for a list's."""
+    kind: Any = model
+    for part in place:
+        [*_, kind] = _branches(get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation)
+    return kind
 
 
-def _field(place: tuple):
-    """The model that holds the last part of `place` and its field, where there is one."""
-    tables = {
-        "data": DataTable,
-        "teacher": TeacherTable,
-        "student": StudentTable,
-        "distill": DistillTable,
-        "losses": LossTable,
-        "neuron": NeuronTable,
-        "encoder": EncoderTable,
-        "augment": AugmentTable,
-    }
-    model: type[BaseModel] = Recipe
-    for part in place[:-1]:
-        if isinstance(part, str):
-            model = tables.get(part, model)
-    return model, model.model_fields.get(place[-1]) if isinstance(place[-1], str) else None
+def _resolve(model: type[BaseModel], location: Place) -> tuple[Place, type[BaseModel], FieldInfo | None, Any]:
+    """What pydantic's location means.
+
+    Returns:
+        The place, which is the location without the branches of unions; the innermost table's model on the way; the
+        last key's field, None for an entry of a list or a key that is not known; the last branch of a union.
+    """
+    place: list[str | int] = []
+    kind: Any = model
+    table, info, branch = model, None, None
+    for part in location:
+        branches = _branches(kind)
+        if len(branches) > 1:
+            named = {getattr(one, "__name__", str(one)): one for one in branches}
+            if part in named:
+                kind = branch = named[part]
+                continue
+        elif branches:
+            [kind] = branches
+        place.append(part)
+        info = None
+        if isinstance(part, int):
+            kind = (*get_args(kind), Any)[0]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            table, info = kind, kind.model_fields.get(part)
+            kind = info.annotation if info else Any
+    return tuple(place), table, info, branch
+
+
+def _branches(kind: Any) -> list[Any]:
+    """The types of a union but None, and any other type alone."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return [one for one in get_args(kind) if one is not type(None)]
+    return [kind]

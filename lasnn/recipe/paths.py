@@ -21,22 +21,20 @@ def expanded(path: str | Path, key: str) -> Path:
         raise UserError(f"{key} {path}: {error}; give the path without ~") from error
 
 
-def located(written: str, key: str, folder: Path, given: bool = True) -> Path:
-    """Where a path of a recipe leads: from the working directory, or, where a run's own recipe is read from another
-    one than the run was begun in, to where it led then.
+def located(written: str, key: str, folder: Path, left_out: bool = False) -> Path:
+    """Where a path of a recipe leads: where it led when the run began, if it is a run's own recipe that is read and
+    that is still there; otherwise from the working directory.
 
     Args:
         written: as the recipe has it.
         key: of the recipe.
         folder: of the recipe's file.
-        given: whether the recipe has it at all; a student's file travels without.
+        left_out: whether the recipe does not have it, as that of a student's file, which travels without.
     """
     path = expanded(written, key)
-    if path.is_absolute() or (given and path.exists()):
-        return path
-    then = recorded(key, folder)
-    # Another path that was set since is not to be found where the first one was.
-    same = then is not None and (not given or then.parts[len(then.parts) - len(path.parts) :] == path.parts)
+    then = None if path.is_absolute() else recorded(key, folder)
+    # Another path that was written there since does not lead where the first one did.
+    same = then is not None and (left_out or then.parts[len(then.parts) - len(path.parts) :] == path.parts)
     return then if same and then.exists() else path
 
 

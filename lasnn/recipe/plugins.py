@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lasnn.errors import UserError
@@ -16,34 +17,38 @@ log = logging.getLogger("lasnn")
 _loaded_plugins: dict[str, str] = {}
 
 
-def _is_file(plugin: str) -> bool:
+def is_file(plugin: str) -> bool:
+    """Whether a recipe's plugin is a file, not a module."""
     return plugin.endswith(".py") or "/" in plugin
 
 
-def _load_plugins(recipe):
-    """Import the plugins; yields (key, message) for those that fail."""
-    for index, plugin in enumerate(recipe.plugins):
-        key = f"plugins.{index}"
+def load_plugins(plugins: Iterable[str], folder: Path) -> Iterator[tuple[int, str]]:
+    """Import the plugins; yields (number, message) for those that fail.
+
+    Args:
+        plugins: file names or modules.
+        folder: where the files lie, beside the recipe.
+    """
+    for number, plugin in enumerate(plugins):
         try:
-            if not _is_file(plugin):
+            if not is_file(plugin):
                 _import_module(plugin)
                 continue
-            path = recipe._folder / plugin
+            path = folder / plugin
             if Path(plugin).name != plugin:
-                yield key, f"{plugin!r} must lie beside the recipe, in {recipe._folder.resolve()}"
+                yield number, f"{plugin!r} must lie beside the recipe, in {folder.resolve()}"
             elif not path.is_file():
-                yield key, f"no file {path}; a plugin is a Python file beside the recipe, or a module's name"
+                yield number, f"no file {path}; a plugin is a Python file beside the recipe, or a module's name"
             else:
                 _import_once(path)
         except UserError as error:
-            yield key, f"{plugin}: {error}"
+            yield number, f"{plugin}: {error}"
         except Exception as error:
             # Whatever the user's code raises is the user's to mend; the line says where it was raised.
-            if isinstance(error, ModuleNotFoundError) and not _is_file(plugin) and plugin.startswith(error.name or "-"):
-                yield key, f"no module {error.name!r}; install it, or name its folder in PYTHONPATH"
+            if isinstance(error, ModuleNotFoundError) and not is_file(plugin) and plugin.startswith(error.name or "-"):
+                yield number, f"no module {error.name!r}; install it, or name its folder in PYTHONPATH"
                 continue
-            line = f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
-            yield key, line
+            yield number, f"{plugin} cannot be imported: {type(error).__name__}: {error}{_place_in(plugin, error)}"
 
 
 def _place_in(plugin: str, error: BaseException) -> str:

@@ -9,6 +9,7 @@ from lasnn.errors import UserError
 from lasnn.evaluation.conversion import check_options
 from lasnn.evaluation.evaluate import check_conversion, load_run
 from lasnn.loaded_run import Run
+from lasnn.recipe.paths import expanded
 from lasnn.report.facts import Tell, at_trained, gather
 from lasnn.report.render import render
 from lasnn.run import resume_command
@@ -59,7 +60,7 @@ def report(
         raise UserError(f"{folder} is a student alone; a report needs its run folder, where the training is on record")
     if not run.summary:
         raise UserError(f"{folder} is not finished (it has no summary.json); go on with `{resume_command(folder)}`")
-    path = Path(run.folder / "report.html" if out is None else out)
+    path = run.folder / "report.html" if out is None else expanded(out, "--out")
     check_path(path)
     steps = [timesteps] if isinstance(timesteps, int) else timesteps
     wrong = [t for t in [*(steps or []), longest] if not isinstance(t, int) or isinstance(t, bool) or t < 1]

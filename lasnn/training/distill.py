@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
-from lasnn.data import Images, Streamed
+from lasnn.data import DatasetDescription, Images, Streamed
+from lasnn.description import describe_student
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.open_run import bind_data, open_run
-from lasnn.plan import Plan, read_plan
+from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder, absolute_paths, describe_network, environment
+from lasnn.run import RunFolder, absolute_paths, environment
 from lasnn.training.checkpoints import STATE, Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
@@ -79,6 +80,7 @@ def distill(
     told = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
         train, test, placed = load_data(plan.recipe, plan.data, plan.device)
+        check_batches(plan)
     opened = open_run(plan.recipe, None if out is None else Path(out), resume, told.note)
     with closing(told), processes.main_process_context(opened) as run:
         told.start(plan, run.path)
@@ -89,8 +91,7 @@ def distill(
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             told.note(f"nothing to resume in {run.path}; starting from the beginning")
-        for change in processes.broadcast_from_main(lambda: bind_data(run, plan.recipe, plan.data, (train, test))):
-            told.note(f"data     {change}")
+        described = processes.broadcast_from_main(lambda: bind_data(run, plan.recipe, plan.data, (train, test)))
         paths = absolute_paths(plan.recipe)
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source, **paths})
         with training_environment(plan, detect_anomaly) as stop:
@@ -116,7 +117,7 @@ def distill(
                 checkpoints.identity["teacher"] = digest(teacher.network.state_dict())
             student = new_student(plan, teacher)
             result = fit(student_phase(plan, student, teacher, train, test))
-            finish(plan, run, student.eval(), test, result, told)
+            finish(plan, described, run, student.eval(), test, result, told)
     return run
 
 
@@ -174,6 +175,7 @@ def student_phase(
 
 def finish(
     plan: Plan,
+    described: DatasetDescription,
     run: RunFolder,
     student: Student,
     test: Images | Streamed,
@@ -186,9 +188,7 @@ def finish(
     [result] = measure(student, test, [recipe.student.timesteps], **options)
     if not processes.is_main():
         return
-    description = describe_network(recipe.student.architecture, recipe.student.options, recipe, plan.data)
-    description["recipe"] = (run / "recipe.toml").read_text(encoding="utf-8")
-    save_weights(run / "student.safetensors", student.network.state_dict(), description)
+    save_weights(run / "student.safetensors", student.network.state_dict(), describe_student(recipe, described))
     teacher = run.read_json("teacher.json")
     summary = {
         "accuracy": result["accuracy"],

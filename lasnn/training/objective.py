@@ -3,6 +3,7 @@
 An objective runs networks without owning them: its parameters are those of its losses alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from lasnn.registry import losses, translate_errors
 from lasnn.training.parallel import zero_loss
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What a phase minimises.
 
     A call is `objective(images, targets, epoch=0, step=0)` and returns {"<term>": ..., "loss": ...}, scalars that are
@@ -55,11 +56,11 @@ class Objective(nn.Module):
         terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
         return terms
 
+    @abstractmethod
     def terms(
         self, images: Tensor, targets: Tensor, draws: torch.Generator, first: int, total: int | None
     ) -> dict[str, Tensor]:
         """The terms, each a scalar."""
-        raise NotImplementedError(type(self).__name__)
 
 
 class TeacherObjective(Objective):

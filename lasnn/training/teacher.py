@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lasnn import __version__, lock, processes
 from lasnn.callback import Callback
 from lasnn.data import Images, Streamed
+from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
 from lasnn.evaluation.measure import teacher_accuracy
 from lasnn.factory import make_augmentation, make_teacher
@@ -19,7 +21,7 @@ from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan
 from lasnn.random import keyed
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RUNS, WRITTEN, RunFolder, describe_network, load_into
+from lasnn.run import RUNS, WRITTEN, RunFolder, load_into
 from lasnn.training.objective import TeacherObjective
 from lasnn.training.parallel import Parallel
 from lasnn.training.trainer import Phase
@@ -60,8 +62,12 @@ class TeacherSource:
                 result = train_teacher(self.phase(teacher))
                 processes.broadcast_from_main(lambda: self._store(teacher, result))
             self._keep(teacher, result)
-        self.callbacks.teacher(self.run.read_json("teacher.json"))
+        result = processes.broadcast_from_main(lambda: self.run.read_json("teacher.json"))
+        self.callbacks.teacher(result)
+        self._judge(result["accuracy"])
         processes.broadcast_parameters(teacher)
+        # What is left of its training would take memory for nothing.
+        teacher.zero_grad(set_to_none=True)
         return teacher.eval().requires_grad_(False)
 
     def phase(self, teacher: Teacher) -> Phase:
@@ -91,16 +97,39 @@ class TeacherSource:
         weights = self.run / "teacher.safetensors"
         if not weights.is_file() or "accuracy" not in self.run.read_json("teacher.json"):
             return False
-        load_into(teacher.network, weights)
+        load_into(teacher.network, weights, self._description(teacher))
         return True
 
     def _from_checkpoint(self, teacher: Teacher) -> dict[str, float]:
         recipe, path = self.plan.recipe, self.plan.teacher_checkpoint
-        processes.broadcast_from_main(lambda: load_into(teacher.network, path))
+        expected = self._description(teacher)
+        notes = processes.broadcast_from_main(lambda: load_into(teacher.network, path, expected))
         processes.broadcast_parameters(teacher)
         self.callbacks.note(f"teacher: {recipe.teacher.architecture} from {path}")
+        for note in notes:
+            self.callbacks.note(f"teacher: {note}")
         measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
         return {"accuracy": measured, "seconds": 0.0}
+
+    def _judge(self, accuracy: float) -> None:
+        """Say that a teacher cannot be told from chance, and refuse one that is worse than the recipe asks for.
+
+        Chance is one class in K; near it is less than three standard errors of so many images above.
+
+        Raises:
+            UserError: its accuracy is below `teacher.min_accuracy`.
+        """
+        recipe, images = self.plan.recipe, len(self.test)
+        if accuracy < (least := recipe.teacher.min_accuracy):
+            fix = "train it longer, give another, or lower teacher.min_accuracy"
+            message = f"the teacher's accuracy is {accuracy:.4f} on {images} test images, below {least:g}: {fix}"
+            raise UserError(recipe.line("teacher.min_accuracy", message))
+        if near_chance(accuracy, len(self.plan.data.classes), images):
+            self.callbacks.note(
+                f"teacher: its accuracy, {accuracy:.4f} on {images} test images, is near chance "
+                f"(1/{len(self.plan.data.classes)}): it teaches next to nothing. Was it trained on these classes, in "
+                "this order, and with this mean and std? teacher.min_accuracy refuses such a teacher"
+            )
 
     @property
     def cache(self) -> RunFolder:
@@ -124,7 +153,7 @@ class TeacherSource:
             metrics, result = cache.metrics(), cache.read_json("teacher.json")
             if "accuracy" not in result:
                 raise UserError(f"{cache / 'teacher.json'} is missing or damaged")
-            load_into(teacher.network, cache / "teacher.safetensors")
+            load_into(teacher.network, cache / "teacher.safetensors", self._description(teacher))
         except UserError as error:
             self.callbacks.note(f"the cached teacher cannot be used and is trained again: {error}")
             return None
@@ -141,7 +170,7 @@ class TeacherSource:
                 cache.write_metrics(self.run.metrics())
                 cache.write_json("teacher.json", result)
                 # The weights come last: their presence says that the cached teacher is whole.
-                save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), self._description())
+                save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), self._description(teacher))
         except (OSError, MachineError, UserError) as error:
             # The run has its teacher; only the next one will have to train it again, if no other run is caching it.
             self.callbacks.note(f"the teacher is not cached: {error}")
@@ -149,17 +178,22 @@ class TeacherSource:
     def _keep(self, teacher: Teacher, result: dict[str, float]) -> None:
         """Put it into the run folder."""
         self.run.write_json("teacher.json", result)
-        save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), self._description())
+        save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), self._description(teacher))
 
-    def _description(self) -> dict[str, Any]:
-        table = self.plan.recipe.teacher
-        return describe_network(table.architecture, table.options, self.plan.recipe, self.plan.data)
+    def _description(self, teacher: Teacher) -> dict[str, Any]:
+        return describe_teacher(self.plan.recipe, self.plan.data, teacher.network)
+
+
+def near_chance(accuracy: float, classes: int, images: int) -> bool:
+    """Whether an accuracy is less than three standard errors above guessing one of so many classes; never 1.0."""
+    chance = 1 / classes
+    return accuracy < min(1.0, chance + 3 * math.sqrt(chance * (1 - chance) / images))
 
 
 def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed) -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
     data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
-    teacher = recipe.teacher.model_dump(exclude={"checkpoint"})
+    teacher = recipe.teacher.model_dump(exclude={"checkpoint", "min_accuracy"})
     # Not where the images lie, but what they are.
     images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]

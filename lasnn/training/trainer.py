@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback
-from lasnn.data import Augmentation, Batches, Images, Streamed
-from lasnn.errors import BatchError
+from lasnn.data import Augmentation, Batches, BatchFailed, Images, Streamed
 from lasnn.recipe.schema import Training
 from lasnn.run import RunFolder
 from lasnn.training.checkpoints import Checkpoints, TrainingState
@@ -241,7 +240,7 @@ class Trainer:
         """The batches; where one cannot be had any more, the state after the step before it is saved."""
         try:
             yield from batches
-        except BatchError:
+        except BatchFailed:
             if processes.world_size() == 1:
                 self.save(phase, optimizer, state)
                 self.stop_if_asked()

@@ -28,9 +28,9 @@ from triton.runtime.jit import JITFunction
 
 from kernel_cases import pairwise
 from lasnn.kernels import SURROGATES
-from lasnn.kernels.attention_triton import attention_backward, attention_forward
-from lasnn.kernels.lif_triton import lif_backward, lif_forward
-from lasnn.kernels.norm_lif_triton import norm_grad, norm_lif_forward, norm_lif_grad, norm_lif_sums, norm_statistics
+from lasnn.kernels.triton.attention import attention_backward, attention_forward
+from lasnn.kernels.triton.lif import lif_backward, lif_forward
+from lasnn.kernels.triton.norm_lif import norm_grad, norm_lif_forward, norm_lif_grad, norm_lif_sums, norm_statistics
 
 TARGETS = {f"cuda{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 try:
@@ -218,8 +218,8 @@ def lif(
     x = x[..., ::2] if layout == "strided" else x
     v0, decay = (torch.empty(x.shape[1:], device=device), torch.tensor(0.5)) if learnt else (None, None)
     options = (timesteps, 0.3, 0.7, learnt, v_reset, surrogate, 2.5, detach)
-    spikes, v_last, borders = lif_forward(x, v0, decay, *options)
-    lif_backward(spikes, v_last if learnt else None, x, v0, decay, borders, *options)
+    spikes, v_last, saved_states = lif_forward(x, v0, decay, *options)
+    lif_backward(spikes, v_last if learnt else None, x, v0, decay, saved_states, *options)
 
 
 def images(count, shape, dtype, channels_last, device):
@@ -235,6 +235,7 @@ def norm_lif(
     residual=False,
     constant=False,
     learnt=False,
+    state=False,
     train=True,
     surrogate="atan",
     v_reset=0.0,
@@ -242,8 +243,8 @@ def norm_lif(
     shape=(2, 64, 16, 16),
     device="cpu",
 ):
-    flags = "channels_last" * channels_last, "residual" * residual, "constant" * constant, "eval" * (not train)
-    use(target, dtype, timesteps, *flags, *neuron(learnt, surrogate, v_reset, detach))
+    flags = "channels_last" * channels_last, "residual" * residual, "constant" * constant, "state" * state
+    use(target, dtype, timesteps, *flags, "eval" * (not train), *neuron(learnt, surrogate, v_reset, detach))
     batch, *image = shape
     y = images(batch if constant else timesteps * batch, image, dtype, channels_last, device)
     weight = bias = torch.empty(image[0], device=device)
@@ -253,12 +254,14 @@ def norm_lif(
     means = statistics if train else None
     dynamics = (0.3, 0.7, learnt, v_reset, surrogate, 2.5, detach)
     write, other = residual or constant, y if residual else None
-    spikes, borders = norm_lif_forward(y, other, *parameters, 1e-5, timesteps, constant, *dynamics)
-    norm_lif_sums(spikes, y, other, *parameters, borders, write, 1e-5, timesteps, constant, *dynamics)
+    v0 = images(batch, image, torch.float32, channels_last, device) if state else None
+    options = (1e-5, timesteps, constant)
+    spikes, _, saved_states = norm_lif_forward(y, other, v0, *parameters, *options, state, *dynamics)
+    norm_lif_sums(spikes, v0, y, other, v0, *parameters, saved_states, write, *options, *dynamics)
     if write:
         norm_grad(y, y, statistics, weight, means, 1e-5)
     else:
-        norm_lif_grad(spikes, y, *parameters, borders, means, 1e-5, timesteps, *dynamics)
+        norm_lif_grad(spikes, v0, y, v0, *parameters, saved_states, means, 1e-5, timesteps, *dynamics)
 
 
 def attention(
@@ -285,6 +288,7 @@ def huge():
     lif("cuda90", torch.bfloat16, 4, "strided", **at)
     for last in (False, True):
         norm_lif("cuda90", torch.bfloat16, 15, last, **at)
+        norm_lif("cuda90", torch.bfloat16, 15, last, state=True, **at)
         norm_lif("cuda90", torch.bfloat16, 4, last, residual=True, constant=True, **at)
         attention("cuda90", "map", 2, last, **at)
 
@@ -303,6 +307,7 @@ def default():
     for timesteps, last in product((4, 8), (False, True)):
         norm_lif("cuda90", torch.bfloat16, timesteps, last)
         norm_lif("cuda90", torch.bfloat16, timesteps, last, residual=True)
+        norm_lif("cuda90", torch.bfloat16, timesteps, last, state=True)
     norm_lif("cuda80", torch.float16, 8, constant=True)
     norm_lif("cuda100", torch.float32, 15, True, residual=True, learnt=True, train=False)
     if "gfx942" in TARGETS:
@@ -322,9 +327,12 @@ def full():
         norm_lif(target, dtype, timesteps, last)
         norm_lif(target, dtype, timesteps, last, residual=True)
         norm_lif(target, dtype, timesteps, last, constant=True)
+        # The same in chunks of time.
+        norm_lif(target, dtype, timesteps, last, state=True)
+        norm_lif(target, dtype, timesteps, last, residual=True, state=True)
     for target, last, residual in product(TARGETS, (False, True), (False, True)):
         norm_lif(target, torch.bfloat16, 8, last, residual, learnt=True)
-    flags = dict.fromkeys(("channels_last", "residual", "constant", "learnt", "train"), (False, True))
+    flags = dict.fromkeys(("channels_last", "residual", "constant", "learnt", "state", "train"), (False, True))
     for case in pairwise({"target": tuple(TARGETS), "dtype": DTYPES, "timesteps": TIMESTEPS, **flags}):
         norm_lif(**case)
     for surrogate, v_reset, detach in product(SURROGATES, (0.0, None), (False, True)):

@@ -14,18 +14,18 @@ from kernel_cases import DEVICE, TRITON
 from lasnn.kernels import cpu, ops
 
 torch.set_default_device(DEVICE)
-# launcher: (its op, the Triton file that it is in)
+# implementation: (its op, the file in cpu/ and triton/ that it is in)
 OPS = {
-    "lif_forward": (ops.lif, "lif_triton"),
-    "lif_backward": (ops.lif_backward, "lif_triton"),
-    "norm_statistics": (ops.norm_statistics, "norm_lif_triton"),
-    "norm_lif_forward": (ops.norm_lif, "norm_lif_triton"),
-    "norm_lif_sums": (ops.norm_lif_sums, "norm_lif_triton"),
-    "norm_lif_grad": (ops.norm_lif_grad, "norm_lif_triton"),
-    "norm_grad": (ops.norm_grad, "norm_lif_triton"),
-    "norm_grad_": (ops.norm_grad_, "norm_lif_triton"),
-    "attention_forward": (ops.attention, "attention_triton"),
-    "attention_backward": (ops.attention_backward, "attention_triton"),
+    "lif_forward": (ops.lif, "lif"),
+    "lif_backward": (ops.lif_backward, "lif"),
+    "norm_statistics": (ops.norm_statistics, "norm_lif"),
+    "norm_lif_forward": (ops.norm_lif, "norm_lif"),
+    "norm_lif_sums": (ops.norm_lif_sums, "norm_lif"),
+    "norm_lif_grad": (ops.norm_lif_grad, "norm_lif"),
+    "norm_grad": (ops.norm_grad, "norm_lif"),
+    "norm_grad_": (ops.norm_grad_, "norm_lif"),
+    "attention_forward": (ops.attention, "attention"),
+    "attention_backward": (ops.attention_backward, "attention"),
 }
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 calls = Counter()
@@ -55,7 +55,7 @@ if TRITON:
     for name, (op, module) in OPS.items():
         launch = watched(name, ops.launcher(module, name))
         # The op's count of elements is for its gradient, not for the kernels.
-        op.register_kernel(DEVICE)((lambda *a, f=launch: f(*a[:6], *a[7:])) if op is ops.norm_lif else launch)
+        op.register_kernel(DEVICE)((lambda *a, f=launch: f(*a[:7], *a[8:])) if op is ops.norm_lif else launch)
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +67,9 @@ def implementation() -> str:
 def reached(monkeypatch):
     """Poisons the implementation under test, and fails where the test did not run it."""
     if not TRITON:
-        for name in OPS:
-            monkeypatch.setattr(cpu, name, watched(name, getattr(cpu, name)))
+        for name, (_, file) in OPS.items():
+            module = getattr(cpu, file)
+            monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
     calls.clear()
     yield
     assert calls, "no kernel was called"

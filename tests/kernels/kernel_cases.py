@@ -193,6 +193,8 @@ NORM_LIF_OPTIONS = {
     "timesteps": (1, 2, 3, 4, 7, 16, 33),
     "last": (False, True),
     "residual": (False, True),
+    "v0": (False, True),
+    "upstream": ("both", "spikes", "v_last"),
     "constant": (False, True),
     "training": (True, False),
     "affine": (True, False),
@@ -210,6 +212,7 @@ NORM_LIF_FULL = {
     "timesteps": (1, 4, 9),
     "last": (False, True),
     "residual": (False, True),
+    "v0": (False, True),
     "constant": (False, True),
     "training": (True, False),
     "dtype": (torch.float32, torch.bfloat16),
@@ -236,26 +239,42 @@ def batch_norm(channels: int, training: bool = True, affine: bool = True, **opti
     return norm
 
 
-def norm_lif_results(function, y, norm, residual, tau, grad_spikes, dtype=None, **options):
-    """Every output and every gradient of `function`, computed in `dtype` where given."""
+def norm_lif_results(
+    function, y, norm, residual, tau, grad_spikes, v0=None, grad_v_last=None, dtype=None, **options
+) -> dict[str, torch.Tensor]:
+    """Every output and every gradient of `function`, computed in `dtype` where given.
+
+    v_last is asked for where there is a gradient of it.
+    """
 
     def leaf(tensor):
         return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_()
 
     norm = copy.deepcopy(norm) if dtype is None else copy.deepcopy(norm).to(dtype)
-    y, residual = leaf(y), leaf(residual)
+    y, residual, v0 = leaf(y), leaf(residual), leaf(v0)
     tau = leaf(tau) if isinstance(tau, torch.Tensor) else tau
-    leaves = {"y": y, "residual": residual, "weight": norm.weight, "bias": norm.bias, "tau": tau}
+    leaves = {"y": y, "residual": residual, "v0": v0, "weight": norm.weight, "bias": norm.bias, "tau": tau}
     leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
-    spikes, running = function(y, norm, residual, tau=tau, **options)
-    gradients = torch.autograd.grad(spikes, list(leaves.values()), grad_spikes.to(spikes.dtype))
-    named = {f"gradient of {leaf}": grad for leaf, grad in zip(leaves, gradients, strict=True)}
-    return {"spikes": spikes.detach(), **dict(zip(("mean", "var"), running or (), strict=False)), **named}
+    return_state = grad_v_last is not None
+    spikes, *v_last, batch = function(y, norm, residual, v0=v0, return_state=return_state, tau=tau, **options)
+    outputs = [(spikes, grad_spikes), *((v, grad_v_last) for v in v_last)]
+    gradients = torch.autograd.grad(
+        [out for out, grad in outputs if grad is not None],
+        list(leaves.values()),
+        [grad.to(out.dtype) for out, grad in outputs if grad is not None],
+    )
+    found = {"spikes": spikes.detach(), **dict(zip(("v_last",), (v.detach() for v in v_last), strict=False))}
+    if batch is not None:
+        assert not batch.mean.requires_grad
+        found |= {"mean": batch.mean, "variance": batch.variance, "count": torch.tensor(float(batch.count))}
+    return found | {f"gradient of {leaf}": grad for leaf, grad in zip(leaves, gradients, strict=True)}
 
 
 def check_norm_lif(function, case: dict) -> None:
-    """Against the reference in fp64. With these seeds no h lies near enough to the threshold for a rounding to tell."""
-    case = {"batch": 2, "affine": True, **case}
+    """Against the reference in fp64. With these seeds no h lies near enough to the threshold, or to a surrogate's edge,
+    for a rounding to tell.
+    """
+    case = {"batch": 2, "affine": True, "upstream": "both", **case}
     image, batch, timesteps, dtype = case.pop("image"), case.pop("batch"), case["timesteps"], case.pop("dtype")
     last, training, affine = case.pop("last"), case.pop("training"), case.pop("affine")
     if case["decay_input"] and case["tau"] == math.inf:
@@ -263,20 +282,27 @@ def check_norm_lif(function, case: dict) -> None:
     if training and batch * math.prod(image[1:]) < 4:
         # Of one value a channel there is no variance; of few the gradient cancels.
         batch = 4
+    state = torch.float64 if dtype == torch.float64 else torch.float32
     torch.manual_seed(0)
     steps = batch if case["constant"] else timesteps * batch
     y = images(steps, image, dtype, last) * 1.3 + 0.7
     residual = images(steps, image, dtype, last) if case.pop("residual") else None
-    grad_spikes = images(timesteps * batch, image, dtype, last)
+    upstream = case.pop("upstream")
+    grad_spikes = images(timesteps * batch, image, dtype, last) if upstream != "v_last" else None
     tau = case.pop("tau")
     tau = torch.tensor(2.5) if tau == "learnt" else tau
     norm = batch_norm(image[0], training, affine)
+    # In the other memory order: it is copied.
+    v0 = images(batch, image, state, not last) * 0.5 if case.pop("v0") else None
+    grad_v_last = images(batch, image, state, last) if upstream != "spikes" else None
 
-    got = norm_lif_results(function, y, norm, residual, tau, grad_spikes, **case)
-    wanted = norm_lif_results(reference.norm_lif, y, norm, residual, tau, grad_spikes, torch.float64, **case)
+    arguments = (y, norm, residual, tau, grad_spikes, v0, grad_v_last)
+    got = norm_lif_results(function, *arguments, **case)
+    wanted = norm_lif_results(reference.norm_lif, *arguments, torch.float64, **case)
     assert got.keys() == wanted.keys()
     assert got["spikes"].dtype == dtype
-    assert got["spikes"].stride() == torch.empty_like(got["spikes"], memory_format=memory_format(y)).stride()
+    for key in {"spikes", "v_last"} & got.keys():
+        assert got[key].stride() == torch.empty_like(got[key], memory_format=memory_format(y)).stride()
     assert torch.equal(got["spikes"].double(), wanted["spikes"].double())
     # A sum over many elements, or the rest of one after its mean is gone, has terms of the size of g.
     scale = max(wanted[key].abs().max().item() for key in got if key.startswith("gradient"))

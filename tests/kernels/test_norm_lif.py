@@ -17,7 +17,8 @@ from kernel_cases import (
     norm_lif_results,
     pairwise,
 )
-from lasnn.kernels import lif, norm_lif, ops, reference
+from lasnn.kernels import lif, norm_lif, ops, reference, update_running_statistics
+from lasnn.kernels.layout import memory_format
 
 pytestmark = pytest.mark.usefixtures("reached")
 
@@ -62,19 +63,22 @@ def test_dyadic_inputs_are_exact(last):
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("timesteps", [7, 19])
-def test_a_recomputed_spike_is_the_forward_pass_s(timesteps, dtype, last, constant):
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_recomputed_spike_is_the_forward_pass_s(stateful, timesteps, dtype, last, constant):
     """With a surrogate that is flat, a detached hard reset to 0 and a gradient of the last spike alone, g is halved by
     every step back and 0 before the latest spike: it spells out the spikes that the backward pass saw.
     """
     torch.manual_seed(0)
     batch, slope = 3, 2.0**-10
     y, norm = images(batch if constant else timesteps * batch, (5, 9, 11), dtype, last), batch_norm(5)
-    tensors = (y, None, ops.norm_statistics(y), norm.weight.detach(), norm.bias.detach(), None)
-    options = (norm.eps, timesteps, constant, 0.5, 1.0, False, 0.0, "rectangle", slope, True)
-    spikes, borders = ops.norm_lif(*tensors, y.numel() // 5, *options)
+    v0 = images(batch, (5, 9, 11), torch.float32, last) if stateful else None
+    tensors = (y, None, v0, ops.norm_statistics(y), norm.weight.detach(), norm.bias.detach(), None)
+    dynamics = (0.5, 1.0, False, 0.0, "rectangle", slope, True)
+    options = (norm.eps, timesteps, constant)
+    spikes, _, saved_states = ops.norm_lif(*tensors, y.numel() // 5, *options, stateful, *dynamics)
     grad = torch.zeros_like(spikes)
     grad[-batch:] = 1
-    _, g, _ = ops.norm_lif_sums(grad, *tensors, borders, True, *options)
+    _, g, _, _ = ops.norm_lif_sums(grad, None, *tensors, saved_states, True, *options, *dynamics)
 
     wanted = [torch.full_like(y[:batch], slope, dtype=torch.float32)]
     for silent in reversed(1 - spikes.float().unflatten(0, (timesteps, batch))[:-1]):
@@ -86,34 +90,75 @@ def test_a_recomputed_spike_is_the_forward_pass_s(timesteps, dtype, last, consta
     torch.testing.assert_close(g, wanted, rtol=2**-7 if constant and dtype == torch.bfloat16 else 0, atol=0)
 
 
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
-def test_running_statistics_are_torch_s(constant, last, momentum):
+def test_the_batch_s_statistics_are_returned_and_the_norm_is_left_alone(constant, last):
     torch.manual_seed(0)
-    norm = batch_norm(5, momentum=momentum)
+    norm = batch_norm(5)
     theirs = copy.deepcopy(norm)
     for _ in range(3):
         y = images(8, (5, 6, 7), torch.float32, last) * 3 + 2
-        before = norm.running_mean.clone()
-        _, running = norm_lif(y, norm, timesteps=4, constant=constant)
-        assert torch.equal(norm.running_mean, before)
-        norm.running_mean.copy_(running.mean)
-        norm.running_var.copy_(running.var)
-        norm.num_batches_tracked += 1
+        before = copy.deepcopy(norm.state_dict())
+        _, batch = norm_lif(y, norm, timesteps=4, constant=constant)
+        for key, value in norm.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert batch.count == 8 * 42
+        update_running_statistics(norm, batch)
         theirs(y)
-    torch.testing.assert_close(norm.running_mean, theirs.running_mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(norm.running_var, theirs.running_var, rtol=1e-6, atol=1e-6)
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], rtol=1e-6, atol=1e-6)
 
 
 def test_without_running_statistics_the_batch_s_own_are_used():
     torch.manual_seed(0)
     y = images(8, (5, 6, 7), torch.float32)
     norm = nn.BatchNorm2d(5, track_running_stats=False).eval()
-    spikes, running = norm_lif(y, norm, timesteps=4)
-    assert running is None
-    assert torch.equal(spikes, reference.norm_lif(y, norm, timesteps=4)[0])
+    spikes, batch = norm_lif(y, norm, timesteps=4)
+    wanted, wanted_batch = reference.norm_lif(y, norm, timesteps=4)
+    assert torch.equal(spikes, wanted)
+    torch.testing.assert_close(batch, wanted_batch)
     assert norm_lif(y, nn.BatchNorm2d(5).eval(), timesteps=4)[1] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("timesteps", [(3, 5), (9, 16)], ids=str)
+def test_state_carries_from_call_to_call(timesteps, last, dtype):
+    """In evaluation a run in two halves is the whole run, bit for bit; its gradients go back through the state."""
+    torch.manual_seed(0)
+    first, second = timesteps
+    norm, options = batch_norm(5, training=False), {"tau": 2.7, "v_reset": -0.25, "return_state": True}
+    y, r, grad = (images(2 * (first + second), (5, 6, 7), dtype, last) for _ in range(3))
+    grad_v = images(2, (5, 6, 7), torch.float32, last)
+    y, r = y.requires_grad_(), r.requires_grad_()
+    whole, v_whole, _ = norm_lif(y, norm, r, timesteps=first + second, **options)
+    cut = 2 * first
+    head, v, batch = norm_lif(y[:cut], norm, r[:cut], timesteps=first, **options)
+    assert batch is None
+    tail, v_last, _ = norm_lif(y[cut:], norm, r[cut:], v0=v, timesteps=second, **options)
+    assert torch.equal(torch.cat([head, tail]), whole)
+    assert torch.equal(v_last, v_whole)
+    leaves = {"y": y, "residual": r, "weight": norm.weight, "bias": norm.bias}
+    wanted = torch.autograd.grad((whole, v_whole), list(leaves.values()), (grad, grad_v))
+    got = torch.autograd.grad((head, tail, v_last), list(leaves.values()), (grad[:cut], grad[cut:], grad_v))
+    for key, a, b in zip(leaves, got, wanted, strict=True):
+        assert_close(a, b, 1e-5, key)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("constant", [False, True])
+def test_asking_for_the_state_changes_nothing_else(constant, last):
+    """Nor does starting from the state that is rest."""
+    torch.manual_seed(0)
+    y = images(3 if constant else 57, (5, 6, 7), torch.float32, last)
+    rest = torch.full((3, 5, 6, 7), -0.25).contiguous(memory_format=memory_format(y))
+    arguments = (y, batch_norm(5), None, torch.tensor(2.5), images(57, (5, 6, 7), torch.float32, last))
+    options = {"timesteps": 19, "constant": constant, "v_reset": -0.25}
+    plain = norm_lif_results(norm_lif, *arguments, **options)
+    stateful = norm_lif_results(norm_lif, *arguments, v0=rest, grad_v_last=torch.zeros_like(rest), **options)
+    assert stateful.keys() - plain.keys() == {"v_last", "gradient of v0"}
+    for key, value in plain.items():
+        assert torch.equal(value, stateful[key]), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -179,12 +224,13 @@ def test_a_nan_reaches_the_statistics_of_its_channel_alone():
 @pytest.mark.parametrize("training", [False, True])
 def test_nothing_to_do_is_done(shape, training):
     y, norm = torch.randn(shape, requires_grad=True), batch_norm(3, training)
-    spikes, running = norm_lif(y, norm, y, timesteps=4)
-    assert spikes.shape == shape
-    assert running is None
-    gradients = torch.autograd.grad(spikes.sum(), (y, norm.weight, norm.bias))
-    assert [tuple(g.shape) for g in gradients] == [shape, (3,), (3,)]
-    assert gradients[1].tolist() == gradients[2].tolist() == [0, 0, 0]
+    v0 = torch.randn(shape[0] // 4, *shape[1:], requires_grad=True)
+    spikes, v_last, batch = norm_lif(y, norm, y, v0=v0, return_state=True, timesteps=4)
+    assert (spikes.shape, v_last.shape) == (shape, v0.shape)
+    assert batch is None
+    gradients = torch.autograd.grad(spikes.sum() + v_last.sum(), (y, v0, norm.weight, norm.bias))
+    assert [tuple(g.shape) for g in gradients] == [shape, v0.shape, (3,), (3,)]
+    assert gradients[2].tolist() == gradients[3].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -198,30 +244,43 @@ def test_results_repeat(last):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_an_upstream_gradient_in_another_memory_order(last):
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_memory_order_of_upstream_gradients_changes_nothing(batch, last):
     torch.manual_seed(0)
-    y = images(8, (5, 6, 7), torch.float32, last)
-    grad = images(8, (5, 6, 7), torch.float32, not last)
-    got = norm_lif_results(norm_lif, y, batch_norm(5, False), None, 2.0, grad, timesteps=4)
-    torch.manual_seed(0)
-    y, grad = images(8, (5, 6, 7), torch.float32, last), images(8, (5, 6, 7), torch.float32, not last)
-    wanted = norm_lif_results(reference.norm_lif, y, batch_norm(5, False), None, 2.0, grad, timesteps=4)
-    assert_close(got["gradient of y"], wanted["gradient of y"], 1e-5)
+    y, grad_spikes = (images(4 * batch, (5, 6, 7), torch.float32, last) for _ in range(2))
+    v0, grad_v_last = (images(batch, (5, 6, 7), torch.float32, last) for _ in range(2))
+    norm, other = batch_norm(5), torch.contiguous_format if last else torch.channels_last
+    found = [
+        norm_lif_results(
+            norm_lif,
+            y,
+            norm,
+            None,
+            2.0,
+            grad_spikes.contiguous(memory_format=memory),
+            v0,
+            grad_v_last.contiguous(memory_format=memory),
+            timesteps=4,
+        )
+        for memory in (memory_format(y), other)
+    ]
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("timesteps", [4, 19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_for_the_backward_pass(dtype, timesteps, residual):
-    """y, the residual, one state a stretch of time, and things of the size of a channel."""
+    """y, the residual, one state a segment of time, and things of the size of a channel."""
     y = images(timesteps * 2, (5, 6, 7), dtype).requires_grad_()
     r = images(timesteps * 2, (5, 6, 7), dtype) if residual else None
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         norm_lif(y, batch_norm(5), r, timesteps=timesteps)
     large = {tensor.data_ptr(): tensor.nbytes for tensor in kept if tensor.numel() > 10}
-    borders = 4 * y[:2].numel() * (math.ceil(timesteps / 8) - 1)
-    assert sum(large.values()) == y.nbytes * (2 if residual else 1) + borders
+    saved_states = 4 * y[:2].numel() * (math.ceil(timesteps / 8) - 1)
+    assert sum(large.values()) == y.nbytes * (2 if residual else 1) + saved_states
 
 
 def test_the_second_pass_agrees_with_itself():
@@ -230,13 +289,15 @@ def test_the_second_pass_agrees_with_itself():
     for last in (False, True):
         y, norm = images(38, (5, 6, 7), torch.float32, last), batch_norm(5)
         tensors = (ops.norm_statistics(y), norm.weight.detach(), norm.bias.detach(), None)
-        options = (norm.eps, 19, False, 0.5, 1.0, False, 0.0, "atan", 2.0, False)
-        spikes, borders = ops.norm_lif(y, None, *tensors, 1, *options)
-        grad = torch.randn_like(spikes)
-        sums, g, _ = ops.norm_lif_sums(grad, y, None, *tensors, borders, True, *options)
+        dynamics = (0.5, 1.0, False, 0.0, "atan", 2.0, False)
+        v0 = images(2, (5, 6, 7), torch.float32, last)
+        spikes, v_last, saved_states = ops.norm_lif(y, None, v0, *tensors, 1, norm.eps, 19, False, True, *dynamics)
+        given = (torch.randn_like(spikes), torch.randn_like(v_last), y)
+        options = (norm.eps, 19, False, *dynamics)
+        sums, g, _, _ = ops.norm_lif_sums(*given, None, v0, *tensors, saved_states, True, *options)
         means = sums / (y.numel() / 5)
         written = ops.norm_grad(g, y, *tensors[:2], means, norm.eps)
-        again = ops.norm_lif_grad(grad, y, *tensors, borders, means, norm.eps, 19, *options[3:])
+        again = ops.norm_lif_grad(*given, v0, *tensors, saved_states, means, norm.eps, 19, *dynamics)
         assert_close(again, written, 1e-6)
         ops.norm_grad_(g, y, *tensors[:2], means, norm.eps)
         assert torch.equal(g, written)

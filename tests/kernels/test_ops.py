@@ -30,10 +30,10 @@ def test_opcheck_lif(layout, dtype):
     v0 = torch.zeros(x.shape[1:]).requires_grad_()
     torch.library.opcheck(ops.lif, lif_arguments(leaf), test_utils=CHECKS[:3])
     torch.library.opcheck(ops.lif, lif_arguments(leaf[:1], v0, torch.tensor(0.4), 3), test_utils=CHECKS[:3])
-    spikes, v_last, borders = ops.lif(*lif_arguments(x))
+    spikes, v_last, saved_states = ops.lif(*lif_arguments(x))
     torch.library.opcheck(
         ops.lif_backward,
-        (spikes, v_last, x, None, None, borders, *lif_arguments(x)[3:]),
+        (spikes, v_last, x, None, None, saved_states, *lif_arguments(x)[3:]),
         test_utils=CHECKS[:3],
     )
 
@@ -55,10 +55,12 @@ def test_opcheck_norm_lif(last, dtype, residual, constant):
     torch.manual_seed(0)
     y = images(2 if constant else 18, (3, 5, 7), dtype, last)
     r = images(len(y), (3, 5, 7), dtype, last) if residual else None
+    v0 = images(2, (3, 5, 7), torch.float32, last)
     statistics = ops.norm_statistics(y)
     weight, bias, decay = torch.rand(3), torch.rand(3), torch.tensor(0.4)
     dynamics = (0.5, 1.0, False, 0.0, "atan", 2.0, False)
     options = (1e-5, 9, constant, *dynamics)
+    stateless, stateful = (1e-5, 9, constant, False, *dynamics), (1e-5, 9, constant, True, *dynamics)
 
     def leaf(tensor):
         return None if tensor is None else tensor.detach().requires_grad_()
@@ -67,29 +69,32 @@ def test_opcheck_norm_lif(last, dtype, residual, constant):
         torch.library.opcheck(op, arguments, test_utils=CHECKS[:3])
 
     check(ops.norm_statistics, y)
-    check(ops.norm_lif, leaf(y), leaf(r), statistics, leaf(weight), leaf(bias), None, 70, *options)
-    check(ops.norm_lif, leaf(y), leaf(r), statistics, None, None, leaf(decay), 0, *options)
-    spikes, borders = ops.norm_lif(y, r, statistics, weight, bias, decay, 70, *options)
-    given = (spikes, y, r, statistics, weight, bias, decay, borders)
-    sums, g, _ = ops.norm_lif_sums(*given, True, *options)
+    check(ops.norm_lif, leaf(y), leaf(r), None, statistics, leaf(weight), leaf(bias), None, 70, *stateless)
+    check(ops.norm_lif, leaf(y), leaf(r), leaf(v0), statistics, None, None, leaf(decay), 0, *stateful)
+    spikes, v_last, saved_states = ops.norm_lif(y, r, v0, statistics, weight, bias, decay, 70, *stateful)
+    parameters = (statistics, weight, bias, decay, saved_states)
+    given = (spikes, v_last, y, r, v0, *parameters)
+    sums, g, _, _ = ops.norm_lif_sums(*given, True, *options)
     check(ops.norm_lif_sums, *given, True, *options)
-    check(ops.norm_lif_sums, *given[:6], None, borders, False, *options)
+    check(ops.norm_lif_sums, None, *given[1:8], None, saved_states, False, *options)
+    check(ops.norm_lif_sums, spikes, None, y, r, None, *parameters, False, *options)
     check(ops.norm_grad, g, y, statistics, weight, sums, 1e-5)
     check(ops.norm_grad_, g, y, statistics, None, None, 1e-5)
     if not (residual or constant):
-        check(ops.norm_lif_grad, spikes, y, *given[3:], sums, 1e-5, 9, *dynamics)
+        check(ops.norm_lif_grad, spikes, None, y, None, *parameters, sums, 1e-5, 9, *dynamics)
+        check(ops.norm_lif_grad, None, v_last, y, v0, *parameters, sums, 1e-5, 9, *dynamics)
 
 
 @pytest.mark.usefixtures("cpu_only")
 def test_opcheck_traced():
     x = torch.randn(4, 63, requires_grad=True)
     torch.library.opcheck(ops.lif, lif_arguments(x), test_utils=CHECKS)
-    y = torch.randn(8, 3, 5, 7, requires_grad=True)
+    y, v0 = torch.randn(8, 3, 5, 7, requires_grad=True), torch.randn(2, 3, 5, 7, requires_grad=True)
     statistics = ops.norm_statistics(y.detach())
-    torch.library.opcheck(
-        ops.norm_lif,
-        (y, None, statistics, None, None, None, 70, 1e-5, *lif_arguments(x)[3:4], False, *lif_arguments(x)[4:]),
-    )
+    timesteps, *dynamics = lif_arguments(x)[3:]
+    for state in (None, v0):
+        given = (y, None, state, statistics, None, None, None, 70, 1e-5, timesteps, False, state is not None)
+        torch.library.opcheck(ops.norm_lif, (*given, *dynamics))
     torch.library.opcheck(ops.attention, (torch.randn(2, 3, 4, 5, 6).requires_grad_(), 2.0, "rate"))
 
 
@@ -132,20 +137,27 @@ def test_norm_lif_compiles_without_a_graph_break(constant, last, dynamic):
     torch.manual_seed(0)
     norm = batch_norm(3)
 
-    def unit(y, residual, tau):
-        return norm_lif(y, norm, residual, timesteps=4, constant=constant, tau=tau)
+    def unit(y, residual, v0, tau):
+        options = {"timesteps": 4, "constant": constant, "tau": tau}
+        if v0 is None:
+            return norm_lif(y, norm, residual, **options)
+        spikes, v_last, batch = norm_lif(y, norm, residual, v0=v0, return_state=True, **options)
+        return spikes + v_last.mean(), batch
 
     torch.compiler.reset()
     compiled = torch.compile(unit, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (2, 3):
-        for residual in (None, images(batch if constant else 4 * batch, (3, 5, 7), torch.float32, last)):
+        for stateful in (False, True):
+            residual = images(batch if constant else 4 * batch, (3, 5, 7), torch.float32, last) if stateful else None
+            v0 = images(batch, (3, 5, 7), torch.float32, last) if stateful else None
             y = images(batch if constant else 4 * batch, (3, 5, 7), torch.float32, last).requires_grad_()
             tau = torch.tensor(2.5, requires_grad=True)
             results = []
             for function in (unit, compiled):
-                spikes, running = function(y, residual, tau)
+                spikes, (mean, variance, count) = function(y, residual, v0, tau)
+                assert count == y.numel() // 3
                 gradients = torch.autograd.grad(spikes.square().sum(), (y, norm.weight, norm.bias, tau))
-                results.append((spikes, *running, *gradients))
+                results.append((spikes, mean, variance, *gradients))
             for a, b in zip(*results, strict=True):
                 assert a.stride() == b.stride()
                 torch.testing.assert_close(a, b)
@@ -156,9 +168,11 @@ def test_meta_images_lie_as_the_real_ones(last):
     y = images(8, (3, 5, 7), torch.bfloat16, last)
     with torch.device("meta"):
         norm = nn.BatchNorm2d(3)
-    meta, _ = norm_lif(torch.empty_like(y, device="meta"), norm, timesteps=4)
-    real, _ = norm_lif(y, nn.BatchNorm2d(3), timesteps=4)
-    assert (real.shape, real.dtype, real.stride()) == (meta.shape, meta.dtype, meta.stride())
+    options = {"timesteps": 4, "return_state": True}
+    meta = norm_lif(torch.empty_like(y, device="meta"), norm, **options)
+    real = norm_lif(y, nn.BatchNorm2d(3), **options)
+    for a, b in zip(real[:2], meta[:2], strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
 def test_autocast_leaves_the_op_alone():
@@ -221,6 +235,14 @@ WRONG = [
         ValueError,
         "use residual.contiguous(memory_format=torch.contiguous_format)",
     ),
+    (lambda: norm_lif(Y, NORM, v0=0.0, timesteps=4), TypeError, "norm_lif: v0 must be a tensor or None"),
+    (
+        lambda: norm_lif(Y, NORM, v0=Y[:2].bfloat16(), timesteps=4),
+        TypeError,
+        "norm_lif: v0 must be torch.float32 for y",
+    ),
+    (lambda: norm_lif(Y, NORM, v0=Y, timesteps=4), ValueError, "v0 must have the shape of one step, [2, 3, 5, 7], got"),
+    (lambda: norm_lif(Y, NORM, v0=Y[:2].to("meta"), timesteps=4), ValueError, "norm_lif: v0 is on meta but y is on"),
     (lambda: norm_lif(Y, NORM, timesteps=4, threshold=-1), ValueError, "norm_lif: threshold must be above 0"),
     (lambda: norm_lif(Y, NORM, timesteps=4, tau=0.5), ValueError, "norm_lif: tau must be at least 1 step, got 0.5"),
     (lambda: norm_lif(Y, NORM, timesteps=4, v_reset=2), ValueError, "norm_lif: v_reset must be below the threshold"),
@@ -250,13 +272,14 @@ def test_a_mistake_is_named(call, error, message):
 
 
 def test_the_surrogates_are_the_implemented_ones():
-    from lasnn.kernels import cpu, reference
+    from lasnn.kernels import reference
+    from lasnn.kernels.cpu import neuron
 
-    assert set(SURROGATES) == set(cpu.SURROGATES) == set(reference.SURROGATES)
+    assert set(SURROGATES) == set(neuron.SURROGATES) == set(reference.SURROGATES)
 
 
 def test_kernels_import_nothing_else_of_lasnn():
-    for file in KERNELS.glob("*.py"):
+    for file in KERNELS.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
             if isinstance(node, ast.Import):
@@ -282,7 +305,7 @@ import torch
 from lasnn.kernels import lif, ops
 assert lif(torch.ones(2, 3))[0].sum() == 6
 try:
-    ops.launcher("lif_triton", "lif_forward")(torch.ones(2, 3))
+    ops.launcher("lif", "lif_forward")(torch.ones(2, 3))
 except ImportError as error:
     print(error)
 """
@@ -315,5 +338,6 @@ def test_a_triton_that_will_do(monkeypatch):
         ops.require_triton()
 
 
-def test_importing_a_launcher_leaves_the_function_in_place():
-    assert "function" in run("import lasnn.kernels.lif_triton; print(type(lasnn.kernels.lif))")
+def test_importing_a_launcher_leaves_the_function_and_triton_in_place():
+    program = "import lasnn.kernels.triton.lif, triton; print(type(lasnn.kernels.lif), triton.__version__)"
+    assert "function" in run(program)

@@ -1,10 +1,8 @@
 """LIF in Triton: all time steps in one kernel, the state in registers, h recomputed in the backward pass.
 
-A program handles BLOCK elements of a step. Time runs in stretches of at most MAX_STEPS: the backward pass
-holds one stretch's h in registers and starts the next from the state that the forward pass kept at its
-border.
-
-(The file is not called lif.py because importing a submodule `lif` would replace the function of that name.)
+A program handles BLOCK elements of a step. Time runs in segments of at most MAX_STEPS: the backward pass
+holds one segment's h in registers and starts the next from the state that the forward pass saved before
+it.
 """
 
 import torch
@@ -12,79 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasnn.kernels.layout import (
-    empty_step,
-    empty_steps,
-    in_order,
-    is_dense,
-    state_dtype,
-    step_strides,
-    stretches,
-)
+from lasnn.kernels.layout import empty_step, empty_steps, in_order, is_dense, segments, state_dtype, step_strides
+from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward
 
 # Elements a program handles, and warps: 16 bytes of each tensor's step for every thread.
 LAUNCH = {torch.float32: (512, 4), torch.bfloat16: (1024, 4), torch.float16: (1024, 4)}
-
-# Whether a product is fused into a sum must not move h across the threshold: it is off, not left to a
-# default.
-OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
-
-
-@triton.jit
-def fire(h, threshold, v_reset, HARD: tl.constexpr):
-    """(s, v after the reset)."""
-    s = tl.where(h >= threshold, 1.0, 0.0)
-    s = tl.where(h == h, s, h)
-    return s, (1.0 - s) * h + s * v_reset if HARD else h - threshold * s
-
-
-@triton.jit
-def lif_step(v, x, decay, threshold, v_reset, HARD: tl.constexpr, DECAY_INPUT: tl.constexpr):
-    """One step: (h, s, v after the reset). Both kernels run this, so that they agree bit for bit."""
-    leak = (v - v_reset) * decay if HARD else v * decay
-    h = v - leak + (x * decay if DECAY_INPUT else x)
-    s, v = fire(h, threshold, v_reset, HARD)
-    return h, s, v
-
-
-@triton.jit
-def surrogate_derivative(u, alpha, SURROGATE: tl.constexpr):
-    if SURROGATE == "atan":
-        scaled = 1.5707963267948966 * alpha * u
-        # A division would take twice the instructions, to the same few units in the last place.
-        slope = tl.rsqrt(1.0 + scaled * scaled)
-        return 0.5 * alpha * (slope * slope)
-    elif SURROGATE == "sigmoid":
-        sigmoid = 1.0 / (1.0 + tl.exp(-alpha * u))
-        return alpha * sigmoid * (1.0 - sigmoid)
-    elif SURROGATE == "triangle":
-        return alpha * tl.where(u == u, tl.maximum(1.0 - alpha * tl.abs(u), 0.0), u)
-    elif SURROGATE == "rectangle":
-        return tl.where(tl.abs(u) < 0.5 / alpha, alpha, 0.0)
-    else:
-        tl.static_assert(SURROGATE == "fast-sigmoid")
-        root = 1.0 / (1.0 + alpha * tl.abs(u))
-        return root * root
-
-
-@triton.jit
-def lif_step_backward(
-    grad_s,
-    grad_v,
-    h,
-    threshold,
-    v_reset,
-    alpha,
-    HARD: tl.constexpr,
-    DETACH_RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-):
-    """dL/dh of one step, from the gradients of its spike and of its v after the reset."""
-    s, _ = fire(h, threshold, v_reset, HARD)
-    if not DETACH_RESET:
-        grad_s += grad_v * (v_reset - h) if HARD else -threshold * grad_v
-    grad_h = grad_s * surrogate_derivative(h - threshold, alpha, SURROGATE)
-    return grad_h + (grad_v * (1.0 - s) if HARD else grad_v)
 
 
 @triton.jit
@@ -110,7 +40,7 @@ def lif_forward_kernel(
     decay_ptr,
     spikes_ptr,
     v_last_ptr,
-    borders_ptr,
+    saved_states_ptr,
     x_stride_t: tl.int64,
     step_size: tl.int64,
     sizes,
@@ -140,10 +70,10 @@ def lif_forward_kernel(
     if CONSTANT:
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
-    for n in range(STRETCHES):
-        stretch = tl.cast(n, tl.int64) if STRETCHES > 1 else 0
-        first = stretch * STEPS
+    SEGMENTS: tl.constexpr = (T + STEPS - 1) // STEPS
+    for n in range(SEGMENTS):
+        segment = tl.cast(n, tl.int64) if SEGMENTS > 1 else 0
+        first = segment * STEPS
         for i in tl.static_range(STEPS):
             live = mask if T % STEPS == 0 else within(index, step_size, first + i < T)
             if not CONSTANT:
@@ -151,9 +81,9 @@ def lif_forward_kernel(
             _h, s, after = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
             v = tl.where(live, after, v)
             tl.store(spikes_ptr + (first + i) * step_size + index, s.to(spikes_ptr.dtype.element_ty), mask=live)
-        if STRETCHES > 1:
-            border = within(index, step_size, stretch < STRETCHES - 1)
-            tl.store(borders_ptr + stretch * step_size + index, v, mask=border)
+        if SEGMENTS > 1:
+            followed = within(index, step_size, segment < SEGMENTS - 1)
+            tl.store(saved_states_ptr + segment * step_size + index, v, mask=followed)
     tl.store(v_last_ptr + index, v, mask=mask)
 
 
@@ -164,7 +94,7 @@ def lif_backward_kernel(
     x_ptr,
     v0_ptr,
     decay_ptr,
-    borders_ptr,
+    saved_states_ptr,
     grad_x_ptr,
     grad_v0_ptr,
     grad_decay_ptr,
@@ -206,19 +136,19 @@ def lif_backward_kernel(
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         grad_sum = tl.zeros((BLOCK,), tl.float32)
 
-    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
-    for n in range(STRETCHES):
-        stretch = tl.cast(STRETCHES - 1 - n, tl.int64) if STRETCHES > 1 else 0
-        first = stretch * STEPS
+    SEGMENTS: tl.constexpr = (T + STEPS - 1) // STEPS
+    for n in range(SEGMENTS):
+        segment = tl.cast(SEGMENTS - 1 - n, tl.int64) if SEGMENTS > 1 else 0
+        first = segment * STEPS
         if HAS_V0:
-            earliest = mask if STRETCHES == 1 else within(index, step_size, stretch == 0)
+            earliest = mask if SEGMENTS == 1 else within(index, step_size, segment == 0)
             v = tl.load(v0_ptr + index, mask=earliest, other=0.0)
         else:
             v = tl.zeros((BLOCK,), tl.float32) + v_rest
-        if STRETCHES > 1:
-            later = within(index, step_size, stretch > 0)
-            kept = tl.load(borders_ptr + (stretch - 1) * step_size + index, mask=later, other=0.0)
-            v = tl.where(stretch > 0, kept, v)
+        if SEGMENTS > 1:
+            later = within(index, step_size, segment > 0)
+            saved = tl.load(saved_states_ptr + (segment - 1) * step_size + index, mask=later, other=0.0)
+            v = tl.where(segment > 0, saved, v)
 
         hs = ()
         start = v
@@ -302,27 +232,6 @@ def addressing(x: Tensor) -> dict:
     }
 
 
-def dynamics(
-    timesteps: int,
-    learnt_decay: Tensor | None,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-) -> dict:
-    """The kernel arguments that say what a step does."""
-    return {
-        "decay": decay,
-        "threshold": threshold,
-        "v_reset": 0.0 if v_reset is None else v_reset,
-        "T": timesteps,
-        "STEPS": stretches(timesteps)[1],
-        "LEARNT": learnt_decay is not None,
-        "HARD": v_reset is not None,
-        "DECAY_INPUT": decay_input,
-    }
-
-
 def lif_forward(
     x: Tensor,
     v0: Tensor | None,
@@ -336,10 +245,10 @@ def lif_forward(
     alpha: float,
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpu.lif_forward."""
+    """As cpu.lif.lif_forward."""
     state, order = state_dtype(x.dtype), step_strides(x)
     spikes, v_last = empty_steps(x, timesteps, x.dtype), empty_step(x, state)
-    borders = empty_steps(x, stretches(timesteps)[0] - 1, state)
+    saved_states = empty_steps(x, segments(timesteps)[0] - 1, state)
     if v_last.numel():
         block, num_warps = LAUNCH[x.dtype]
         # Any tensor stands in for one that is absent: the kernel does not touch it.
@@ -349,7 +258,7 @@ def lif_forward(
             v_last if learnt_decay is None else learnt_decay,
             spikes,
             v_last,
-            borders,
+            saved_states,
             **addressing(x),
             **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
             HAS_V0=v0 is not None,
@@ -357,7 +266,7 @@ def lif_forward(
             num_warps=num_warps,
             **OPTIONS,
         )
-    return spikes, v_last, borders
+    return spikes, v_last, saved_states
 
 
 def lif_backward(
@@ -366,7 +275,7 @@ def lif_backward(
     x: Tensor,
     v0: Tensor | None,
     learnt_decay: Tensor | None,
-    borders: Tensor,
+    saved_states: Tensor,
     timesteps: int,
     decay: float,
     threshold: float,
@@ -376,7 +285,7 @@ def lif_backward(
     alpha: float,
     detach_reset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpu.lif_backward."""
+    """As cpu.lif.lif_backward."""
     state, order = state_dtype(x.dtype), step_strides(x)
     block, num_warps = LAUNCH[x.dtype]
     where = addressing(x)
@@ -395,7 +304,7 @@ def lif_backward(
             x,
             grad_x if v0 is None else in_order(v0, order, leading=0),
             grad_x if learnt_decay is None else learnt_decay,
-            borders,
+            saved_states,
             grad_x,
             grad_v0,
             partial,

@@ -180,7 +180,7 @@ def arguments(x: Tensor, power: float, temporal: str) -> dict:
 
 
 def attention_forward(x: Tensor, power: float, temporal: str) -> Tensor:
-    """As cpu.attention_forward."""
+    """As cpu.attention.attention_forward."""
     steps, batch, _, height, width = x.shape
     shape = (steps, batch, height, width) if temporal == "step" else (batch, height, width)
     if x.numel() == 0:
@@ -193,7 +193,7 @@ def attention_forward(x: Tensor, power: float, temporal: str) -> Tensor:
 
 
 def attention_backward(grad: Tensor, x: Tensor, power: float, temporal: str) -> Tensor:
-    """As cpu.attention_backward."""
+    """As cpu.attention.attention_backward."""
     steps, batch, channels, height, width = x.shape
     grad_x = empty_steps(x, 1 if temporal == "rate" else steps, x.dtype)
     if x.numel() == 0:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lasnn.kernels.layout import empty_images, memory_format, state_dtype, stretches
-from lasnn.kernels.lif_triton import OPTIONS, dynamics, fire, lif_step, lif_step_backward
+from lasnn.kernels.layout import empty_images, memory_format, segments, state_dtype
+from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward
 
 # Bytes of a tile: 16 for every thread of 4 warps. What holds no state reads twice as much at once.
 TILE = 2048
@@ -49,8 +49,8 @@ def tile_of(c, tile, channels, positions, P: tl.constexpr, LAST: tl.constexpr, B
 
 
 @triton.jit
-def held(tile, positions, BLOCK_Q: tl.constexpr):
-    """How many positions a tile holds."""
+def positions_in_tile(tile, positions, BLOCK_Q: tl.constexpr):
+    """How many positions a tile has; the last one may have fewer than the others."""
     return tl.minimum(positions - tl.cast(tile, tl.int64) * BLOCK_Q, BLOCK_Q).to(tl.float32)
 
 
@@ -101,7 +101,7 @@ def partial_statistics_kernel(
     # Sums of what is near 0 lose nothing: deviations are taken from the mean of the first tile.
     offsets, mask = tile_of(c, split, channels, positions, P, LAST, BLOCK_Q)
     y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    pivot = tl.sum(y, 1) / held(split, positions, BLOCK_Q)
+    pivot = tl.sum(y, 1) / positions_in_tile(split, positions, BLOCK_Q)
     n = 0.0
     total = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
@@ -109,7 +109,7 @@ def partial_statistics_kernel(
         offsets, mask = tile_of(c, tile, channels, positions, P, LAST, BLOCK_Q)
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         deviation = tl.where(mask, y - pivot[:, None], 0.0)
-        n += held(tile, positions, BLOCK_Q)
+        n += positions_in_tile(tile, positions, BLOCK_Q)
         total += deviation
         squares += deviation * deviation
     shift = tl.sum(total, 1) / n
@@ -153,12 +153,14 @@ def statistics_kernel(
 def norm_lif_forward_kernel(
     y_ptr,
     residual_ptr,
+    v0_ptr,
     statistics_ptr,
     weight_ptr,
     bias_ptr,
     decay_ptr,
     spikes_ptr,
-    borders_ptr,
+    v_last_ptr,
+    saved_states_ptr,
     channels: tl.int64,
     positions: tl.int64,
     channel_blocks,
@@ -174,8 +176,10 @@ def norm_lif_forward_kernel(
     STEPS: tl.constexpr,
     CONSTANT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_V0: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RETURN_STATE: tl.constexpr,
     LEARNT: tl.constexpr,
     HARD: tl.constexpr,
     DECAY_INPUT: tl.constexpr,
@@ -187,41 +191,51 @@ def norm_lif_forward_kernel(
         decay = tl.load(decay_ptr)
     offsets, mask = tile_of(c, tile, channels, positions, P, LAST, BLOCK_Q)
     step = channels * positions
-    v = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + (v_reset if HARD else 0.0)
+    if HAS_V0:
+        v = tl.load(v0_ptr + offsets, mask=mask, other=0.0)
+    else:
+        v = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + (v_reset if HARD else 0.0)
     if CONSTANT:
         y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
         x = input_current(y, mean, scale, bias, residual_ptr + offsets, mask, HAS_RESIDUAL)
 
-    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
-    for n in range(STRETCHES):
-        stretch = tl.cast(n, tl.int64) if STRETCHES > 1 else 0
+    SEGMENTS: tl.constexpr = (T + STEPS - 1) // STEPS
+    for n in range(SEGMENTS):
+        segment = tl.cast(n, tl.int64) if SEGMENTS > 1 else 0
         for i in tl.static_range(STEPS):
-            t = stretch * STEPS + i
+            t = segment * STEPS + i
             live = mask if T % STEPS == 0 else tl.where(t < T, mask, False)
             at = t * step + offsets
             if not CONSTANT:
                 y = tl.load(y_ptr + at, mask=live, other=0.0)
                 x = input_current(y, mean, scale, bias, residual_ptr + at, live, HAS_RESIDUAL)
-            _h, s, v = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
+            _h, s, after = lif_step(v, x, decay, threshold, v_reset, HARD, DECAY_INPUT)
+            # Only where it is returned does v matter beyond T.
+            v = tl.where(live, after, v) if RETURN_STATE and T % STEPS != 0 else after
             tl.store(spikes_ptr + at, s.to(spikes_ptr.dtype.element_ty), mask=live)
-        if STRETCHES > 1:
-            border = tl.where(stretch < STRETCHES - 1, mask, False)
-            tl.store(borders_ptr + stretch * step + offsets, v, mask=border)
+        if SEGMENTS > 1:
+            followed = tl.where(segment < SEGMENTS - 1, mask, False)
+            tl.store(saved_states_ptr + segment * step + offsets, v, mask=followed)
+    if RETURN_STATE:
+        tl.store(v_last_ptr + offsets, v, mask=mask)
 
 
 @triton.jit
 def norm_lif_backward_kernel(
     grad_spikes_ptr,
+    grad_v_last_ptr,
     y_ptr,
     residual_ptr,
+    v0_ptr,
     statistics_ptr,
     weight_ptr,
     bias_ptr,
     decay_ptr,
-    borders_ptr,
+    saved_states_ptr,
     means_ptr,
     grad_ptr,
     sums_ptr,
+    grad_v0_ptr,
     grad_decay_ptr,
     channels: tl.int64,
     positions: tl.int64,
@@ -240,7 +254,10 @@ def norm_lif_backward_kernel(
     T: tl.constexpr,
     STEPS: tl.constexpr,
     CONSTANT: tl.constexpr,
+    HAS_GRAD_SPIKES: tl.constexpr,
+    HAS_GRAD_V_LAST: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_V0: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MEANS: tl.constexpr,
@@ -268,28 +285,36 @@ def norm_lif_backward_kernel(
         mean_gz = of_channels(means_ptr + channels, c, channels, HAS_MEANS, 0.0)
 
     step = channels * positions
-    STRETCHES: tl.constexpr = (T + STEPS - 1) // STEPS
+    SEGMENTS: tl.constexpr = (T + STEPS - 1) // STEPS
     for tile in range(split, tiles, splits):
         offsets, mask = tile_of(c, tile, channels, positions, P, LAST, BLOCK_Q)
-        grad_v = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
+        if HAS_GRAD_V_LAST:
+            grad_v = tl.load(grad_v_last_ptr + offsets, mask=mask, other=0.0)
+        else:
+            grad_v = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
         if CONSTANT:
             y = tl.load(y_ptr + offsets, mask=mask, other=0.0)
             x = input_current(y, mean, scale, bias, residual_ptr + offsets, mask, HAS_RESIDUAL)
             g = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
-        for n in range(STRETCHES):
-            stretch = tl.cast(STRETCHES - 1 - n, tl.int64) if STRETCHES > 1 else 0
-            start = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + v_rest
-            if STRETCHES > 1:
-                kept_ptrs = borders_ptr + (stretch - 1) * step + offsets
-                start = tl.load(kept_ptrs, mask=tl.where(stretch > 0, mask, False), other=v_rest)
+        for n in range(SEGMENTS):
+            segment = tl.cast(SEGMENTS - 1 - n, tl.int64) if SEGMENTS > 1 else 0
+            if HAS_V0:
+                earliest = mask if SEGMENTS == 1 else tl.where(segment == 0, mask, False)
+                start = tl.load(v0_ptr + offsets, mask=earliest, other=0.0)
+            else:
+                start = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32) + v_rest
+            if SEGMENTS > 1:
+                saved_ptrs = saved_states_ptr + (segment - 1) * step + offsets
+                saved = tl.load(saved_ptrs, mask=tl.where(segment > 0, mask, False), other=v_rest)
+                start = tl.where(segment > 0, saved, start) if HAS_V0 else saved
 
             v = start
             # y is read again on the way back, from cache: to hold it as well as h would take registers that there are
             # not. The policies ask for that, and keep the two reads from being made one.
             hs = ()
-            at = stretch * STEPS * step + offsets
+            at = segment * STEPS * step + offsets
             for i in tl.static_range(STEPS):
-                t = stretch * STEPS + i
+                t = segment * STEPS + i
                 live = mask if T % STEPS == 0 else tl.where(t < T, mask, False)
                 if not CONSTANT:
                     y = tl.load(y_ptr + at, mask=live, other=0.0, eviction_policy="evict_last")
@@ -299,16 +324,22 @@ def norm_lif_backward_kernel(
                 at += step
 
             for j in tl.static_range(STEPS):
-                t = stretch * STEPS + STEPS - 1 - j
+                t = segment * STEPS + STEPS - 1 - j
                 live = mask if T % STEPS == 0 else tl.where(t < T, mask, False)
                 at -= step
                 h = hs[-1]
                 hs = hs[:-1]
-                grad_s = tl.load(grad_spikes_ptr + at, mask=live, other=0.0).to(tl.float32)
+                if HAS_GRAD_SPIKES:
+                    grad_s = tl.load(grad_spikes_ptr + at, mask=live, other=0.0).to(tl.float32)
+                else:
+                    grad_s = tl.zeros((BLOCK_C, BLOCK_Q), tl.float32)
                 grad_h = lif_step_backward(grad_s, grad_v, h, threshold, v_reset, alpha, HARD, DETACH_RESET, SURROGATE)
                 grad_h = tl.where(live, grad_h, 0.0)
-                # A step beyond T leaves grad_v at the 0 it starts from.
-                grad_v = grad_h * (1.0 - decay)
+                if HAS_GRAD_V_LAST and T % STEPS != 0:
+                    grad_v = tl.where(live, grad_h * (1.0 - decay), grad_v)
+                else:
+                    # A step beyond T leaves grad_v at the 0 it starts from.
+                    grad_v = grad_h * (1.0 - decay)
                 if not CONSTANT:
                     y = tl.load(y_ptr + at, mask=live, other=0.0, eviction_policy="evict_first")
                 if LEARNT and SUMS:
@@ -339,6 +370,8 @@ def norm_lif_backward_kernel(
             sum_gy += g * (y.to(tl.float32) - mean)
             if WRITE:
                 tl.store(grad_ptr + offsets, g.to(grad_ptr.dtype.element_ty), mask=mask)
+        if SUMS and HAS_V0:
+            tl.store(grad_v0_ptr + offsets, grad_v, mask=mask)
 
     if SUMS:
         sums_ptrs = sums_ptr + split.to(tl.int64) * channels + c
@@ -388,9 +421,9 @@ def backward_tile(y: Tensor, timesteps: int, learnt: bool) -> int:
     """Bytes of a tile in a backward pass: fewer where registers would spill.
 
     They do for a learnt decay's sum; and where each of a thread's 8 elements is of another channel, with constants of
-    its own, and more than 4 steps are held.
+    its own, in segments of more than 4 steps.
     """
-    tight = channels_inside(y) and y.element_size() == 2 and stretches(timesteps)[1] > 4
+    tight = channels_inside(y) and y.element_size() == 2 and segments(timesteps)[1] > 4
     return TILE // 2 if learnt or tight else TILE
 
 
@@ -436,7 +469,7 @@ def given(stand_in: Tensor, **tensors: Tensor | None) -> dict:
 
 
 def norm_statistics(y: Tensor) -> Tensor:
-    """As cpu.norm_statistics."""
+    """As cpu.norm_lif.norm_statistics."""
     channels, state = y.shape[1], state_dtype(y.dtype)
     if y.numel() == 0:
         return y.new_full((2, channels), float("nan"), dtype=state)
@@ -454,6 +487,7 @@ def norm_statistics(y: Tensor) -> Tensor:
 def norm_lif_forward(
     y: Tensor,
     residual: Tensor | None,
+    v0: Tensor | None,
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -461,6 +495,7 @@ def norm_lif_forward(
     eps: float,
     timesteps: int,
     constant: bool,
+    return_state: bool,
     decay: float,
     threshold: float,
     decay_input: bool,
@@ -468,11 +503,13 @@ def norm_lif_forward(
     surrogate: str,
     alpha: float,
     detach_reset: bool,
-) -> tuple[Tensor, Tensor]:
-    """As cpu.norm_lif_forward."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As cpu.norm_lif.norm_lif_forward."""
     batch = len(y) if constant else len(y) // timesteps
+    state = state_dtype(y.dtype)
     spikes = empty_images(y, timesteps * batch, y.dtype)
-    borders = empty_images(y, (stretches(timesteps)[0] - 1) * batch, state_dtype(y.dtype))
+    v_last = empty_images(y, batch, state) if return_state else y.new_empty(0, dtype=state)
+    saved_states = empty_images(y, (segments(timesteps)[0] - 1) * batch, state)
     if y.numel():
         where, tiles = tiling(y, batch, TILE)
         norm_lif_forward_kernel[(where["channel_blocks"] * tiles,)](
@@ -480,25 +517,29 @@ def norm_lif_forward(
             statistics_ptr=statistics,
             decay_ptr=y if learnt_decay is None else learnt_decay,
             spikes_ptr=spikes,
-            borders_ptr=borders,
+            v_last_ptr=v_last,
+            saved_states_ptr=saved_states,
             eps=eps,
             CONSTANT=constant,
-            **given(y, residual=residual, weight=weight, bias=bias),
+            RETURN_STATE=return_state,
+            **given(y, residual=residual, v0=v0, weight=weight, bias=bias),
             **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
             **where,
         )
-    return spikes, borders
+    return spikes, v_last, saved_states
 
 
 def norm_lif_sums(
-    grad_spikes: Tensor,
+    grad_spikes: Tensor | None,
+    grad_v_last: Tensor | None,
     y: Tensor,
     residual: Tensor | None,
+    v0: Tensor | None,
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     learnt_decay: Tensor | None,
-    borders: Tensor,
+    saved_states: Tensor,
     write: bool,
     eps: float,
     timesteps: int,
@@ -510,26 +551,27 @@ def norm_lif_sums(
     surrogate: str,
     alpha: float,
     detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpu.norm_lif_sums."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As cpu.norm_lif.norm_lif_sums."""
     learnt, state = learnt_decay is not None, state_dtype(y.dtype)
     g = empty_images(y, len(y), y.dtype) if write else y.new_empty(0)
-    if y.numel() == 0:
-        return torch.zeros_like(statistics), g, y.new_zeros(() if learnt else (0,), dtype=state)
     batch = len(y) if constant else len(y) // timesteps
+    grad_v0 = y.new_empty(0, dtype=state) if v0 is None else empty_images(y, batch, state)
+    if y.numel() == 0:
+        return torch.zeros_like(statistics), g, grad_v0, y.new_zeros(() if learnt else (0,), dtype=state)
     where, tiles = tiling(y, batch, backward_tile(y, timesteps, learnt))
     splits = shared(tiles, where["channel_blocks"])
     programs = where["channel_blocks"] * splits
     sums = y.new_empty((2, splits, y.shape[1]), dtype=state)
     grad_decay = y.new_empty(programs if learnt else 0, dtype=state)
     norm_lif_backward_kernel[(programs,)](
-        grad_spikes_ptr=grad_spikes,
         y_ptr=y,
         statistics_ptr=statistics,
         decay_ptr=learnt_decay if learnt else y,
-        borders_ptr=borders,
+        saved_states_ptr=saved_states,
         grad_ptr=g,
         sums_ptr=sums,
+        grad_v0_ptr=grad_v0,
         grad_decay_ptr=grad_decay,
         tiles=tiles,
         splits=splits,
@@ -541,21 +583,24 @@ def norm_lif_sums(
         SUMS=True,
         WRITE=write,
         **uncapped(),
-        **given(y, residual=residual, weight=weight, bias=bias, means=None),
+        **given(y, grad_spikes=grad_spikes, grad_v_last=grad_v_last, residual=residual, v0=v0),
+        **given(y, weight=weight, bias=bias, means=None),
         **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
         **where,
     )
-    return sums.sum(1), g, grad_decay.sum() if learnt else grad_decay
+    return sums.sum(1), g, grad_v0, grad_decay.sum() if learnt else grad_decay
 
 
 def norm_lif_grad(
-    grad_spikes: Tensor,
+    grad_spikes: Tensor | None,
+    grad_v_last: Tensor | None,
     y: Tensor,
+    v0: Tensor | None,
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     learnt_decay: Tensor | None,
-    borders: Tensor,
+    saved_states: Tensor,
     means: Tensor | None,
     eps: float,
     timesteps: int,
@@ -567,18 +612,18 @@ def norm_lif_grad(
     alpha: float,
     detach_reset: bool,
 ) -> Tensor:
-    """As cpu.norm_lif_grad."""
+    """As cpu.norm_lif.norm_lif_grad."""
     grad_y = empty_images(y, len(y), y.dtype)
     if y.numel():
         where, tiles = tiling(y, len(y) // timesteps, backward_tile(y, timesteps, False))
         norm_lif_backward_kernel[(where["channel_blocks"] * tiles,)](
-            grad_spikes_ptr=grad_spikes,
             y_ptr=y,
             statistics_ptr=statistics,
             decay_ptr=y if learnt_decay is None else learnt_decay,
-            borders_ptr=borders,
+            saved_states_ptr=saved_states,
             grad_ptr=grad_y,
             sums_ptr=grad_y,
+            grad_v0_ptr=grad_y,
             grad_decay_ptr=grad_y,
             tiles=tiles,
             splits=tiles,
@@ -590,7 +635,8 @@ def norm_lif_grad(
             SUMS=False,
             WRITE=True,
             **uncapped(),
-            **given(y, residual=None, weight=weight, bias=bias, means=means),
+            **given(y, grad_spikes=grad_spikes, grad_v_last=grad_v_last, residual=None, v0=v0),
+            **given(y, weight=weight, bias=bias, means=means),
             **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
             **where,
         )
@@ -600,7 +646,7 @@ def norm_lif_grad(
 def norm_grad(
     grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
 ) -> Tensor:
-    """As cpu.norm_grad."""
+    """As cpu.norm_lif.norm_grad."""
     grad_y = empty_images(y, len(y), y.dtype)
     batch_norm_gradient(grad, y, statistics, weight, means, eps, grad_y)
     return grad_y
@@ -609,7 +655,7 @@ def norm_grad(
 def norm_grad_(
     grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
 ) -> None:
-    """As cpu.norm_grad_."""
+    """As cpu.norm_lif.norm_grad_."""
     batch_norm_gradient(grad, y, statistics, weight, means, eps, grad)
 
 

@@ -1,9 +1,11 @@
-"""Batch norm over the batch of several processes.
+"""Batch norm over the batch of several processes, and what becomes of a batch's statistics.
 
 Shapes: N images of this process, C channels, H x W pixels, P processes.
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,59 @@ from torch import Tensor, nn
 
 from lasnn.kernels import ops
 from lasnn.kernels.layout import memory_format
+
+
+class BatchStatistics(NamedTuple):
+    """What a batch norm has found in a batch: no gradient goes through it.
+
+    Fields:
+        mean: [C].
+        variance: [C], over n, not n - 1.
+        count: n, how many elements a channel has; over a process group a tensor [], which no CPU waits for.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: int | Tensor
+
+
+@torch.no_grad()
+def update_running_statistics(norm: nn.BatchNorm2d, batch: BatchStatistics | None) -> None:
+    """Update `norm`'s running statistics in place by a training batch's, by nn.BatchNorm2d's rule.
+
+    The running variance takes the batch's over n - 1. A momentum of None averages over all batches alike.
+
+    Args:
+        batch: what `norm_lif` returned. None changes nothing, nor does anything where `norm` tracks no statistics.
+    """
+    if batch is None or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    unbiased = batch.variance * (batch.count / (batch.count - 1))
+    norm.running_mean.lerp_(batch.mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+
+
+def pool_statistics(batches: Sequence[BatchStatistics]) -> BatchStatistics:
+    """The statistics of several batches taken as one, as of the time chunks of a run: n-weighted, in fp64.
+
+    The variance is that within the batches and that between their means. A batch without elements counts for nothing,
+    whatever its mean and variance.
+
+    Source: Chan, Golub & LeVeque, The American Statistician 37, 1983.
+    """
+    means, variances, counts = zip(*batches, strict=True)
+    mean, variance = torch.stack(means).double(), torch.stack(variances).double()
+    n = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=mean.device) for count in counts])[:, None]
+    mean, variance = (torch.where(n > 0, value, 0.0) for value in (mean, variance))
+    share = n / n.sum()
+    pooled_mean = (share * mean).sum(0)
+    pooled_variance = (share * (variance + (mean - pooled_mean).square())).sum(0)
+    dtype = means[0].dtype
+    return BatchStatistics(pooled_mean.to(dtype), pooled_variance.to(dtype), sum(counts))
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -36,46 +91,21 @@ class BatchNorm2d(nn.BatchNorm2d):
         self._check_input_dim(y)
         if memory_format(y) is None:
             y = y.contiguous()
-        statistics, count = merged(ops.norm_statistics(y.detach()), y.numel() // y.shape[1], self.group)
-        self.count = count
-        if self.running_mean is not None:
-            mean, var = updated(self, statistics, count)
-            self.running_mean.copy_(mean)
-            self.running_var.copy_(var)
-            self.num_batches_tracked.add_(1)
-        return _Normalise.apply(y, self.weight, self.bias, statistics, self.eps, self.group)
+        own = BatchStatistics(*ops.norm_statistics(y.detach()), y.numel() // y.shape[1])
+        batch = pool_over_group(own, self.group)
+        self.count = batch.count
+        update_running_statistics(self, batch)
+        return _Normalise.apply(y, self.weight, self.bias, torch.stack(batch[:2]), self.eps, self.group)
 
 
-def updated(norm: nn.BatchNorm2d, statistics: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-    """`norm`'s running mean and variance after a batch, by nn.BatchNorm2d's rule: the variance over n - 1."""
-    mean, var = statistics.to(norm.running_mean.dtype)
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 1 / (norm.num_batches_tracked + 1).to(mean.dtype)
-    return (
-        torch.lerp(norm.running_mean, mean, momentum),
-        torch.lerp(norm.running_var, var * (count / (count - 1)), momentum),
-    )
-
-
-def merged(statistics: Tensor, count: int, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
-    """Mean and variance (over n) of all processes' elements together, [2, C], and how many they are, [].
-
-    Weighted by n (Chan, Golub & LeVeque, The American Statistician 37, 1983), in fp64; equal on all processes.
-
-    Args:
-        statistics: those of this process's `count` elements of a channel, [2, C]; anything where it has none.
-    """
-    own = _counted(statistics, count)
+def pool_over_group(batch: BatchStatistics, group: "dist.ProcessGroup") -> BatchStatistics:
+    """The statistics of all processes' images together, equal on all of them; this process may have none."""
+    own = _counted(torch.stack(batch[:2]), batch.count)
     every = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(every, own, group=group)
-    every = torch.stack(every)
-    n, mean, var = every[:, :1], *every[:, 1:].unflatten(1, (2, -1)).unbind(1)
-    mean, var = (torch.where(n > 0, value, 0.0) for value in (mean, var))
-    share = n / n.sum()
-    middle = (share * mean).sum(0)
-    spread = (share * (var + (mean - middle).square())).sum(0)
-    return torch.stack([middle, spread]).to(statistics.dtype), n.sum()
+    dtype = batch.mean.dtype
+    pooled = pool_statistics([BatchStatistics(*message[1:].unflatten(0, (2, -1)), message[0]) for message in every])
+    return BatchStatistics(pooled.mean.to(dtype), pooled.variance.to(dtype), pooled.count)
 
 
 def mean_over(sums: Tensor, count: int, group: "dist.ProcessGroup") -> Tensor:
@@ -122,11 +152,11 @@ class NormLif(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs_and_group):
         *inputs, group = inputs_and_group
-        spikes, borders = ops.norm_lif(*inputs)
-        ops.norm_lif_setup_context(ctx, inputs, (spikes, borders))
+        outputs = spikes, v_last, saved_states = ops.norm_lif(*inputs)
+        ops.norm_lif_setup_context(ctx, inputs, outputs)
         ctx.mean_over = partial(mean_over, group=group)
-        ctx.mark_non_differentiable(borders)
-        return spikes, borders
+        ctx.mark_non_differentiable(saved_states)
+        return spikes, v_last, saved_states
 
     @staticmethod
     def backward(ctx, *gradients):

@@ -1,0 +1,57 @@
+"""Losses of softened logits: from a teacher's, or from the student's own steps together."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lasnn.loss.interface import Readout
+from lasnn.registry import losses
+
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """temperature^2 KL(teacher || student) of softened logits, [..., K] -> [...]."""
+    student = F.log_softmax(student / temperature, dim=-1)
+    teacher = F.log_softmax(teacher / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+@losses.register("logit-kd")
+def logit_kd(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Temperature = 4.0,
+    readout: Readout = "mean",
+) -> Tensor:
+    """Knowledge distillation from the teacher's softened logits, of the mean over time or at each step.
+
+    temperature^2 KL(teacher || student), both softened (Hinton et al., arXiv 1503.02531), averaged over images and, for
+    `readout = "step"`, over time steps: the teacher's term of ELKD (temperature 3) and of TSER.
+    """
+    logits = logits.float()
+    student = logits.mean(0, keepdim=True) if readout == "mean" else logits
+    return _kl(teacher_logits.float().expand_as(student), student, temperature).mean()
+
+
+@losses.register("ensemble-kd")
+def ensemble_kd(logits: Tensor, targets: Tensor, *, temperature: Temperature = 3.0) -> Tensor:
+    """Self-distillation of each step from the mean logits of the steps that are right (ELKD's second term).
+
+    mean_t temperature^2 KL(ensemble || z_t), the ensemble without gradient: an image's logits averaged over the steps
+    whose arg-max is the target's (Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural
+    Networks for Full-Range Timestep Deployment", ICML 2025). For an image on which no step is right the ensemble's
+    logits are 0, the uniform distribution, as in the authors' code: wrong steps lose confidence, not only gain from the
+    label. Of class probabilities, the target is the largest (the first of several).
+    """
+    logits = logits.float()
+    if targets.ndim == 2:
+        targets = targets.argmax(-1)
+    with torch.no_grad():
+        right = (logits.argmax(-1) == targets)[..., None]
+        ensemble = (logits * right).sum(0) / right.sum(0).clamp(min=1)
+    return _kl(ensemble.expand_as(logits), logits, temperature).mean()

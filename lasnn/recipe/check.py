@@ -1,0 +1,268 @@
+"""The mistakes of form in a recipe: keys, types, names, and the options of registered parts.
+
+All of them are found in one pass over the tables as they were written: each table's options are checked against its
+part's signature whatever is wrong with the other tables. What follows only once the networks and the data are built
+(stages, shapes, weights) is the plan's to find, and only of a recipe that has no mistake of form.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lasnn.errors import UserError, unknown
+from lasnn.recipe import load, messages
+from lasnn.recipe.messages import Place, title
+from lasnn.recipe.paths import expanded
+from lasnn.recipe.plugins import load_plugins
+from lasnn.registry import Registry, architectures, augmentations, datasets, encoders, losses, neurons, teachers
+
+Model = TypeVar("Model", bound=BaseModel)
+# What lasnn passes to an architecture itself.
+SUPPLIED = ("in_channels", "num_classes")
+
+
+def checked(
+    model: type[Model], tables: dict[str, Any], source: str, overridden: set[str], problems: Iterable[str]
+) -> Model:
+    """A recipe of nested dicts as its model, with everything that was left out written down.
+
+    Args:
+        model: the recipe's.
+        tables: as `tomllib` returns them.
+        source: what messages call the recipe; its plugins are looked for beside it.
+        overridden: keys whose mistakes are blamed on `--set`.
+        problems: lines found so far, reported with the rest.
+
+    Raises:
+        UserError: every mistake of form, a line each.
+    """
+    found = {load.key_of(place): message for place, message in load.beyond(tables)}
+    try:
+        # As JSON: strict checking then agrees with what TOML can say (an integer is a valid number, a list a tuple).
+        text = json.dumps(tables, default=str)
+    except (ValueError, RecursionError):
+        # Nested or long without end: nothing else can be said of it.
+        raise UserError(*problems, *(messages.line(source, overridden, *item) for item in found.items())) from None
+    recipe, wrong = None, []
+    try:
+        recipe = model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        wrong = list(messages.faults(model, error))
+    form = Form(model, tables, frozenset(place for place, _ in wrong))
+    wrong += form.check_plugins(Path(source).parent)
+    wrong += form.check_parts()
+    wrong += form.check_together()
+    lines = [messages.line(source, overridden, key, message) for key, message in found.items()]
+    lines += [
+        messages.line(source, overridden, load.key_of(place), message)
+        for place, message in wrong
+        if load.key_of(place) not in found
+    ]
+    if problems or lines or recipe is None:
+        raise UserError(*dict.fromkeys([*problems, *lines]))
+    return filled_in(recipe)
+
+
+def filled_in(recipe: Model) -> Model:
+    """The same recipe with its objective and its augmentations written down where they were left out."""
+    changes: dict[str, Any] = {}
+    if not recipe.losses:
+        # What is safe for a short training on unknown data; attention at the weight of its paper drowns the labels.
+        entry = messages.table_of(type(recipe), ("losses", 0))
+        changes["losses"] = [entry(name="cross-entropy", weight=1.0)]
+    if recipe.data.augment is None:
+        try:
+            images = datasets.build(recipe.data.name, expanded(recipe.data.root, "data.root"), **recipe.data.options)
+            changes["data"] = recipe.data.model_copy(update={"augment": list(images.augment)})
+        except (UserError, AttributeError):
+            # The plan says that it cannot be built, beside what else does not fit.
+            pass
+    return recipe.model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A registered part that a table names.
+
+    Args:
+        table: the place of the table that holds its options.
+        key: the place of its name.
+        registry: where it is looked up.
+        options: the further keys of the table.
+        supplied: the options that lasnn passes itself.
+    """
+
+    table: Place
+    key: Place
+    registry: Registry
+    name: str
+    options: dict[str, Any]
+    supplied: tuple[str, ...] = ()
+
+
+class Form:
+    """The checks of a recipe's tables as they were written.
+
+    Args:
+        model: the recipe's.
+        tables: as `tomllib` returns them, of any form.
+        faulty: the places that the model refused.
+    """
+
+    def __init__(self, model: type[BaseModel], tables: dict[str, Any], faulty: frozenset[Place]):
+        self.model = model
+        self.tables = tables
+        self.faulty = faulty
+
+    def at(self, place: Place) -> Any:
+        """The value at a place, None where there is none."""
+        here: Any = self.tables
+        for part in place:
+            if isinstance(here, dict):
+                here = here.get(part)
+            else:
+                here = here[part] if isinstance(here, list) and isinstance(part, int) and part < len(here) else None
+        return here
+
+    def values(self, place: Place) -> dict[str, Any]:
+        """The keys of a table that are right, with the defaults of those that are left out."""
+        given = self.at(place)
+        given = given if isinstance(given, dict) else {}
+        wrong = {fault[len(place)] for fault in self.faulty if fault[: len(place)] == place and len(fault) > len(place)}
+        found = {}
+        for key, info in messages.table_of(self.model, place).model_fields.items():
+            if key in given:
+                found[key] = given[key]
+            elif not info.is_required():
+                found[key] = info.get_default(call_default_factory=True)
+        return {key: value for key, value in found.items() if key not in wrong}
+
+    def check_plugins(self, folder: Path) -> list[tuple[Place, str]]:
+        """Import the plugins; what they register is known to the checks that follow."""
+        plugins = self.at(("plugins",))
+        if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+            return []
+        return [(("plugins", number), message) for number, message in load_plugins(plugins, folder)]
+
+    def parts(self) -> Iterator[Named]:
+        """The registered parts that the tables name, as far as they name any."""
+
+        def named(table: Place, key: str, registry: Registry, supplied: tuple[str, ...] = ()):
+            given = self.at(table)
+            if table and given is None and table[-1] != "teacher":
+                given = {}
+            fields = messages.table_of(self.model, table).model_fields
+            if isinstance(given, dict):
+                name = given.get(key, None if fields[key].is_required() else fields[key].get_default())
+                options = {option: value for option, value in given.items() if option not in fields}
+                if isinstance(name, str):
+                    yield Named(table, (*table, key), registry, name, options, supplied)
+
+        def by_name(place: Place, registry: Registry):
+            """A part that stands there as a name or as a table."""
+            given = self.at(place)
+            if isinstance(given, str):
+                yield Named(place, place, registry, given, {})
+            elif given is not None:
+                yield from named(place, "name", registry)
+
+        yield from named(("data",), "name", datasets)
+        teaches = teacher_registry(self.at(("teacher", "architecture")))
+        yield from named(("teacher",), "architecture", teaches, SUPPLIED)
+        yield from named(("student",), "architecture", architectures, SUPPLIED)
+        if isinstance(self.at(("student",)), dict):
+            yield from named(("student", "neuron"), "name", neurons)
+            yield from by_name(("student", "encoder"), encoders)
+        for table, registry in ((("losses",), losses), (("data", "augment"), augmentations)):
+            entries = self.at(table)
+            for number in range(len(entries) if isinstance(entries, list) else 0):
+                yield from by_name((*table, number), registry)
+
+    def check_parts(self) -> list[tuple[Place, str]]:
+        """(place, message) for each name that is not known and each option that its part does not take."""
+        found = []
+        for part in self.parts():
+            model = messages.table_of(self.model, part.table)
+            if part.name not in part.registry:
+                known = {*architectures, *teachers} if part.table == ("teacher",) else part.registry
+                found.append((part.key, unknown(part.registry.kind, part.name, known)))
+                # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
+                for option in part.options:
+                    if get_close_matches(option, model.model_fields, cutoff=0.8):
+                        message = unknown(f"key of {title(part.table)}", option, model.model_fields)
+                        found.append(((*part.table, option), message))
+                continue
+            entry = part.registry[part.name]
+            takes = set(entry.options) - set(part.supplied)
+            for option, message in entry.problems(part.options, part.supplied):
+                if option in part.options and option not in takes:
+                    # The key may be a misspelt key of the table just as well as of the part's options.
+                    kind = f"key of {title(part.table)} with {part.name!r}"
+                    message = unknown(kind, option, {*(model.model_fields if part.table != part.key else ()), *takes})
+                found.append(((*part.table, option), message))
+        return found
+
+    def check_together(self) -> list[tuple[Place, str]]:
+        """(place, message) for keys that contradict each other."""
+        found = [*self._check_losses(), *self._check_teacher()]
+        for table in ("teacher", "distill"):
+            if table == "teacher" and self.at((table,)) is None:
+                continue
+            training = self.values((table,))
+            warmup, epochs = training.get("warmup_epochs"), training.get("epochs")
+            if None not in (warmup, epochs) and warmup > epochs:
+                found.append(((table, "warmup_epochs"), f"{warmup:g} is longer than the {epochs} epochs"))
+            lowest, highest = training.get("min_lr"), training.get("lr")
+            if None not in (lowest, highest) and lowest > highest:
+                found.append(((table, "min_lr"), f"{lowest:g} is above lr = {highest:g}"))
+        if self.at(("student", "init")) == "teacher" and self.at(("teacher",)) is None:
+            found.append((("student", "init"), "there is no [teacher] to start from"))
+        return found
+
+    def _check_losses(self) -> Iterator[tuple[Place, str]]:
+        entries = self.at(("losses",))
+        entries = entries if isinstance(entries, list) else []
+        names = [self.values(("losses", number)).get("name") for number in range(len(entries))]
+        known = [name for name in names if isinstance(name, str) and name in losses]
+        weights = [self.values(("losses", number)).get("weight", 1.0) for number in range(len(entries))]
+        felt = [
+            losses[name].inputs for name, weight in zip(names, weights, strict=True) if name in known and weight > 0
+        ]
+        if names and len(known) == len(names) and not any("logits" in inputs for inputs in felt):
+            with_logits = ", ".join(name for name in losses if "logits" in losses[name].inputs)
+            message = f"no loss on the student's logits (with a weight above 0); add one of: {with_logits}"
+            yield ("losses",), message
+        for number, name in enumerate(names):
+            needs_teacher = name in known and any("teacher" in needed for needed in losses[name].inputs)
+            if needs_teacher and self.at(("teacher",)) is None:
+                yield ("losses", number, "name"), f"{name!r} needs a teacher; add a [teacher] section"
+        for name in sorted({name for name in known if known.count(name) > 1}):
+            yield ("losses",), f"{name!r} stands there {known.count(name)} times; each term is logged by its name"
+
+    def _check_teacher(self) -> Iterator[tuple[Place, str]]:
+        given = self.at(("teacher",))
+        if not isinstance(given, dict):
+            return
+        if "checkpoint" in given:
+            for key in sorted(messages.table_of(self.model, ("teacher",)).training_keys & given.keys()):
+                yield ("teacher", key), "has no effect with teacher.checkpoint; leave one of the two out"
+        activation = self.values(("teacher",)).get("activation")
+        if activation not in (None, "qcfs") and "levels" in given:
+            message = f'has no effect with activation = "{activation}"; leave it out, or set activation = "qcfs"'
+            yield ("teacher", "levels"), message
+        architecture = given.get("architecture")
+        if activation not in (None, "relu") and teacher_registry(architecture) is teachers:
+            message = f"{architecture!r} brings activations of its own; leave it out, or name an architecture"
+            yield ("teacher", "activation"), message
+
+
+def teacher_registry(name: object) -> Registry:
+    """The registry of a teacher's architecture: those that are built as students too, or those that only teach."""
+    # The second reads torchvision, which takes a second: not without need.
+    only_teaches = isinstance(name, str) and name not in architectures
+    return teachers if only_teaches and (name.startswith("torchvision") or name in teachers) else architectures

@@ -1,0 +1,93 @@
+"""A recipe's parts, for a training loop of one's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lasnn.callback import Callback
+from lasnn.data import Batches, Images, Streamed
+from lasnn.errors import UserError
+from lasnn.factory import load_data, make_augmentation
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.plan import Plan, read_plan
+from lasnn.recipe.schema import Recipe
+from lasnn.run import RunFolder
+from lasnn.training.checkpoints import STATE, Checkpoints
+from lasnn.training.distill import new_student
+from lasnn.training.objective import DistillationObjective
+from lasnn.training.precision import Precision
+from lasnn.training.stop import StopRequest
+from lasnn.training.teacher import TeacherSource
+from lasnn.training.trainer import Phase, make_trainer
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a recipe names, on its device.
+
+    `teacher` is frozen and in evaluation mode (None where the recipe has none), `student` is as it is before the first
+    step. `objective(images, targets, epoch=0, step=0)` returns {"<term>": ..., "loss": ...}, scalars, where "loss" is
+    the recipe's weighted sum; epoch and step key every random number. Its own parameters are those of its losses.
+    """
+
+    plan: Plan
+    teacher: Teacher | None
+    student: Student
+    objective: DistillationObjective
+    train: Images | Streamed
+    test: Images | Streamed
+
+    def batches(self, epoch: int) -> Batches:
+        """The augmented batches of an epoch: images [B, C, H, W] in [0, 1] and labels [B] (or probabilities [B, K])."""
+        recipe = self.plan.recipe
+        augmentation = make_augmentation(recipe, self.plan.data)
+        return Batches(self.train, recipe.data.batch_size, seed=recipe.seed, epoch=epoch, augment=augmentation)
+
+
+def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_teacher: bool = False) -> Built:
+    """Make a recipe's parts; `distill` trains with the same.
+
+        built = build("quickstart", train_teacher=True)
+        optimizer = torch.optim.SGD(built.student.parameters(), lr=0.1, momentum=0.9)
+        for epoch in range(10):
+            for step, (images, targets) in enumerate(built.batches(epoch)):
+                optimizer.zero_grad()
+                built.objective(images, targets, epoch, step)["loss"].backward()
+                optimizer.step()
+
+    Args:
+        recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
+        overrides: `key.path=value` settings, as for `Recipe.load`.
+        train_teacher: train the teacher where it is neither a checkpoint nor among the cached ones, and cache it.
+
+    Raises:
+        UserError: something in the recipe or the data cannot work, or the teacher would have to be trained first.
+        MachineError: the teacher's training broke.
+    """
+    plan = read_plan(recipe, list(overrides))
+    train, test, _ = load_data(plan.recipe, plan.data, plan.device)
+    with TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+
+        def fit(phase: Phase) -> dict[str, float]:
+            if not train_teacher:
+                raise UserError(
+                    f"the teacher of {plan.recipe.name} is not trained yet: build(..., train_teacher=True) trains and "
+                    "caches it; or set teacher.checkpoint"
+                )
+            trainer = make_trainer(
+                phase.objective,
+                precision=Precision(plan.recipe, plan.device),
+                parallel=phase.parallel,
+                checkpoints=Checkpoints(run / STATE, plan.recipe.save_minutes, {}),
+                stop=StopRequest(),
+                run=run,
+                callbacks=Callback(),
+            )
+            return trainer.fit(phase)
+
+        teacher = TeacherSource(plan, train, test, run, Callback()).get(fit)
+    student = new_student(plan, teacher)
+    return Built(plan, teacher, student, DistillationObjective(student, teacher, plan), train, test)
