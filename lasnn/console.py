@@ -291,15 +291,16 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         f"{result['file']}: {result['format']}, T = {result['timesteps']}, {result['bytes']:,} bytes",
         f"takes    {result['takes']}",
         f"gives    {result['gives']}",
-        f"verified on {result['verified_on']}",
     ]
     lines += data_change_lines(result)
+    if why := result.get("why_drawn"):
+        lines.append(f"verified on drawn images, for the test images cannot be used: {why}")
     for found in result["agreements"]:
         spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"
         if found["margin"] is not None:
             spikes += f" (first in {found['first_layer']}, |h - threshold| <= {found['margin']:.1e} there)"
         lines.append(
-            f"verified in {found['reader']}: {found['images']} images, arg-max equal on {found['same_class']}/"
+            f"verified in {found['reader']}: {found['images']} {result['verified_on']}, arg-max equal on {found['same_class']}/"
             f"{found['images']}, largest logit difference {found['logit_difference']:.2g}, {spikes}"
         )
     for line in lines:

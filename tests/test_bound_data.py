@@ -108,7 +108,7 @@ def test_nothing_is_said_where_nothing_changed(bound, command):
     assert COMMANDS[command]() == []
     found = exported()
     assert found["data_changes"] == []
-    assert found["verified_on"] == "test images of image-folder"
+    assert found["verified_on"] == "test images"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -198,7 +198,7 @@ def test_other_classes_are_refused(bound, command, said):
 def test_an_export_has_the_classes_of_the_training(bound, form):
     renamed()
     found = exported(form=form)
-    assert "class 'cat' is called 'wolf' now" in found["verified_on"]
+    assert "class 'cat' is called 'wolf' now" in found["why_drawn"]
     assert found["verified"]
     assert found["agreements"][0]["images"] == 64
     if form == "safetensors":
@@ -212,7 +212,8 @@ def test_a_student_needs_no_data_folder(bound):
     wanted = load_run("run").student(images)
     again = exported()
     assert again["verified"]
-    assert again["verified_on"].startswith("drawn images, not the run's test images: no folder ")
+    assert again["verified_on"] == "drawn images"
+    assert again["why_drawn"].startswith("no folder ")
     elsewhere = bound / "elsewhere"
     elsewhere.mkdir()
     shutil.move(file, elsewhere / "student.safetensors")
@@ -228,7 +229,7 @@ def test_data_that_is_named_is_used_or_refused(bound):
     with pytest.raises(UserError, match="no folder"):
         measured()
     assert measured(data_root="moved")["data_changes"] == []
-    assert exported(data_root="moved")["verified_on"] == "test images of image-folder"
+    assert exported(data_root="moved")["verified_on"] == "test images"
     for call in (measured, exported):
         with pytest.raises(UserError, match="no folder nowhere|no folder .*nowhere"):
             call(data_root="nowhere")
@@ -286,5 +287,6 @@ def test_commands_say_it(split, lasnn):
     assert "1 of its test images were trained on" in lasnn("evaluate", "run", code=2).stderr
     shutil.move(PICTURES, "moved")
     said = lasnn("export", "run", "--format", "safetensors", "--out", "s.safetensors").stdout
-    assert "verified on drawn images, not the run's test images: no folder" in said
+    assert "64 drawn images, arg-max equal on 64/64" in said
+    assert "verified on drawn images, for the test images cannot be used: no folder" in said
     assert "trained on is not known" in lasnn("evaluate", "s.safetensors", "--data", "moved").stdout

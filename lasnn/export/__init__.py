@@ -50,7 +50,7 @@ def export(
 
     Returns:
         `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `data_changes`
-        (since the run began, a line each), `verified_on` (what images, and why if they are not the run's test images),
+        (since the run began, a line each), `verified_on` ("test images" or "drawn images", and then `why_drawn`),
         `verified` and `agreements`, an `Agreement` for each reader.
 
     Raises:
@@ -65,7 +65,7 @@ def export(
     exporter, path = _prepare(run, form, timesteps, None if out is None else expanded(out, "--out"), force)
     with translate_errors(exporters[form]):
         exporter.check()
-    images, changes, verified_on = _images(run, required=data_root is not None)
+    images, facts = _images(run, required=data_root is not None)
     with atomic_replace(path) as temporary:
         with translate_errors(exporters[form]):
             exporter.write(temporary)
@@ -82,8 +82,7 @@ def export(
             "bytes": temporary.stat().st_size,
             "takes": exporter.takes,
             "gives": exporter.gives,
-            "data_changes": changes,
-            "verified_on": verified_on,
+            **facts,
             "verified": not any(found.problem for found in agreements),
             "agreements": [found.as_json() for found in agreements],
         }
@@ -101,16 +100,15 @@ def export(
     return result
 
 
-def _images(run: Run, required: bool) -> tuple[Images | Streamed, list[str], str]:
-    """What a file is verified on: images, what has changed in them since the run began, and what they are, in words."""
+def _images(run: Run, required: bool) -> tuple[Images | Streamed, dict[str, Any]]:
+    """The images that a file is verified on, and what the result says of them."""
     try:
-        test, changes = run.images.test, run.images.changes
+        return run.images.test, {"data_changes": run.images.changes, "verified_on": "test images"}
     except UserError as error:
         if required:
             raise
-        why = "; ".join(error.problems)
-        return drawn_images(run.description, run.recipe.seed), [], f"drawn images, not the run's test images: {why}"
-    return test, changes, f"test images of {run.recipe.data.name}"
+        facts = {"data_changes": [], "verified_on": "drawn images", "why_drawn": "; ".join(error.problems)}
+        return drawn_images(run.description, run.recipe.seed), facts
 
 
 def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force: bool) -> tuple[Exporter, Path]:
