@@ -299,9 +299,10 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"
         if found["margin"] is not None:
             spikes += f" (first in {found['first_layer']}, |h - threshold| <= {found['margin']:.1e} there)"
+        equal = f"{found['same_class']}/{found['images']}"
         lines.append(
-            f"verified in {found['reader']}: {found['images']} {result['verified_on']}, arg-max equal on {found['same_class']}/"
-            f"{found['images']}, largest logit difference {found['logit_difference']:.2g}, {spikes}"
+            f"verified in {found['reader']}: {found['images']} {result['verified_on']}, arg-max equal on {equal}, "
+            f"largest logit difference {found['logit_difference']:.2g}, {spikes}"
         )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

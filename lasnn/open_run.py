@@ -6,15 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from lasnn import files, lock
 from lasnn.bound_data import Splits
+from lasnn.compatibility import match_names
 from lasnn.data import Dataset, DatasetDescription
 from lasnn.errors import MachineError, UserError
+from lasnn.factory import find_checkpoint
+from lasnn.foreign_weights import read_checkpoint
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import Recipe
 from lasnn.resume import changes_between, more_epochs
 from lasnn.run import DATA, RUNS, WRITTEN, RunFolder, all_runs, read_text
-from lasnn.weights import load_state
+from lasnn.weights import load_state, load_weights
 
 
 @contextmanager
@@ -67,9 +72,6 @@ def _begin(run: RunFolder, recipe: Recipe, resume: bool, note: Callable[[str], N
     files.remove_partial(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
     for line in accepted:
         note(f"resumed with {line}")
-    if accepted:
-        _go_on_beyond_the_end(run, recipe)
-        files.write(run / "recipe.toml", recipe.to_toml())
 
 
 def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:
@@ -80,6 +82,8 @@ def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:
     """
     changes = changes_between(read_text(run / "recipe.toml"), recipe.to_toml())
     refused, accepted = [str(change) for change in changes.refused], [str(change) for change in changes.accepted]
+    if any(change.key == "teacher.checkpoint" for change in changes.accepted) and not _same_teacher(run, recipe):
+        refused.append(f"teacher.checkpoint: {recipe.teacher.checkpoint} has other weights than the run's teacher")
     if changes.epochs:
         try:
             accepted.append(more_epochs(changes.epochs, recipe, _student_begun(run)))
@@ -93,18 +97,22 @@ def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:
     return accepted
 
 
+def _same_teacher(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether the file of a teacher's weights has those that the run has begun with, if it has begun with any."""
+    if not (run / "teacher.safetensors").is_file():
+        return True
+    kept, _ = load_weights(run / "teacher.safetensors")
+    weights, _ = match_names(read_checkpoint(find_checkpoint(recipe)).weights, kept)
+    return weights.keys() <= kept.keys() and all(
+        torch.equal(value.to(kept[name].dtype), kept[name]) for name, value in weights.items()
+    )
+
+
 def _student_begun(run: RunFolder) -> bool:
     """Whether a step of the student's training is done and saved."""
     if any(epoch["phase"] == "student" for epoch in run.metrics()):
         return True
     return (run / "last.pt").is_file() and load_state(run / "last.pt")["phase"] == "student"
-
-
-def _go_on_beyond_the_end(run: RunFolder, recipe: Recipe) -> None:
-    """A finished run that gets more epochs is none that is finished; its last state is where it goes on."""
-    epochs = run.read_json("summary.json").get("epochs")
-    if isinstance(epochs, int) and epochs < recipe.distill.epochs:
-        (run / "summary.json").unlink()
 
 
 def finished(recipe: Recipe, folder: Path) -> bool:
@@ -116,7 +124,13 @@ def finished(recipe: Recipe, folder: Path) -> bool:
     if not (folder / "recipe.toml").is_file():
         return False
     _check_changes(RunFolder(folder), recipe)
-    return RunFolder(folder).read_json("summary.json").get("epochs") == recipe.distill.epochs
+    return is_done(RunFolder(folder), recipe)
+
+
+def is_done(run: RunFolder, recipe: Recipe) -> bool:
+    """Whether a run has its result; one that gets more epochs has it no longer."""
+    summary = run.read_json("summary.json")
+    return bool(summary) and summary.get("epochs", recipe.distill.epochs) == recipe.distill.epochs
 
 
 def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
@@ -157,8 +171,9 @@ def _new_folder(name: str) -> Path:
             raise MachineError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def bind_data(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> DatasetDescription:
-    """Keep what data a run is trained on and measured with; a run that goes on must have the same.
+def bind(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> DatasetDescription:
+    """Keep the recipe that an opened run goes on with, and what data it is trained on and measured with; a run that has
+    begun must have the same.
 
     Args:
         splits: the training and the test images, loaded.
@@ -167,13 +182,17 @@ def bind_data(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> 
         UserError: the data is not what the run began with; the lines say what has changed.
     """
     now = data.describe(recipe.data.name, splits)
-    if not any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json")):
-        run.write_json(DATA, now.as_json())
-        return now
+    begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json"))
     # A run of an earlier lasnn does not have it; its last.pt knows the training images again.
-    if found := run.read_json(DATA):
+    if begun and (found := run.read_json(DATA)):
         before = DatasetDescription.from_json(found, str(run / DATA))
         if changes := data.changes_since(before, splits):
             fix = "put them back as they were, or choose another --out"
             raise UserError(*changes, f"{run.path}: its images are not those that the run began with: {fix}")
+    if not begun:
+        run.write_json(DATA, now.as_json())
+    if read_text(run / "recipe.toml") != recipe.to_toml():
+        # With more epochs than it was finished with it is finished no longer.
+        (run / "summary.json").unlink(missing_ok=True)
+        files.write(run / "recipe.toml", recipe.to_toml())
     return now

@@ -10,7 +10,18 @@ from lasnn.recipe.load import toml_value
 from lasnn.recipe.schema import DataTable, DistillTable, LossTable, Recipe, StudentTable, TeacherTable
 
 # How and where a run is computed, and where its files lie; what they are is compared by content.
-HARMLESS = frozenset({"save_minutes", "device", "data.root", "data.workers", "data.residence", "teacher.checkpoint"})
+HARMLESS = frozenset(
+    {
+        "save_minutes",
+        "device",
+        "data.root",
+        "data.download",
+        "data.workers",
+        "data.residence",
+        "teacher.checkpoint",
+        "teacher.min_accuracy",
+    }
+)
 # Whose defaults hold where the recipe of a run of an earlier lasnn does not have a key yet.
 TABLES = {"": Recipe, "data": DataTable, "teacher": TeacherTable, "student": StudentTable, "distill": DistillTable}
 MISSING = object()
@@ -55,10 +66,14 @@ def changes_between(before: str, now: str) -> Changes:
         change = Change(key, old.get(key, MISSING), new.get(key, MISSING))
         if change.before == change.now or (change.before is MISSING and change.now == _default(key)):
             continue
+        # A teacher that is trained is another than one that is read.
+        another = key == "teacher.checkpoint" and MISSING in (change.before, change.now)
         if key == "distill.epochs":
             found.epochs = change
+        elif key in HARMLESS and not another:
+            found.accepted.append(change)
         else:
-            (found.accepted if key in HARMLESS else found.refused).append(change)
+            found.refused.append(change)
     return found
 
 

@@ -25,7 +25,7 @@ from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
-from lasnn.open_run import bind_data, open_run
+from lasnn.open_run import bind, is_done, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
@@ -85,13 +85,13 @@ def distill(
     with closing(told), processes.main_process_context(opened) as run:
         told.start(plan, run.path)
         told.note(placed)
-        if processes.broadcast_from_main(lambda: run.read_json("summary.json")):
+        if processes.broadcast_from_main(lambda: is_done(run, plan.recipe)):
             told.note(f"{run.path} is finished; there is nothing to resume")
             return run
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             told.note(f"nothing to resume in {run.path}; starting from the beginning")
-        described = processes.broadcast_from_main(lambda: bind_data(run, plan.recipe, plan.data, (train, test)))
+        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
         paths = absolute_paths(plan.recipe)
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source, **paths})
         with training_environment(plan, detect_anomaly) as stop:
