@@ -118,6 +118,8 @@ def test_a_picture_added_to_each_class_is_said_and_moves_no_other(bound, command
         picture(folder / "a-new-one.png", 5000 + number)
     [line] = COMMANDS[command]()
     assert line.startswith(f"{len(folders)} pictures added (")
+    if command == "report":
+        assert f"Data changed since the run began: {line}." in Path("run/report.html").read_text()
     assert exported()["data_changes"] == [line]
 
 

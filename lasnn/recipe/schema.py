@@ -73,7 +73,7 @@ class DataTable(Part):
     name: str = "fashion-mnist-mini"
     """A registered data set."""
     root: str = "data"
-    """Folder of the data set's files, relative to the working directory."""
+    """Folder of the data set's files, from the working directory; `~` is the home."""
     batch_size: Count = 128
     """Images a step, over all processes."""
     accumulate: Count = 1
