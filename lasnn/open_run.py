@@ -71,7 +71,7 @@ def _begin(run: RunFolder, recipe: Recipe, resume: bool, note: Callable[[str], N
     _check_plugins(recipe, run)
     files.remove_partial(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
     for line in accepted:
-        note(f"resumed with {line}")
+        note(f"changed  {line}")
 
 
 def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:

@@ -89,7 +89,14 @@ def test_every_data_set_describes_itself(name):
 
 def test_a_damaged_description_is_a_line(before):
     whole = before.as_json()
-    for wrong in ({"keys": [["!"]]}, {"mean": [0.5]}, {"train_size": "9"}, {"classes": 3}, {"strange": 1}):
+    for wrong in (
+        {"keys": [["!"]]},
+        {"mean": [0.5]},
+        {"mean": ["a", "b", "c"]},
+        {"train_size": "9"},
+        {"classes": 3},
+        {"strange": 1},
+    ):
         with pytest.raises(UserError, match=r"^run\.json is damaged: ") as error:
             DatasetDescription.from_json(whole | wrong, "run.json")
         assert "\n" not in str(error.value)

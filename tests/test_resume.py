@@ -30,7 +30,7 @@ def test_what_leaves_the_result_alone_is_taken(tiny):
     harmless = ["save_minutes=1", "data.workers=1", "data.residence=stream", "device=cpu", "data.root=elsewhere"]
     run = distill(tiny, "out", overrides=[*SHORT, *harmless], resume=True, progress=notes)
     assert digest(run / "student.safetensors") == digest(whole / "student.safetensors")
-    assert "resumed with save_minutes: was 10.0, now 1.0" in notes.lines
+    assert "changed  save_minutes: was 10.0, now 1.0" in notes.lines
     assert 'residence = "stream"' in (run / "recipe.toml").read_text()
 
 

@@ -170,6 +170,7 @@ def conditions(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.folder.path),
         "data": run.recipe.data.name,
+        "data_source": run.data.source,
         "data_changes": run.images.changes,
         "classes": list(run.description.classes),
         **{name: known[name] for name in ("device", "device_name", "lasnn", "torch")},
