@@ -198,7 +198,10 @@ class _Running:
     def _lost(self, error: BaseException) -> str:
         if isinstance(error, (OSError, EOFError)):
             # A broken connection can come to light before the end of the process behind it.
-            wait([process.sentinel for process in self.processes], timeout=GRACE)
+            ended = wait([process.sentinel for process in self.processes], timeout=GRACE)
+            for process in self.processes:
+                if process.sentinel in ended:
+                    process.join(GRACE)
         codes = [code for process in self.processes if (code := process.exitcode)]
         if codes:
             how = f"by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"with exit code {codes[0]}"

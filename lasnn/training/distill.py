@@ -29,6 +29,7 @@ from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, absolute_paths, environment
+from lasnn.training.advice import advice
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
 from lasnn.training.objective import DistillationObjective
@@ -184,5 +185,6 @@ def finish(
         "images": len(test),
         "seed": recipe.seed,
     }
+    summary["advice"] = advice(recipe, summary, run.metrics())
     run.write_json("summary.json", summary)
     callbacks.finish(summary, run.path)
