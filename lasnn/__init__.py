@@ -24,7 +24,7 @@ _HOMES = {
     "build": "lasnn.training.build",
     "distill": "lasnn.training.distill",
     "evaluate": "lasnn.evaluation.evaluate",
-    "load_run": "lasnn.run",
+    "load_run": "lasnn.loaded_run",
 }
 __all__ = ["__version__", *_HOMES]
 

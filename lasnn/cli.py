@@ -32,6 +32,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as student.timesteps=2. Repeatable."),
 ]
+DataFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="The folder of the run's images.  [default: where it has them]")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -142,6 +145,7 @@ def evaluate(
     draws: Annotated[
         int | None, typer.Option(metavar="N", help="Seeds of an encoder that draws, as poisson.  [default: 3]")
     ] = None,
+    data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, firing rate, energy and speed of a trained student at any T, or of its teacher, converted."""
@@ -155,7 +159,7 @@ def evaluate(
         from lasnn.evaluation.evaluate import conditions, load_run
         from lasnn.evaluation.evaluate import evaluate as measure_run
 
-        loaded = load_run(run, device="auto")
+        loaded = load_run(run, device="auto", data_root=data)
         results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
         known = conditions(loaded)
         if converted:
@@ -187,15 +191,16 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="The file.  [default: student-t<T>.<format> in the run folder]")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
+    data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a student to a file that other programs read, and verify it there on test images."""
+    """Write a student to a file that other programs read, and verify it there."""
     with json_alone(as_json) as answer:
         from lasnn.export import Disagreement
         from lasnn.export import export as export_run
 
         try:
-            answer.update(export_run(run, form, timesteps=timesteps, out=out, force=force))
+            answer.update(export_run(run, form, timesteps=timesteps, out=out, force=force, data_root=data))
         except Disagreement as disagreement:
             answer.update(disagreement.result)
             raise
@@ -288,12 +293,14 @@ def report(
         ),
     ] = None,
     longest: Annotated[int, typer.Option(metavar="T", help="Where the conversion ends.")] = 64,
+    data: DataFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
     with json_alone(as_json) as answer:
-        from lasnn.console import to_stderr, to_stdout
+        from lasnn.console import data_change_lines, to_stderr, to_stdout
+        from lasnn.loaded_run import load_run
         from lasnn.report import report as write_report
 
         console = to_stderr() if as_json else to_stdout()
@@ -302,7 +309,10 @@ def report(
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         options = {"timesteps": steps, "converted": converted, "longest": longest}
-        answer.update(write_report(run, out, **options, tell=tell))
+        loaded = load_run(run, device="auto", data_root=data)
+        answer.update(write_report(loaded, out, **options, tell=tell))
+        for line in data_change_lines(answer):
+            tell(line)
         tell(f"report: {answer['file']} ({answer['bytes'] / 1024:,.0f} KiB)")
 
 

@@ -27,11 +27,13 @@ from lasnn.evaluation.iso_accuracy import (
     say_reached,
     sentence,
 )
+from lasnn.open_run import finished
 from lasnn.plan import Plan, read_plan
 from lasnn.recipe.load import find, toml_value
+from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses
-from lasnn.run import RUNS, RunFolder, environment, finished
+from lasnn.run import RUNS, RunFolder, environment
 from lasnn.training.distill import distill
 from lasnn.training.stop import Stopped
 
@@ -295,7 +297,7 @@ def compare(
         tell(f'--ablation adds no row: the teacher gives one thing only, and the row "{ALONE}" is without it')
     numbers = tuple(range(base.seed, base.seed + seeds))
     plans = plan_all(name, arms, numbers)
-    folder = RUNS / "compare" / find(name).stem if out is None else Path(out)
+    folder = RUNS / "compare" / find(name).stem if out is None else expanded(out, "--out")
     found = Comparison(name, numbers, tuple(arms), folder)
     found.conditions = {**environment(plans[arms[0], numbers[0]].device), "images": base_images(plans)}
     if against_conversion:

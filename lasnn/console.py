@@ -149,7 +149,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     lines = [f"{known['run']}: {first['images']:,} test images of {known['data']}, {where}, torch {known['torch']}"]
     if first.get("teacher_accuracy") is not None:
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
-    for line in lines:
+    for line in (*lines, *data_change_lines(known)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     converted = known.get("converted")
     if converted:
@@ -216,6 +216,11 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
         *([f"means of {len(first['accuracies'])} draws of the encoder; sd is their deviation"] if drawn else []),
     ):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def data_change_lines(result: Mapping[str, Any]) -> list[str]:
+    """What has changed in the data set since the run began, for people; nothing where nothing has."""
+    return [f"data changed since the run began: {change}" for change in result["data_changes"]]
 
 
 def _say_classes(console: Console, classes: Sequence[str], result: Mapping[str, Any]) -> None:
@@ -291,13 +296,17 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         f"takes    {result['takes']}",
         f"gives    {result['gives']}",
     ]
+    lines += data_change_lines(result)
+    if why := result.get("why_drawn"):
+        lines.append(f"verified on drawn images, for the test images cannot be used: {why}")
     for found in result["agreements"]:
         spikes = f"{found['flipped']:,} of {found['spikes']:,} spikes differ" if found["spikes"] else "spikes not shown"
         if found["margin"] is not None:
             spikes += f" (first in {found['first_layer']}, |h - threshold| <= {found['margin']:.1e} there)"
+        equal = f"{found['same_class']}/{found['images']}"
         lines.append(
-            f"verified in {found['reader']}: {found['images']} test images, arg-max equal on {found['same_class']}/"
-            f"{found['images']}, largest logit difference {found['logit_difference']:.2g}, {spikes}"
+            f"verified in {found['reader']}: {found['images']} {result['verified_on']}, arg-max equal on {equal}, "
+            f"largest logit difference {found['logit_difference']:.2g}, {spikes}"
         )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

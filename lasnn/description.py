@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lasnn.data import Dataset, Images, Streamed
+from lasnn.data import Dataset, DatasetDescription
 from lasnn.errors import UserError, printable
-from lasnn.factory import make_data
 from lasnn.network.staged import Staged
 from lasnn.recipe.check import teacher_registry
 from lasnn.recipe.load import dump_toml, toml_value
@@ -22,8 +21,11 @@ from lasnn.registry import REQUIRED, architectures, datasets, teachers
 
 Description = Mapping[str, Any]
 
+# Of a data set's description, what a student's file says of its images beside their shape and classes.
+IMAGES = ("train_size", "test_size", "decoding", "fingerprints")
 
-def describe_teacher(recipe: Recipe, data: Dataset, network: Staged) -> dict[str, Any]:
+
+def describe_teacher(recipe: Recipe, data: Dataset | DatasetDescription, network: Staged) -> dict[str, Any]:
     """What a teacher's file says: `role`, architecture with all options, activation, classes, normalisation."""
     table = recipe.teacher
     normalisation = getattr(network, "normalisation", None) or (data.mean, data.std)
@@ -32,12 +34,15 @@ def describe_teacher(recipe: Recipe, data: Dataset, network: Staged) -> dict[str
     return {"role": "teacher", **_network(table, recipe, data, normalisation), **activation}
 
 
-def describe_student(recipe: Recipe, data: Dataset) -> dict[str, Any]:
-    """What a student's file says: as a teacher's, with T, encoder, neuron and the recipe, which make it a student."""
+def describe_student(recipe: Recipe, data: DatasetDescription) -> dict[str, Any]:
+    """What a student's file says: as a teacher's, with T, encoder, neuron and the recipe, which make it a student, and
+    with what `data_described` knows its images by.
+    """
     table = recipe.student
     return {
         "role": "student",
         **_network(table, recipe, data, (data.mean, data.std)),
+        **{key: value for key, value in data.as_json().items() if key in IMAGES},
         "timesteps": table.timesteps,
         "encoder": table.encoder_table.name,
         "neuron": table.neuron.name,
@@ -45,7 +50,25 @@ def describe_student(recipe: Recipe, data: Dataset) -> dict[str, Any]:
     }
 
 
-def _network(table: TeacherTable | StudentTable, recipe: Recipe, data: Dataset, normalisation) -> dict[str, Any]:
+def data_described(description: Description, where: str) -> DatasetDescription | None:
+    """The data set that a student's file tells of, without what tells its single files from others; None where the file
+    is of an earlier lasnn and does not tell.
+
+    Raises:
+        UserError: it is damaged; `where` names it.
+    """
+    names = {"name": "data", "channels": "in_channels"}
+    keys = ("name", "channels", "height", "width", "classes", "mean", "std", *IMAGES)
+    try:
+        found = {key: description[names.get(key, key)] for key in keys}
+    except KeyError:
+        return None
+    return DatasetDescription.from_json({**found, "keys": []}, where)
+
+
+def _network(
+    table: TeacherTable | StudentTable, recipe: Recipe, data: Dataset | DatasetDescription, normalisation
+) -> dict[str, Any]:
     mean, std = normalisation
     return {
         "architecture": table.architecture,
@@ -191,47 +214,3 @@ def _normalised_by(wanted: Description) -> str | None:
 def _some(names: list, most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(repr(name), 60) for name in names[:most]) + more
-
-
-class DescribedData(Dataset):
-    """The data set of a student's file that has travelled: known from its description, looked for once it is loaded.
-
-    Args:
-        path: the file.
-        recipe: the one in it.
-        description: complete, see `is_complete`.
-    """
-
-    train_size = test_size = 0
-
-    def __init__(self, path: Path, recipe: Recipe, description: Description):
-        self.path, self.recipe, self.description = path, recipe, description
-        self.channels = description["in_channels"]
-        self.height, self.width = description["height"], description["width"]
-        self.classes = tuple(description["classes"])
-        self.mean, self.std = tuple(description["mean"]), tuple(description["std"])
-
-    @staticmethod
-    def is_complete(description: Description) -> bool:
-        """Whether a file says all of its data set that its network needs; one of an earlier lasnn does not."""
-        sides, lists = ("in_channels", "height", "width"), (("classes", str), ("mean", float), ("std", float))
-        return all(isinstance(description.get(key), int) and description[key] > 0 for key in sides) and all(
-            isinstance(description.get(key), list) and all(isinstance(item, kind | int) for item in description[key])
-            for key, kind in lists
-        )
-
-    def load(self) -> tuple[Images | Streamed, Images | Streamed]:
-        """Read the images from where the recipe's data set lies here.
-
-        Raises:
-            UserError: they are not there, or are of another data set than the file's.
-        """
-        try:
-            data = make_data(self.recipe)
-            splits = data.load()
-        except UserError as error:
-            where = f"{self.path} does not say where its images lie: they are looked for in {self.recipe.data.root}"
-            raise UserError(*error.problems[:-1], f"{error.problems[-1]} ({where})") from error
-        check_description(self.path, self.description, describe_student(self.recipe, data))
-        self.train_size, self.test_size, self.source = data.train_size, data.test_size, data.source
-        return splits

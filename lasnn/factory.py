@@ -1,10 +1,14 @@
-"""From a recipe to its parts: data, networks, device. The only place where they are made."""
+"""From a recipe to its parts: data, networks, device. The only place where they are made.
+
+What a network has to know of its images a `Dataset` says, or the `DatasetDescription` that a run keeps of it.
+"""
 
 from pathlib import Path
 
 import torch
 
 from lasnn.data import Augmentation, Dataset, Images, Streamed
+from lasnn.data.description import DatasetDescription
 from lasnn.data.stream import check_labels, place
 from lasnn.encoder import Encoder
 from lasnn.errors import UserError
@@ -21,7 +25,7 @@ TEACHER = "teacher.safetensors"
 
 def make_data(recipe: Recipe) -> Dataset:
     """The recipe's data set; no image is read yet."""
-    data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
+    data = datasets.build(recipe.data.name, recipe.data_root, **recipe.data.options)
     if not isinstance(data, Dataset):
         where = datasets[recipe.data.name].where
         raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
@@ -61,7 +65,7 @@ def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
     return Augmentation(steps, data.mean, len(data.classes))
 
 
-def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
+def make_encoder(recipe: Recipe, data: Dataset | DatasetDescription) -> Encoder:
     """The student's encoder."""
     table = recipe.student.encoder_table
     encoder = encoders.build(table.name, data.mean, data.std, **table.options)
@@ -70,14 +74,14 @@ def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
     return encoder
 
 
-def make_student(recipe: Recipe, data: Dataset) -> Student:
+def make_student(recipe: Recipe, data: Dataset | DatasetDescription) -> Student:
     """The student on the current default device, with the layers' own initialisation."""
     table = recipe.student
     act = snn_units(table.neuron.name, **table.neuron.options)
     return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
 
 
-def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
+def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation."""
     table = recipe.teacher
     act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
@@ -91,7 +95,7 @@ def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
     return Teacher(network, *(network.normalisation or (data.mean, data.std)))
 
 
-def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset) -> Staged:
+def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset | DatasetDescription) -> Staged:
     """The network that a table names, for the data's images."""
     shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
     return build(table.architecture, act, **shape, **table.options)
@@ -123,15 +127,16 @@ def _named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(recipe: Recipe) -> Path:
     """The weights file that `teacher.checkpoint` means: itself, of any ending, or a run folder's teacher.
 
     Raises:
         UserError: there is none.
     """
+    name = recipe.teacher.checkpoint
     if "://" in name:
         raise UserError(f"{name!r} is an address, and nothing is downloaded; fetch the file, and give its path")
-    path = Path(name)
+    path = recipe.teacher_checkpoint
     fix = "give a file of torch.save or safetensors, or a run folder that has a teacher.safetensors"
     if path.is_dir() and not (path / TEACHER).is_file():
         inside = [file.name for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]

@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe) -> Plan:
     device = _check_device(recipe, problems)
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
-        checkpoint = problems.attempt("teacher.checkpoint", lambda: find_checkpoint(recipe.teacher.checkpoint))
+        checkpoint = problems.attempt("teacher.checkpoint", lambda: find_checkpoint(recipe))
     data = problems.attempt("data", lambda: make_data(recipe))
     if data is None:
         # Without its images' size and classes no network can be built.

@@ -24,6 +24,7 @@ from lasnn.weights import load_state
 
 FILES = {
     "recipe.toml",
+    "data.json",
     "env.json",
     "metrics.jsonl",
     "student.safetensors",
@@ -249,7 +250,8 @@ def test_the_teacher_may_come_from_another_run_or_a_file(tiny):
         assert digest(run / "student.safetensors") == digest(first / "student.safetensors")
         assert [line["phase"] for line in run.metrics()] == ["student", "student"]
         again = Recipe.load(run / "recipe.toml")
-        assert again.teacher.checkpoint.startswith("/")
+        assert again.teacher.checkpoint == str(where), "as it was written"
+        assert run.read_json("env.json")["teacher_checkpoint"] == str(where.absolute())
 
 
 def test_without_a_teacher(tiny):
@@ -312,7 +314,7 @@ def test_resume_of_nothing_of_a_finished_run_and_of_another_recipe(tiny):
     distill(tiny, "out", resume=True, progress=notes)
     assert "is finished; there is nothing to resume" in notes.lines[-1]
     assert (run / "student.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match=r"another recipe; in \[distill\] it has 'lr = 0.05', now 'lr = 0.1'"):
+    with pytest.raises(UserError, match=r"out holds a run of another recipe \(distill.lr: was 0.05, now 0.1\)"):
         distill(tiny, "out", resume=True, overrides=["distill.lr=0.1"])
 
 

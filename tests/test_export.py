@@ -389,9 +389,8 @@ OWN = '''
 import torch
 from torch import nn
 
-from lasnn import architectures, neurons
+from lasnn import Staged, architectures, neurons
 from lasnn.kernels import lif
-from lasnn import Staged
 
 
 @neurons.register("plain-own")

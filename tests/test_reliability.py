@@ -151,6 +151,10 @@ def test_a_state_goes_on_with_its_own_images_and_teacher_only(tiny, monkeypatch)
         distill(tiny, "out", overrides=SHORT, resume=True)
     weights.save_weights(run / "teacher.safetensors", kept, description)
     monkeypatch.setattr(Images, "fingerprint", lambda self: "other images")
+    with pytest.raises(UserError, match=r"out: its images are not those that the run began with"):
+        distill(tiny, "out", overrides=SHORT, resume=True)
+    # As a run that an earlier lasnn began.
+    (run / "data.json").unlink()
     with pytest.raises(UserError, match=r"last.pt cannot be resumed: the training images are not those"):
         distill(tiny, "out", overrides=SHORT, resume=True)
 

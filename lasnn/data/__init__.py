@@ -7,7 +7,7 @@ the options that a recipe's `[data]` section may set.
 
 from lasnn.data import cifar, fashion_mnist, image_folder, mnist, tiny_imagenet  # noqa: F401  (importing a data set's file registers it)
 from lasnn.data.augment import Augmentation
-from lasnn.data.dataset import Dataset, Described, Images
+from lasnn.data.dataset import Dataset, Images
 from lasnn.data.description import DatasetDescription
 from lasnn.data.loader import Batches
 from lasnn.data.stream import Streamed
@@ -20,7 +20,6 @@ __all__ = [
     "Batches",
     "Dataset",
     "DatasetDescription",
-    "Described",
     "Images",
     "Source",
     "Streamed",

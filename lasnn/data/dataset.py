@@ -140,35 +140,6 @@ class Dataset(ABC):
         """
 
 
-class Described(Dataset):
-    """A data set as a run's description has it: for its networks, where its images are not there or are others.
-
-    Args:
-        description: of the data set.
-        where: the file that the description comes from, for people.
-    """
-
-    def __init__(self, description: DatasetDescription, where: str):
-        self.description = description
-        self.where = where
-        for name in ("channels", "height", "width", "classes", "mean", "std", "train_size", "test_size"):
-            setattr(self, name, getattr(description, name))
-
-    def load(self) -> tuple[Images, Images]:
-        """There is nothing to read.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{self.where} describes the data set, and has no images; give data.root the folder of them")
-
-    def _decoding(self) -> str:
-        return self.description.decoding
-
-    def _keys(self) -> tuple[tuple[bytes, ...], ...]:
-        return self.description.keys
-
-
 def unreadable(reasons: Sequence[str], count: int) -> UserError:
     """The error that names and counts the images that cannot be read, `reasons`, of `count`."""
     further = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []

@@ -71,6 +71,8 @@ class DatasetDescription:
                 raise ValueError("its numbers are none of a data set")
             if not (made.channels == len(made.mean) == len(made.std) and all(isinstance(n, str) for n in made.classes)):
                 raise ValueError("its parts do not belong together")
+            if not all(isinstance(number, int | float) for number in (*made.mean, *made.std)):
+                raise ValueError("its mean or std is no number")
             return made
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{where} is damaged: {' '.join(str(error).split())}") from error

@@ -10,8 +10,8 @@ from lasnn.evaluation.conversion import Converted, Method, check, check_options,
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
 from lasnn.evaluation.speed import speed
-from lasnn.factory import load_data
-from lasnn.run import Run, environment, load_run
+from lasnn.loaded_run import Run, load_run
+from lasnn.run import environment
 
 __all__ = ["Run", "evaluate", "load_run"]
 
@@ -48,12 +48,12 @@ def evaluate(
         One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it what `include_speed` names (see
         `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and `teacher_energy_uj`. Where the encoder
         draws, every figure is the mean over the draws, `accuracies` has each and `accuracy_deviation` their standard
-        deviation. A conversion has `converted`: its method, options, thresholds and
-        number of calibration images.
+        deviation. A conversion has `converted`: its method, options, thresholds and number of calibration images.
 
     Raises:
         UserError: the folder holds no finished run, an option is out of its range or does not fit the encoder, the data
-            is missing or broken, or there is no teacher or one that cannot be converted.
+            is missing, broken or no test of this run (see `lasnn.bound_data`), or there is no teacher or one
+            that cannot be converted.
     """
     if converted is not None:
         check_options(converted, percentile, membrane_start)
@@ -81,7 +81,7 @@ def evaluate(
     options = {"percentile": percentile, "membrane_start": membrane_start}
     if converted is not None:
         check_conversion(run, converted, **options)
-    train, test, _ = load_data(run.recipe, run.data, run.device)
+    train, test = run.images.train, run.images.test
     batch_size = run.recipe.data.batch_size
     student = run.student
     if converted is not None:
@@ -101,7 +101,7 @@ def evaluate(
             for draw in range(count)
         ]
         results = [merge(same) for same in zip(*measured, strict=True)]
-        image = (run.data.channels, run.data.height, run.data.width)
+        image = (run.description.channels, run.description.height, run.description.width)
         teacher = {}
         if run.teacher is not None:
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
@@ -150,7 +150,7 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
             f"{run.folder.path} has no teacher to convert: its student was trained alone; evaluate a run whose recipe "
             "has a [teacher]"
         )
-    check(run.teacher, method, (run.data.channels, run.data.height, run.data.width), **options)
+    check(run.teacher, method, (run.description.channels, run.description.height, run.description.width), **options)
 
 
 def first_reaching(results: Sequence[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
@@ -170,6 +170,8 @@ def conditions(run: Run) -> dict[str, Any]:
     return {
         "run": str(run.folder.path),
         "data": run.recipe.data.name,
-        "classes": list(run.data.classes),
+        "data_source": run.data.source,
+        "data_changes": run.images.changes,
+        "classes": list(run.description.classes),
         **{name: known[name] for name in ("device", "device_name", "lasnn", "torch")},
     }

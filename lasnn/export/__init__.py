@@ -4,14 +4,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lasnn.data import Images, Streamed
 from lasnn.errors import MachineError, UserError, unknown
 from lasnn.export import nir, onnx, pt2, safetensors
 from lasnn.export.exporter import Exporter, Reader, Sample
-from lasnn.export.verification import Agreement, Verification, samples
-from lasnn.factory import load_data
+from lasnn.export.verification import Agreement, Verification, drawn_images, samples
 from lasnn.files import atomic_replace
+from lasnn.loaded_run import Run, load_run
+from lasnn.recipe.paths import expanded
 from lasnn.registry import exporters, translate_errors
-from lasnn.run import Run, load_run
 
 __all__ = ["Agreement", "Disagreement", "Exporter", "Reader", "Sample", "export", "nir", "onnx", "pt2", "safetensors"]
 
@@ -31,9 +32,11 @@ def export(
     timesteps: int | None = None,
     out: str | Path | None = None,
     force: bool = False,
+    data_root: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write a run's student to a file, and verify the file in its readers on test images.
 
+    An export needs no images: where the run's are not there any more, or are others, drawn ones take their place.
     The file is written under another name beside its place and takes it once every reader agrees.
 
     Args:
@@ -43,28 +46,32 @@ def export(
         timesteps: T; None is the T of the training.
         out: the file; None is `student-t<T>` with the format's ending, in the run folder.
         force: replace a file that exists.
+        data_root: the folder of the images; given, they must be there and be the run's. None is where the run has them.
 
     Returns:
-        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `verified` and
-        `agreements`, an `Agreement` for each reader.
+        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `data_changes`
+        (since the run began, a line each), `verified_on` ("test images" or "drawn images", and then `why_drawn`),
+        `verified` and `agreements`, an `Agreement` for each reader.
 
     Raises:
         UserError: everything that is wrong with the arguments, or what the format cannot say of this student.
         Disagreement: a reader does not agree (see `lasnn.export.verification`); the file is kept beside its place.
     """
     # The readers run on the CPU, and equality bit for bit is promised for it alone.
-    if not isinstance(run, Run) or run.device.type != "cpu":
-        run = load_run(run.folder.path if isinstance(run, Run) else run)
-    exporter, path = _prepare(run, form, timesteps, None if out is None else Path(out), force)
+    if not isinstance(run, Run):
+        run = load_run(run, data_root=data_root)
+    elif data_root is not None or run.device.type != "cpu":
+        run = load_run(run.folder.path, data_root=data_root or run.recipe.data_root)
+    exporter, path = _prepare(run, form, timesteps, None if out is None else expanded(out, "--out"), force)
     with translate_errors(exporters[form]):
         exporter.check()
-    _, test, _ = load_data(run.recipe, run.data, run.device)
+    images, facts = _images(run, required=data_root is not None)
     with atomic_replace(path) as temporary:
         with translate_errors(exporters[form]):
             exporter.write(temporary)
             readers = exporter.readers(temporary)
         checks = [Verification(reader, exporter.student) for reader in readers]
-        for sample in samples(exporter.student, test, run.recipe.seed):
+        for sample in samples(exporter.student, images, run.recipe.seed):
             for check in checks:
                 check.add(sample)
         agreements = [check.agreement() for check in checks]
@@ -75,6 +82,7 @@ def export(
             "bytes": temporary.stat().st_size,
             "takes": exporter.takes,
             "gives": exporter.gives,
+            **facts,
             "verified": not any(found.problem for found in agreements),
             "agreements": [found.as_json() for found in agreements],
         }
@@ -90,6 +98,17 @@ def export(
                 {**result, "file": str(kept)},
             )
     return result
+
+
+def _images(run: Run, required: bool) -> tuple[Images | Streamed, dict[str, Any]]:
+    """The images that a file is verified on, and what the result says of them."""
+    try:
+        return run.images.test, {"data_changes": run.images.changes, "verified_on": "test images"}
+    except UserError as error:
+        if required:
+            raise
+        facts = {"data_changes": [], "verified_on": "drawn images", "why_drawn": "; ".join(error.problems)}
+        return drawn_images(run.description, run.recipe.seed), facts
 
 
 def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force: bool) -> tuple[Exporter, Path]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from lasnn import __version__
 from lasnn.description import describe_student
 from lasnn.errors import UserError
+from lasnn.loaded_run import Run
 from lasnn.registry import architectures, encoders, neurons
-from lasnn.run import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Exporter(ABC):
 
     def example(self) -> tuple[Tensor, int]:
         """An input of two images, as the file takes it, and the axis of the batch."""
-        data = self.run.data
+        data = self.run.description
         images = torch.rand(2, data.channels, data.height, data.width)
         if not self.student.encoder.random:
             return images, 0
@@ -126,7 +126,9 @@ class Exporter(ABC):
     @property
     def takes(self) -> str:
         """What the file takes, for people."""
-        shape = f"C, H, W] = [{self.run.data.channels}, {self.run.data.height}, {self.run.data.width}]"
+        shape = (
+            f"C, H, W] = [{self.run.description.channels}, {self.run.description.height}, {self.run.description.width}]"
+        )
         if self.student.encoder.random:
             name = self.run.recipe.student.encoder_table.name
             return f"encoded images [T, B, {shape}, T = {self.timesteps}; the {name} encoder's draws are the caller's"
@@ -135,10 +137,10 @@ class Exporter(ABC):
     @property
     def gives(self) -> str:
         """What the file gives, for people."""
-        return f"logits [B, {len(self.run.data.classes)}], the mean over the steps"
+        return f"logits [B, {len(self.run.description.classes)}], the mean over the steps"
 
     def description(self) -> dict[str, Any]:
         """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""
         table = self.run.recipe.student.model_copy(update={"timesteps": self.timesteps})
         recipe = self.run.recipe.model_copy(update={"student": table})
-        return {"lasnn": __version__, **describe_student(recipe, self.run.data), "takes": self.takes}
+        return {"lasnn": __version__, **describe_student(recipe, self.run.description), "takes": self.takes}

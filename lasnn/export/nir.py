@@ -30,7 +30,7 @@ class NirExporter(Exporter):
 
         from lasnn.export import nir_graph
 
-        data = self.run.data
+        data = self.run.description
         with self.translate_part_errors():
             self.graph, self.units = nir_graph.build(self.student.network, (data.channels, data.height, data.width))
         self.suited = list(READERS)
@@ -78,7 +78,7 @@ class NirExporter(Exporter):
 
     @property
     def takes(self) -> str:
-        data, encoder = self.run.data, self.student.encoder
+        data, encoder = self.run.description, self.student.encoder
         name = self.run.recipe.student.encoder_table.name
         shape = f"[C, H, W] = [{data.channels}, {data.height}, {data.width}]"
         if name == "direct":
@@ -91,7 +91,7 @@ class NirExporter(Exporter):
 
     @property
     def gives(self) -> str:
-        return f"logits [K] = [{len(self.run.data.classes)}] at each step; the student's are their mean"
+        return f"logits [K] = [{len(self.run.description.classes)}] at each step; the student's are their mean"
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from torch import Tensor
 from lasnn import weights
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import observe
+from lasnn.loaded_run import load_run
 from lasnn.registry import exporters
-from lasnn.run import load_run
 
 
 @exporters.register("safetensors")

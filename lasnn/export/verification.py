@@ -1,4 +1,4 @@
-"""Whether a reader agrees with the student on test images, by a rule that says which differences rounding explains.
+"""Whether a reader agrees with the student on images, by a rule that says which differences rounding explains.
 
 Two programs that add the same numbers in another order differ in the last bits. Where a potential lies that near to the
 threshold, one fires and the other does not, and such a flipped spike is then seen by everything behind it: a difference
@@ -19,14 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from lasnn.data import Images, Streamed
+from lasnn.data import DatasetDescription, Images, Streamed
 from lasnn.export.exporter import Reader, Sample
 from lasnn.network.student import Student
 from lasnn.network.units import NormSpike
 from lasnn.random import generator
 
-# Test images that a reader is held against, spread evenly over the test set.
+# Images that a reader is held against, spread evenly over the test set.
 IMAGES = 64
 # The first batches are small and of different sizes, since a file must take any.
 BATCHES = (1, 2, 5)
@@ -43,7 +44,7 @@ HEAD = "the head"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a reader comes to the student on test images."""
+    """How near a reader comes to the student."""
 
     reader: str
     images: int
@@ -65,16 +66,26 @@ class Agreement:
         return asdict(self)
 
 
-def samples(student: Student, test: Images | Streamed, seed: int) -> Iterator[Sample]:
-    """Batches of test images, in sizes of 1, 2, 5 and 8, with what the student makes of them."""
-    chosen = torch.linspace(0, len(test) - 1, min(IMAGES, len(test))).round().long().unique()
+def drawn_images(description: DatasetDescription, seed: int) -> Images:
+    """Images of a data set's shape that are no pictures: smooth spots with noise upon them."""
+    shape, random = (description.channels, description.height, description.width), generator(seed, "export", "images")
+    spots = torch.rand(IMAGES, description.channels, 4, 4, generator=random)
+    smooth = interpolate(spots, shape[1:], mode="bilinear", align_corners=True)
+    noise = torch.rand(IMAGES, *shape, generator=random)
+    pixels = (200 * smooth + 55 * noise).to(torch.uint8)
+    return Images(pixels, torch.zeros(IMAGES, dtype=torch.int64))
+
+
+def samples(student: Student, images: Images | Streamed, seed: int) -> Iterator[Sample]:
+    """Batches of some of the images, in sizes of 1, 2, 5 and 8, with what the student makes of them."""
+    chosen = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).round().long().unique()
     sizes = []
     while (left := len(chosen) - sum(sizes)) > 0:
         sizes.append(min(left, BATCHES[len(sizes)] if len(sizes) < len(BATCHES) else BATCH))
-    for number, (pixels, _) in enumerate(test.batches(chosen.split(sizes))):
-        images = pixels.float() / 255
-        encoded = student.encoder(images, student.timesteps, generator(seed, "export", number))
-        yield Sample(images, encoded, *observe(student, encoded))
+    for number, (pixels, _) in enumerate(images.batches(chosen.split(sizes))):
+        batch = pixels.float() / 255
+        encoded = student.encoder(batch, student.timesteps, generator(seed, "export", number))
+        yield Sample(batch, encoded, *observe(student, encoded))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from lasnn.errors import UserError, unknown
 from lasnn.recipe import load, messages
 from lasnn.recipe.messages import Place, title
+from lasnn.recipe.paths import expanded
 from lasnn.recipe.plugins import load_plugins
 from lasnn.registry import Registry, architectures, augmentations, datasets, encoders, losses, neurons, teachers
 
@@ -76,7 +77,7 @@ def filled_in(recipe: Model) -> Model:
         changes["losses"] = [entry(name="cross-entropy", weight=1.0)]
     if recipe.data.augment is None:
         try:
-            images = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
+            images = datasets.build(recipe.data.name, expanded(recipe.data.root, "data.root"), **recipe.data.options)
             changes["data"] = recipe.data.model_copy(update={"augment": list(images.augment)})
         except (UserError, AttributeError):
             # The plan says that it cannot be built, beside what else does not fit.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lasnn.errors import UserError, printable, unknown
+from lasnn.recipe.paths import expanded
 
 # Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
 LARGEST, DEEPEST = 2**20, 16
@@ -94,7 +95,7 @@ def find(recipe: str | Path) -> Path:
     Raises:
         UserError: there is neither.
     """
-    path = Path(recipe)
+    path = expanded(recipe, "the recipe")
     if path.is_file():
         return path
     known = shipped()

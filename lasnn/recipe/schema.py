@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from lasnn.recipe import check, load, messages
+from lasnn.recipe.paths import expanded, located
 from lasnn.recipe.plugins import is_file
 
 Count = Annotated[int, Field(ge=1)]
@@ -72,7 +73,7 @@ class DataTable(Part):
     name: str = "fashion-mnist-mini"
     """A registered data set."""
     root: str = "data"
-    """Folder of the data set's files, relative to the working directory."""
+    """Folder of the data set's files, from the working directory; `~` is the home."""
     batch_size: Count = 128
     """Images a step, over all processes."""
     accumulate: Count = 1
@@ -195,6 +196,23 @@ class Recipe(Section):
     def plugin_files(self) -> list[Path]:
         """Those plugins that are files."""
         return [self._folder / plugin for plugin in self.plugins if is_file(plugin)]
+
+    @property
+    def data_root(self) -> Path:
+        """Where the data set's files lie (see `lasnn.recipe.paths.located`)."""
+        return self._located("data.root", self.data.root, left_out="root" not in self.data.model_fields_set)
+
+    @property
+    def teacher_checkpoint(self) -> Path | None:
+        """Where the teacher's weights lie; None where they are trained, or there is no teacher."""
+        checkpoint = self.teacher.checkpoint if self.teacher else None
+        return None if checkpoint is None else self._located("teacher.checkpoint", checkpoint)
+
+    def _located(self, key: str, written: str, left_out: bool = False) -> Path:
+        if key in self._overridden:
+            # It was typed just now, in this working directory.
+            return expanded(written, key)
+        return located(written, key, self._folder, left_out)
 
     @property
     def time_chunk(self) -> int:

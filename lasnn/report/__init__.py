@@ -8,9 +8,11 @@ from lasnn import files
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import check_options
 from lasnn.evaluation.evaluate import check_conversion, load_run
+from lasnn.loaded_run import Run
+from lasnn.recipe.paths import expanded
 from lasnn.report.facts import Tell, at_trained, gather
 from lasnn.report.render import render
-from lasnn.run import Run, resume_command
+from lasnn.run import resume_command
 
 __all__ = ["report"]
 
@@ -41,10 +43,10 @@ def report(
         tell: called with a line before each part that takes time.
 
     Returns:
-        The page's headline figures: `file`, `bytes`, `accuracy`, `teacher_accuracy`, `timesteps`, `firing_rate`,
-        `energy_uj`, `teacher_energy_uj`, `calibration_error`, `attention_distance` (mean of the images, by the
-        student's stage), `over_timesteps` and `converted` (T, accuracy, firing rate, energy each), or in `converted`
-        the reason why there is none.
+        The page's headline figures: `file`, `bytes`, `data_changes`, `accuracy`, `teacher_accuracy`, `timesteps`,
+        `firing_rate`, `energy_uj`, `teacher_energy_uj`, `calibration_error`, `attention_distance` (mean of the images,
+        by the student's stage), `over_timesteps` and `converted` (T, accuracy, firing rate, energy each), or in
+        `converted` the reason why there is none.
 
     Raises:
         UserError: the run is not finished, the data is missing, an option is out of its range, the teacher cannot be
@@ -58,7 +60,7 @@ def report(
         raise UserError(f"{folder} is a student alone; a report needs its run folder, where the training is on record")
     if not run.summary:
         raise UserError(f"{folder} is not finished (it has no summary.json); go on with `{resume_command(folder)}`")
-    path = Path(run.folder / "report.html" if out is None else out)
+    path = run.folder / "report.html" if out is None else expanded(out, "--out")
     check_path(path)
     steps = [timesteps] if isinstance(timesteps, int) else timesteps
     wrong = [t for t in [*(steps or []), longest] if not isinstance(t, int) or isinstance(t, bool) or t < 1]
@@ -101,6 +103,7 @@ def headline(facts: dict[str, Any]) -> dict[str, Any]:
         conversion = {**conversion, "results": curve(conversion["results"])}
     return {
         "run": facts["run"],
+        "data_changes": facts["data_changes"],
         **{key: student[key] for key in ("accuracy", "timesteps", "firing_rate", "energy_uj", "calibration_error")},
         "images": facts["images"],
         "teacher_accuracy": teacher.get("accuracy"),

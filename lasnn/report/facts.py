@@ -20,15 +20,15 @@ from lasnn.evaluation.evaluate import check_conversion
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import PJ_MULTIPLY_ADD, teacher_energy_uj
-from lasnn.factory import load_data
 from lasnn.kernels import attention_map
+from lasnn.loaded_run import Run
 from lasnn.loss import same_size
 from lasnn.memory import count_parameters
 from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate
 from lasnn.plan import pair_stages
 from lasnn.random import generator
-from lasnn.run import Run, environment
+from lasnn.run import environment
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
 ATTENTION_IMAGES = 1000
@@ -56,7 +56,7 @@ def gather(
     Raises:
         UserError: the data is missing or broken.
     """
-    train, test, _ = load_data(run.recipe, run.data, run.device)
+    train, test = run.images.train, run.images.test
     trained_t = run.recipe.student.timesteps
     chosen = sorted({trained_t, *(timesteps or default_timesteps(trained_t, run.student.encoder.causal))})
     tell(f"student: {len(test):,} test images, up to T = {chosen[-1]}")
@@ -77,7 +77,8 @@ def gather(
         "plugins": run.recipe.plugins,
         "run": str(run.folder.path),
         "data": run.recipe.data.name,
-        "classes": list(run.data.classes),
+        "data_changes": run.images.changes,
+        "classes": list(run.description.classes),
         "images": len(test),
         "timesteps": trained_t,
         "causal": run.student.encoder.causal,
@@ -146,7 +147,7 @@ class Answers:
 def measure_student(run: Run, test: Any, timesteps: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The student's answers at the training's T, with `exits` where it can stop early, and `measure`'s results."""
     trained, causal = run.recipe.student.timesteps, run.student.encoder.causal
-    answers = Answers(len(run.data.classes))
+    answers = Answers(len(run.description.classes))
     exits = [EarlyExit(threshold) for threshold in EXITS] if causal and trained > 1 else []
 
     def watch(means: Tensor, labels: Tensor, energy: Tensor) -> None:
@@ -167,7 +168,10 @@ def measure_student(run: Run, test: Any, timesteps: list[int]) -> tuple[dict[str
 @torch.no_grad()
 def measure_teacher(run: Run, test: Any) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
     """The teacher's answers with its `energy_uj`; and by layer the share of its activations above 0, and energy."""
-    answers, image = Answers(len(run.data.classes)), (run.data.channels, run.data.height, run.data.width)
+    answers, image = (
+        Answers(len(run.description.classes)),
+        (run.description.channels, run.description.height, run.description.width),
+    )
     active: dict[str, list[float]] = {}
     energy: dict[str, float] = {}
     network = run.teacher.network
@@ -455,7 +459,7 @@ def title(run: Run) -> str:
 
 def recipe_in_short(run: Run) -> list[tuple[str, str]]:
     """The recipe as a few lines, (what, how)."""
-    recipe, data = run.recipe, run.data
+    recipe, data = run.recipe, run.description
     table, teacher, distill = recipe.student, recipe.teacher, recipe.distill
     encoder = table.encoder_table
     size = f"{data.channels} × {data.height} × {data.width}"

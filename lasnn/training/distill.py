@@ -17,17 +17,18 @@ from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
-from lasnn.data import Images, Streamed
+from lasnn.data import DatasetDescription, Images, Streamed
 from lasnn.description import describe_student
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.memory import return_freed_memory
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
+from lasnn.open_run import bind, is_done, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder, environment, open_run
+from lasnn.run import RunFolder, absolute_paths, environment
 from lasnn.training.advice import advice
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
@@ -81,13 +82,15 @@ def distill(
     with closing(callback), processes.main_process_context(opened) as run:
         callback.start(plan, run.path)
         callback.note(placed)
-        if processes.broadcast_from_main(lambda: run.read_json("summary.json")):
+        if processes.broadcast_from_main(lambda: is_done(run, plan.recipe)):
             callback.note(f"{run.path} is finished; there is nothing to resume")
             return run
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             callback.note(f"nothing to resume in {run.path}; starting from the beginning")
-        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
+        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
+        paths = absolute_paths(plan.recipe)
+        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source, **paths})
         if plan.recipe.time_chunk and plan.device.type == "cpu":
             return_freed_memory()
         with training_environment(plan, detect_anomaly) as stop:
@@ -100,7 +103,7 @@ def distill(
                 checkpoints.require("teacher", digest(teacher.network.state_dict()))
             student = new_student(plan, teacher)
             result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
-            finish(plan, run, student.eval(), test, result, callback)
+            finish(plan, described, run, student.eval(), test, result, callback)
     return run
 
 
@@ -154,6 +157,7 @@ def student_phase(
 
 def finish(
     plan: Plan,
+    described: DatasetDescription,
     run: RunFolder,
     student: Student,
     test: Images | Streamed,
@@ -166,7 +170,7 @@ def finish(
     [result] = measure(student, test, [recipe.student.timesteps], **options)
     if not processes.is_main():
         return
-    save_weights(run / "student.safetensors", student.network.state_dict(), describe_student(recipe, plan.data))
+    save_weights(run / "student.safetensors", student.network.state_dict(), describe_student(recipe, described))
     teacher = run.read_json("teacher.json")
     summary = {
         "accuracy": result["accuracy"],
