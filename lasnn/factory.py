@@ -21,6 +21,7 @@ TEACHER = "teacher.safetensors"
 
 def make_data(recipe: Recipe) -> Dataset:
     """The recipe's data set; no image is read yet."""
+    recipe.use_plugins()
     data = datasets.build(recipe.data.name, Path(recipe.data.root), **recipe.data.options)
     if not isinstance(data, Dataset):
         where = datasets[recipe.data.name].where
@@ -56,6 +57,7 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
 
 def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
     """The recipe's augmentations, for the data's images."""
+    recipe.use_plugins()
     chosen = data.augment if recipe.data.augment is None else recipe.data.augment
     steps = [step if isinstance(step, str) else step.model_dump() for step in chosen]
     return Augmentation(steps, data.mean, len(data.classes))
@@ -63,6 +65,7 @@ def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
 
 def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
     """The student's encoder."""
+    recipe.use_plugins()
     table = recipe.student.encoder_table
     encoder = encoders.build(table.name, data.mean, data.std, **table.options)
     if not isinstance(encoder, Encoder):
@@ -72,6 +75,7 @@ def make_encoder(recipe: Recipe, data: Dataset) -> Encoder:
 
 def make_student(recipe: Recipe, data: Dataset) -> Student:
     """The student on the current default device, with the layers' own initialisation."""
+    recipe.use_plugins()
     table = recipe.student
     act = snn_units(table.neuron.name, **table.neuron.options)
     return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
@@ -79,6 +83,7 @@ def make_student(recipe: Recipe, data: Dataset) -> Student:
 
 def make_teacher(recipe: Recipe, data: Dataset) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation."""
+    recipe.use_plugins()
     table = recipe.teacher
     act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
     if table.architecture in architectures:

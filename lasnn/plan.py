@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import torch
 
 from lasnn.compatibility import Shape, check_same_weights, fitted_weights
-from lasnn.data import Augmentation, Dataset
+from lasnn.data import Dataset
 from lasnn.description import describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
@@ -31,13 +31,30 @@ from lasnn.factory import (
 )
 from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
 from lasnn.memory import carried_voltages, count_parameters, training_memory
-from lasnn.network.staged import Staged, probe
+from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
-from lasnn.random import generator
-from lasnn.recipe.schema import LossTable, Recipe
-from lasnn.registry import losses, neurons, translate_errors
+from lasnn.probe import (
+    STEPS,
+    Probed,
+    check_answers,
+    check_augmentation,
+    check_encoder,
+    check_gradients,
+    check_loss,
+    check_maps,
+    check_neuron,
+    check_spikes,
+    on_meta,
+    probe,
+    real_values,
+    without_data,
+)
+from lasnn.random import keyed
+from lasnn.recipe.check import teacher_registry
+from lasnn.recipe.schema import Recipe
+from lasnn.registry import Entry, architectures, encoders, losses, neurons, translate_errors
 
 Made = TypeVar("Made")
 Network = TypeVar("Network", Student, Teacher)
@@ -54,7 +71,10 @@ class Plan:
     student_parameters: int
     teacher_parameters: int | None
     teacher_checkpoint: Path | None
+    # All its parameters are frozen by its own code, as those of a plugin that loads it: it is used as it is.
+    teacher_frozen: bool
     memory_bytes: int
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict:
         """The plan as plain values, as `lasnn distill --dry-run --json` prints it."""
@@ -66,12 +86,13 @@ class Plan:
             "images": {"train": self.data.train_size, "test": self.data.test_size},
             "image": [self.data.channels, self.data.height, self.data.width],
             "classes": len(self.data.classes),
-            "notes": self.data.notes(),
+            "notes": [*self.data.notes(), *self.notes],
             "device": str(self.device),
             "precision": recipe.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
             "teacher_parameters": self.teacher_parameters,
             "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
+            "teacher_frozen": self.teacher_frozen,
             "student": recipe.student.architecture,
             "student_parameters": self.student_parameters,
             "timesteps": recipe.student.timesteps,
@@ -101,7 +122,8 @@ class Plan:
     @property
     def _teacher_steps(self) -> int:
         teacher = self.recipe.teacher
-        return 0 if teacher is None or self.teacher_checkpoint else teacher.epochs * self.steps_per_epoch
+        ready = teacher is None or self.teacher_checkpoint or self.teacher_frozen
+        return 0 if ready else teacher.epochs * self.steps_per_epoch
 
 
 def micro_batches(images: int, recipe: Recipe) -> int:
@@ -129,6 +151,9 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: everything that does not fit, a line each.
     """
     problems = Problems(recipe)
+    recipe.use_plugins()
+    for file in recipe.changed_plugins():
+        problems.report("plugins", f"{file} was edited after the recipe was read; read the recipe again")
     device = _check_device(recipe, problems)
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
@@ -139,24 +164,29 @@ def make_plan(recipe: Recipe) -> Plan:
         raise UserError(*problems.lines)
     augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
     if augmentation:
-        problems.attempt("data.augment", lambda: _try_augmentation(augmentation, data))
+        problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
     student = _build_student(recipe, data, problems)
     teacher = _build_teacher(recipe, data, problems) if recipe.teacher else None
     if checkpoint and teacher:
         expected = describe_teacher(recipe, data, teacher.network)
         problems.attempt("teacher.checkpoint", partial(fitted_weights, checkpoint, teacher.network, expected))
+    frozen = bool(teacher) and not checkpoint and not any(one.requires_grad for one in teacher.network.parameters())
     pairs = _pair(recipe, data, student, teacher, problems)
-    _check_batches(recipe, data, student, None if checkpoint else teacher, problems)
+    _check_batches(recipe, data, student, None if checkpoint or frozen else teacher, problems)
     memory = 0
     if student and recipe.time_chunk and not problems.lines:
         problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
         for index, loss in enumerate(recipe.losses):
-            call = partial(_try_loss, loss, data, pairs, recipe.student.timesteps, augmentation.mixes)
+            call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)
             problems.attempt(f"losses.{index}", call)
     if not problems.lines:
-        frozen = teacher.model if teacher else None
-        memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, frozen))
+        problems.attempt("student", lambda: _try_student(recipe, data, student, pairs))
+        if teacher:
+            problems.attempt("teacher", lambda: _try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
+    if not problems.lines:
+        beside = teacher.model if teacher else None
+        memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(
@@ -167,7 +197,9 @@ def make_plan(recipe: Recipe) -> Plan:
         student_parameters=count_parameters(student.network),
         teacher_parameters=count_parameters(teacher.network) if teacher else None,
         teacher_checkpoint=checkpoint,
+        teacher_frozen=frozen,
         memory_bytes=memory,
+        notes=tuple(real_values(student.network, student.probed)),
     )
 
 
@@ -198,10 +230,10 @@ def check_batches(plan: Plan) -> None:
     if lone is None:
         return
     image, teacher = (data.channels, data.height, data.width), {}
-    with torch.device("meta"):
-        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps)
-        if recipe.teacher and plan.teacher_checkpoint is None:
-            teacher = probe(make_teacher(recipe, data).network, image)
+    with on_meta():
+        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps).shapes
+        if recipe.teacher and plan.teacher_checkpoint is None and not plan.teacher_frozen:
+            teacher = probe(make_teacher(recipe, data).network, image).shapes
     if _one_pixel(recipe, student, teacher):
         raise UserError(recipe.line(*lone))
 
@@ -230,10 +262,15 @@ class Problems:
 
 @dataclass(frozen=True)
 class Built(Generic[Network]):
-    """A network on the meta device, and the shapes (C, H, W) of its stages, {} where it does not run."""
+    """A network on the meta device, and what its stages return; nothing where it does not run."""
 
     model: Network
-    shapes: dict[str, Shape]
+    probed: Probed
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """(C, H, W) of the stages that give maps."""
+        return self.probed.shapes
 
     @property
     def network(self) -> Staged:
@@ -255,27 +292,80 @@ def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
 def _build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Student] | None:
     """The student on the meta device; None where its neuron, its encoder or itself cannot be built."""
     table, image = recipe.student, (data.channels, data.height, data.width)
-    with torch.device("meta"):
+    with on_meta():
         neuron = problems.attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
         encoder = problems.attempt("student.encoder", lambda: make_encoder(recipe, data))
         if neuron is None or encoder is None:
             return None
-        student = problems.attempt("student", lambda: make_student(recipe, data))
-        if student is None:
-            return None
-        shapes = problems.attempt("student", lambda: probe(student.network, image, table.timesteps), default={})
-    return Built(student, shapes)
+        student = problems.attempt("student", lambda: without_data(make_student(recipe, data)))
+    if student is None:
+        return None
+    found = len(problems.lines)
+    problems.attempt("student.neuron", lambda: check_neuron(recipe))
+    problems.attempt("student.encoder", lambda: check_encoder(recipe, data))
+    if len(problems.lines) > found:
+        # In the network they would fail again.
+        return Built(student, Probed())
+
+    def run() -> Probed:
+        entry = _student_entry(recipe)
+        check_spikes(student.network, architectures[table.architecture])
+        with on_meta():
+            return probe(student.network, image, table.timesteps, classes=len(data.classes), entry=entry)
+
+    return Built(student, problems.attempt("student", run, default=Probed()))
 
 
 def _build_teacher(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Teacher] | None:
     """The teacher on the meta device; None where it cannot be built."""
     image = (data.channels, data.height, data.width)
-    with torch.device("meta"):
-        teacher = problems.attempt("teacher", lambda: make_teacher(recipe, data))
+    with on_meta():
+        teacher = problems.attempt("teacher", lambda: without_data(make_teacher(recipe, data)))
         if teacher is None:
             return None
-        shapes = problems.attempt("teacher", lambda: probe(teacher.network, image), default={})
-    return Built(teacher, shapes)
+        run = partial(probe, teacher.network, image, classes=len(data.classes), entry=_teacher_entry(recipe))
+        return Built(teacher, problems.attempt("teacher", run, default=Probed()))
+
+
+def _student_entry(recipe: Recipe) -> Entry:
+    """The part of the student that is blamed for its faults: the user's own, else the architecture."""
+    table = recipe.student
+    parts = architectures[table.architecture], neurons[table.neuron.name], encoders[table.encoder_table.name]
+    return next((part for part in parts if part.own), parts[0])
+
+
+def _teacher_entry(recipe: Recipe) -> Entry:
+    return teacher_registry(recipe.teacher.architecture)[recipe.teacher.architecture]
+
+
+def _try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: list[Pair]) -> None:
+    """Look for gradients and equal answers in a student with a part of the user's own.
+
+    Raises:
+        UserError: something is wrong with them.
+    """
+    entry = _student_entry(recipe)
+    if not entry.own:
+        return
+    image, steps = (data.channels, data.height, data.width), recipe.student.timesteps
+    compared = any("student_features" in losses[loss.name].inputs for loss in recipe.losses)
+    check_gradients(student.network, image, steps, [pair.student for pair in pairs if compared], entry)
+    with keyed(recipe.seed, "probe"):
+        model = make_student(recipe, data)
+    model.timesteps = min(steps, STEPS)
+    check_answers(recipe, data, model, student.shapes, entry)
+
+
+def _try_teacher(recipe: Recipe, data: Dataset, teacher: Built[Teacher], trained: bool) -> None:
+    """The same for a teacher of the user's own; one that is not trained needs no gradient."""
+    entry = _teacher_entry(recipe)
+    if not entry.own:
+        return
+    if trained:
+        check_gradients(teacher.network, (data.channels, data.height, data.width), 1, (), entry)
+    with keyed(recipe.seed, "probe"):
+        model = make_teacher(recipe, data)
+    check_answers(recipe, data, model, teacher.shapes, entry)
 
 
 def _pair(
@@ -297,6 +387,10 @@ def _pair(
     pairs, wrong = pair_stages(recipe, stages, teacher.stages)
     for problem in wrong:
         problems.report("distill.pairs", problem)
+    if student:
+        wrong = [*wrong, *(lines := list(check_maps(pairs, student.probed, teacher.probed)))]
+        for line in lines:
+            problems.report("distill.pairs", line)
     _check_losses(recipe, pairs, wrong, problems)
     if student and recipe.student.init == "teacher":
         problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
@@ -356,43 +450,6 @@ def _sizes_named():
         if not re.search("overflow|too large|too big|can't allocate|invalid size|out of range", reason, re.IGNORECASE):
             raise
         raise UserError(f"its sizes are too large: {reason}") from error
-
-
-def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int, mixed: bool) -> None:
-    """Call a loss once on random tensors of the run's shapes, two images.
-
-    Raises:
-        UserError: it fails, or does not return one number.
-    """
-    entry, draws = losses[loss.name], generator("try", loss.name)
-    classes = len(data.classes)
-    given = {
-        "logits": torch.randn(timesteps, 2, classes, generator=draws),
-        "targets": torch.full((2, classes), 1 / classes) if mixed else torch.arange(2) % classes,
-        "teacher_logits": torch.randn(2, classes, generator=draws),
-        "student_features": [torch.rand(timesteps, 2, *pair.student_shape, generator=draws) for pair in pairs],
-        "teacher_features": [torch.rand(2, *pair.teacher_shape, generator=draws) for pair in pairs],
-    }
-    with translate_errors(entry):
-        value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
-    if not isinstance(value, torch.Tensor) or value.ndim != 0:
-        what = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise UserError(f"loss {loss.name!r} ({entry.where}) must return one number, a tensor []; it returned {what}")
-
-
-def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
-    """Augment two random images of the data's shape.
-
-    Raises:
-        UserError: it fails, or returns something of another shape or type.
-    """
-    draws = generator("try", "augment")
-    images = torch.rand(2, data.channels, data.height, data.width, generator=draws)
-    found, targets = augmentation(images, torch.arange(2) % len(data.classes), draws)
-    for what, tensor, shape in (("images", found, images.shape), ("targets", targets, (2, len(data.classes)))):
-        wanted = [torch.float32, list(shape)]
-        if (what == "images" or augmentation.mixes) and [tensor.dtype, list(tensor.shape)] != wanted:
-            raise UserError(f"its {what} are {tensor.dtype} {list(tensor.shape)}; they must be {wanted[0]} {wanted[1]}")
 
 
 def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:

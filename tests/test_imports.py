@@ -15,6 +15,7 @@ LAYERS = [
     {"architecture", "data", "loss"},
     {"recipe"},
     {"factory", "memory", "compatibility", "description"},
+    {"probe"},
     {"plan"},
     {"run"},
     {"evaluation"},

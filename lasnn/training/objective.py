@@ -90,9 +90,12 @@ class DistillationObjective(Objective):
         recipe = plan.recipe
         super().__init__("student", recipe.seed, {loss.name: loss.weight for loss in recipe.losses})
         self.networks = (student, teacher)
+        recipe.use_plugins()
         self.losses = recipe.losses
+        # Looked up once: a name may come to mean another version of its plugin.
+        self.entries = {loss.name: losses[loss.name] for loss in self.losses}
         self.time_chunk = recipe.time_chunk
-        inputs = {name for loss in self.losses for name in losses[loss.name].inputs}
+        inputs = {name for entry in self.entries.values() for name in entry.inputs}
         self.needs_teacher = bool(inputs & {"teacher_logits", "teacher_features"})
         pairs = plan.pairs if "student_features" in inputs else ()
         self.student_taps = [pair.student for pair in pairs]
@@ -125,7 +128,7 @@ class DistillationObjective(Objective):
         own = {"logits": logits, "student_features": [features[tap] for tap in self.student_taps]}
         found = {}
         for loss in wanted:
-            entry = losses[loss.name]
+            entry = self.entries[loss.name]
             if not len(given["targets"]):
                 # Other processes have all the images.
                 found[loss.name] = zero_loss([own[name] for name in entry.inputs if name in own])
@@ -139,7 +142,9 @@ class DistillationObjective(Objective):
     ) -> dict[str, Tensor]:
         """The same with time in chunks: what is a mean over steps is computed while their features are there."""
         student, _ = self.networks
-        by_step = [loss for loss in self.losses if reading_of(losses[loss.name].function, loss.options) == "steps"]
+        by_step = [
+            loss for loss in self.losses if reading_of(self.entries[loss.name].function, loss.options) == "steps"
+        ]
         if by_step:
             part["of_steps"] = lambda logits, features: torch.stack(
                 list(self._values(by_step, given, logits, features).values())
