@@ -301,7 +301,7 @@ def _build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[S
     if student is None:
         return None
     found = len(problems.lines)
-    problems.attempt("student.neuron", lambda: check_neuron(recipe))
+    problems.attempt("student.neuron", lambda: check_neuron(recipe, encoder.constant))
     problems.attempt("student.encoder", lambda: check_encoder(recipe, data))
     if len(problems.lines) > found:
         # In the network they would fail again.

@@ -96,8 +96,8 @@ def probe(
                     found.silent.append(name)
         if twice := [unit for unit, count in calls.made.items() if count > 1]:
             raise UserError(
-                f"{who}its spiking unit {twice[0]} is called {calls.made[twice[0]]} times in a pass, and would share one "
-                "voltage: call act() once for each place"
+                f"{who}its spiking unit {twice[0]} is called {calls.made[twice[0]]} times in a pass, which would share "
+                "one voltage: call act() once for each place"
             )
     if who:
         for name in _channels_last(network, image, timesteps, found.shapes):
@@ -129,8 +129,8 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
             raise UserError(f"{who}the network cannot run on {height} x {width} images ({name}: {at})") from error
         if isinstance(x, Tensor) and (x.ndim == 0 or len(x) not in (IMAGES, timesteps * IMAGES)):
             raise UserError(
-                f"{who}{name} returns {list(x.shape)} for {IMAGES} images x {timesteps} steps: its first dimension must "
-                "stay theirs (nn.Flatten() and x.flatten(1) keep it)"
+                f"{who}{name} returns {list(x.shape)} for {IMAGES} images x {timesteps} steps: its first dimension "
+                "must stay theirs (nn.Flatten() and x.flatten(1) keep it)"
             )
         if x is None:
             raise UserError(f"{who}{name} returns nothing; does its forward() end in a return?")
@@ -165,7 +165,7 @@ def _check_logits(x: Any, timesteps: int, classes: int | None, who: str) -> None
 def _channels_last(
     network: Staged, image: tuple[int, int, int], timesteps: int, shapes: Mapping[str, Shape]
 ) -> list[str]:
-    """The stages whose maps are [N, H, W, C]: of a taller image it is the first of the three that grows, not the second.
+    """The stages whose maps are [N, H, W, C]: with a taller image the first of the three grows, not the second.
 
     Where the network takes no other size, those whose first two sides are the image's and whose last two are not.
     """

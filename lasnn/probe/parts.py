@@ -20,8 +20,8 @@ from lasnn.registry import Entry, encoders, losses, neurons, translate_errors
 LARGEST = 2**22
 
 
-def check_neuron(recipe: Recipe) -> None:
-    """Run a user's own neuron: twice, on a constant current, and in two stretches of time.
+def check_neuron(recipe: Recipe, constant: bool) -> None:
+    """Run a user's own neuron: twice, and in two stretches of time; on a `constant` current where the encoder gives it.
 
     Raises:
         UserError: it is not what a student needs.
@@ -47,7 +47,8 @@ def check_neuron(recipe: Recipe) -> None:
         if not spikes.requires_grad:
             fix = "give the spikes a surrogate derivative, as lasnn.kernels.lif does"
             raise UserError(f"{entry.said} lets no gradient through: {fix}")
-        run(current[:1], STEPS)
+        if constant:
+            run(current[:1], STEPS)
         if "v0" not in inspect.signature(neuron.forward).parameters:
             return
         if not isinstance(last, Tensor):

@@ -120,8 +120,8 @@ class TeacherSource:
         """Take it with the weights that its own code loaded."""
         recipe = self.plan.recipe
         self.callbacks.note(
-            f"teacher: {recipe.teacher.architecture} as its own code makes it: all its parameters are frozen, so that it "
-            "is not trained"
+            f"teacher: {recipe.teacher.architecture} as its own code makes it: all its parameters are frozen, "
+            "so that it is not trained"
         )
         processes.broadcast_parameters(teacher)
         measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
