@@ -1,5 +1,6 @@
 """From a recipe to its parts: data, networks, device. The only place where they are made."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Act, ann_units, snn_units
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
-from lasnn.registry import architectures, datasets, encoders, teachers, translate_errors
+from lasnn.registry import Entry, architectures, datasets, encoders, teachers, translate_errors
 
 TEACHER = "teacher.safetensors"
+# What a data set says of itself.
+FACTS = ("channels", "height", "width", "classes", "mean", "std", "train_size", "test_size")
 
 
 def make_data(recipe: Recipe) -> Dataset:
@@ -26,9 +29,26 @@ def make_data(recipe: Recipe) -> Dataset:
     if not isinstance(data, Dataset):
         where = datasets[recipe.data.name].where
         raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
-    # One that has to look at its folders for them finds their faults now.
-    _ = data.classes, data.train_size, data.test_size
+    _check_facts(data, datasets[recipe.data.name])
     return data
+
+
+def _check_facts(data: Dataset, entry: Entry) -> None:
+    """Check what a data set says of itself; one that has to look at its folders for it finds their faults now.
+
+    Raises:
+        UserError: it leaves something out, or contradicts itself.
+    """
+    with translate_errors(entry):
+        facts = {name: getattr(data, name, None) for name in FACTS}
+        missing = [name for name, value in facts.items() if value is None]
+        if missing:
+            raise UserError(f"{entry.said} does not say its {', '.join(missing)}; it must say {', '.join(FACTS)}")
+        for name in ("mean", "std"):
+            if len(facts[name]) != data.channels:
+                raise UserError(
+                    f"{entry.said}: its {name} has {len(facts[name])} values; it has {data.channels} channels"
+                )
 
 
 def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Images | Streamed, Images | Streamed, str]:
@@ -44,6 +64,9 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
     with translate_errors(entry):
         splits = data.load()
         sizes = (data.train_size, data.test_size)
+    if not isinstance(splits, Sequence) or not [hasattr(split, "labels") for split in splits] == [True, True]:
+        what = "nothing" if splits is None else f"a {type(splits).__name__}"
+        raise UserError(f"{entry.said}: load() returned {what}; it returns two lasnn.data.Images, training and test")
     for what, images, size in zip(("training", "test"), splits, sizes, strict=True):
         found, wanted = tuple(images.shape), (size, data.channels, data.height, data.width)
         if found != wanted or size < 1:

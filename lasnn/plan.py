@@ -5,13 +5,10 @@ reported before the first batch, together with whatever else is wrong.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 
@@ -23,7 +20,6 @@ from lasnn.factory import (
     find_checkpoint,
     make_augmentation,
     make_data,
-    make_encoder,
     make_network,
     make_student,
     make_teacher,
@@ -31,33 +27,25 @@ from lasnn.factory import (
 )
 from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
 from lasnn.memory import carried_voltages, count_parameters, training_memory
-from lasnn.network.staged import Staged
-from lasnn.network.student import Student
-from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
 from lasnn.probe import (
-    STEPS,
-    Probed,
-    check_answers,
+    Built,
+    build_student,
+    build_teacher,
     check_augmentation,
-    check_encoder,
-    check_gradients,
     check_loss,
     check_maps,
-    check_neuron,
-    check_spikes,
     on_meta,
     probe,
     real_values,
-    without_data,
+    student_entry,
+    teacher_entry,
+    try_student,
+    try_teacher,
 )
-from lasnn.random import keyed
-from lasnn.recipe.check import teacher_registry
+from lasnn.problems import Problems
 from lasnn.recipe.schema import Recipe
-from lasnn.registry import Entry, architectures, encoders, losses, neurons, translate_errors
-
-Made = TypeVar("Made")
-Network = TypeVar("Network", Student, Teacher)
+from lasnn.registry import losses, translate_errors
 
 
 @dataclass(frozen=True)
@@ -165,8 +153,8 @@ def make_plan(recipe: Recipe) -> Plan:
     augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
     if augmentation:
         problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
-    student = _build_student(recipe, data, problems)
-    teacher = _build_teacher(recipe, data, problems) if recipe.teacher else None
+    student = build_student(recipe, data, problems)
+    teacher = build_teacher(recipe, data, problems) if recipe.teacher else None
     if checkpoint and teacher:
         expected = describe_teacher(recipe, data, teacher.network)
         problems.attempt("teacher.checkpoint", partial(fitted_weights, checkpoint, teacher.network, expected))
@@ -181,9 +169,9 @@ def make_plan(recipe: Recipe) -> Plan:
             call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)
             problems.attempt(f"losses.{index}", call)
     if not problems.lines:
-        problems.attempt("student", lambda: _try_student(recipe, data, student, pairs))
+        problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
         if teacher:
-            problems.attempt("teacher", lambda: _try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
+            problems.attempt("teacher", lambda: try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
     if not problems.lines:
         beside = teacher.model if teacher else None
         memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
@@ -238,134 +226,11 @@ def check_batches(plan: Plan) -> None:
         raise UserError(recipe.line(*lone))
 
 
-class Problems:
-    """What does not fit in a recipe, collected so that all of it can be said at once."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.lines: list[str] = []
-
-    def report(self, key: str, message: str) -> None:
-        """Add a line about a key."""
-        self.lines.append(self.recipe.line(key, message))
-
-    def attempt(self, key: str, make: Callable[[], Made], default: Made | None = None) -> Made | None:
-        """What `make` returns; a failure is reported under the key, and `default` returned."""
-        try:
-            with _sizes_named():
-                return make()
-        except UserError as error:
-            for problem in error.problems:
-                self.report(key, problem)
-            return default
-
-
-@dataclass(frozen=True)
-class Built(Generic[Network]):
-    """A network on the meta device, and what its stages return; nothing where it does not run."""
-
-    model: Network
-    probed: Probed
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """(C, H, W) of the stages that give maps."""
-        return self.probed.shapes
-
-    @property
-    def network(self) -> Staged:
-        return self.model.network
-
-    @property
-    def stages(self) -> dict[str, Shape]:
-        """Every stage, with an empty shape where that is not known."""
-        return dict.fromkeys(self.network.stage_names, ()) | self.shapes
-
-
 def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
     device = problems.attempt("device", lambda: pick_device(recipe.device))
     if recipe.precision == "fp16" and device is not None and device.type == "cpu":
         problems.report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
     return device
-
-
-def _build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Student] | None:
-    """The student on the meta device; None where its neuron, its encoder or itself cannot be built."""
-    table, image = recipe.student, (data.channels, data.height, data.width)
-    with on_meta():
-        neuron = problems.attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
-        encoder = problems.attempt("student.encoder", lambda: make_encoder(recipe, data))
-        if neuron is None or encoder is None:
-            return None
-        student = problems.attempt("student", lambda: without_data(make_student(recipe, data)))
-    if student is None:
-        return None
-    found = len(problems.lines)
-    problems.attempt("student.neuron", lambda: check_neuron(recipe, encoder.constant))
-    problems.attempt("student.encoder", lambda: check_encoder(recipe, data))
-    if len(problems.lines) > found:
-        # In the network they would fail again.
-        return Built(student, Probed())
-
-    def run() -> Probed:
-        entry = _student_entry(recipe)
-        check_spikes(student.network, architectures[table.architecture])
-        with on_meta():
-            return probe(student.network, image, table.timesteps, classes=len(data.classes), entry=entry)
-
-    return Built(student, problems.attempt("student", run, default=Probed()))
-
-
-def _build_teacher(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Teacher] | None:
-    """The teacher on the meta device; None where it cannot be built."""
-    image = (data.channels, data.height, data.width)
-    with on_meta():
-        teacher = problems.attempt("teacher", lambda: without_data(make_teacher(recipe, data)))
-        if teacher is None:
-            return None
-        run = partial(probe, teacher.network, image, classes=len(data.classes), entry=_teacher_entry(recipe))
-        return Built(teacher, problems.attempt("teacher", run, default=Probed()))
-
-
-def _student_entry(recipe: Recipe) -> Entry:
-    """The part of the student that is blamed for its faults: the user's own, else the architecture."""
-    table = recipe.student
-    parts = architectures[table.architecture], neurons[table.neuron.name], encoders[table.encoder_table.name]
-    return next((part for part in parts if part.own), parts[0])
-
-
-def _teacher_entry(recipe: Recipe) -> Entry:
-    return teacher_registry(recipe.teacher.architecture)[recipe.teacher.architecture]
-
-
-def _try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: list[Pair]) -> None:
-    """Look for gradients and equal answers in a student with a part of the user's own.
-
-    Raises:
-        UserError: something is wrong with them.
-    """
-    entry = _student_entry(recipe)
-    if not entry.own:
-        return
-    image, steps = (data.channels, data.height, data.width), recipe.student.timesteps
-    compared = any("student_features" in losses[loss.name].inputs for loss in recipe.losses)
-    check_gradients(student.network, image, steps, [pair.student for pair in pairs if compared], entry)
-    with keyed(recipe.seed, "probe"):
-        model = make_student(recipe, data)
-    model.timesteps = min(steps, STEPS)
-    check_answers(recipe, data, model, student.shapes, entry)
-
-
-def _try_teacher(recipe: Recipe, data: Dataset, teacher: Built[Teacher], trained: bool) -> None:
-    """The same for a teacher of the user's own; one that is not trained needs no gradient."""
-    entry = _teacher_entry(recipe)
-    if not entry.own:
-        return
-    if trained:
-        check_gradients(teacher.network, (data.channels, data.height, data.width), 1, (), entry)
-    with keyed(recipe.seed, "probe"):
-        model = make_teacher(recipe, data)
-    check_answers(recipe, data, model, teacher.shapes, entry)
 
 
 def _pair(
@@ -388,9 +253,11 @@ def _pair(
     for problem in wrong:
         problems.report("distill.pairs", problem)
     if student:
-        wrong = [*wrong, *(lines := list(check_maps(pairs, student.probed, teacher.probed)))]
-        for line in lines:
+        ours = check_maps([pair.student for pair in pairs], student.probed, student_entry(recipe))
+        theirs = check_maps([pair.teacher for pair in pairs], teacher.probed, teacher_entry(recipe))
+        for line in dict.fromkeys([*ours, *theirs]):
             problems.report("distill.pairs", line)
+            wrong.append(line)
     _check_losses(recipe, pairs, wrong, problems)
     if student and recipe.student.init == "teacher":
         problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
@@ -436,20 +303,6 @@ def _check_batches(
     lone = _lone_image(recipe, data)
     if lone and _one_pixel(recipe, student.shapes if student else {}, trained.shapes if trained else {}):
         problems.report(*lone)
-
-
-@contextmanager
-def _sizes_named():
-    """Turn what PyTorch says of sizes that it cannot count, or that fit in no memory, into an error of the recipe's."""
-    try:
-        yield
-    except MemoryError as error:
-        raise UserError("its sizes fit in no memory") from error
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        if not re.search("overflow|too large|too big|can't allocate|invalid size|out of range", reason, re.IGNORECASE):
-            raise
-        raise UserError(f"its sizes are too large: {reason}") from error
 
 
 def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:

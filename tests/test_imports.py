@@ -14,7 +14,7 @@ LAYERS = [
     {"network"},
     {"architecture", "data", "loss"},
     {"recipe"},
-    {"factory", "memory", "compatibility", "description"},
+    {"factory", "memory", "compatibility", "description", "problems"},
     {"probe"},
     {"plan"},
     {"run"},

@@ -15,33 +15,31 @@ Where a part is the user's own:
 - a loss returns one finite number that has a gradient, an augmentation images as it got them: of a whole batch, too.
 """
 
-from lasnn.probe.answers import STEPS
-from lasnn.probe.network import (
-    Probed,
-    check_answers,
-    check_gradients,
-    check_maps,
-    check_spikes,
-    on_meta,
-    probe,
-    real_values,
-    without_data,
+from lasnn.probe.built import (
+    Built,
+    build_student,
+    build_teacher,
+    student_entry,
+    teacher_entry,
+    try_student,
+    try_teacher,
 )
-from lasnn.probe.parts import check_augmentation, check_encoder, check_loss, check_neuron
+from lasnn.probe.network import Probed, check_maps, on_meta, probe, real_values
+from lasnn.probe.parts import check_augmentation, check_loss
 
 __all__ = [
-    "STEPS",
+    "Built",
     "Probed",
-    "check_answers",
+    "build_student",
+    "build_teacher",
     "check_augmentation",
-    "check_encoder",
-    "check_gradients",
     "check_loss",
     "check_maps",
-    "check_neuron",
-    "check_spikes",
     "on_meta",
     "probe",
     "real_values",
-    "without_data",
+    "student_entry",
+    "teacher_entry",
+    "try_student",
+    "try_teacher",
 ]

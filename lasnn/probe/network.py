@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lasnn.compatibility import Shape
 from lasnn.data import Dataset
 from lasnn.errors import UserError
-from lasnn.loss import Pair
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -36,6 +35,8 @@ def on_meta() -> Iterator[None]:
         yield
 
 
+# How what has so many dimensions becomes a map.
+MAPS = {2: "what comes before it is flattened", 3: "x.transpose(1, 2).unflatten(2, (h, w)) of the patches' tokens"}
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -51,12 +52,12 @@ class Probed:
 
     Args:
         shapes: (C, H, W) of each that gives a map.
-        others: what each other gives, in words.
+        others: what each other gives, and how it becomes a map, in words.
         silent: those in which no unit spikes.
     """
 
     shapes: dict[str, Shape] = field(default_factory=dict)
-    others: dict[str, str] = field(default_factory=dict)
+    others: dict[str, tuple[str, str]] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
 
 
@@ -91,7 +92,7 @@ def probe(
                 if isinstance(x, Tensor) and x.ndim == 4:
                     found.shapes[name] = tuple(x.shape[1:])
                 else:
-                    found.others[name] = said(x)
+                    found.others[name] = said(x), MAPS.get(getattr(x, "ndim", 0), "its map alone")
                 if not any(unit.startswith(f"{name}.") or unit == name for unit in calls.made):
                     found.silent.append(name)
         if twice := [unit for unit, count in calls.made.items() if count > 1]:
@@ -102,7 +103,8 @@ def probe(
     if who:
         for name in _channels_last(network, image, timesteps, found.shapes):
             height, width, channels = found.shapes.pop(name)
-            found.others[name] = f"a map with its channels last, [N, {height}, {width}, {channels}]"
+            what = f"a map with its channels last, [N, {height}, {width}, {channels}]"
+            found.others[name] = what, "x.permute(0, 3, 1, 2)"
     network.train(mode)
     return found
 
@@ -193,15 +195,15 @@ def _channels_last(
     return found
 
 
-def check_maps(pairs: Iterable[Pair], student: Probed, teacher: Probed) -> Iterator[str]:
-    """A line for each paired stage that gives no map."""
-    for pair in pairs:
-        for whose, stage, probed in (("student", pair.student, student), ("teacher", pair.teacher, teacher)):
-            if stage in probed.others:
-                yield (
-                    f"{stage!r} of the {whose} gives {probed.others[stage]}; a paired stage gives a map [N, C, H, W]: "
-                    "let it return one, or leave it out of distill.pairs (pairs = [] compares none)"
-                )
+def check_maps(stages: Iterable[str], probed: Probed, entry: Entry) -> Iterator[str]:
+    """A line for each of the paired stages of a network that gives no map."""
+    for stage in stages:
+        if stage in probed.others:
+            what, fix = probed.others[stage]
+            yield (
+                f"{entry.said}: {stage} returns {what}; a paired stage returns a map [N, C, H, W]: return {fix}, or "
+                "leave it out of distill.pairs (pairs = [] compares none)"
+            )
 
 
 class Calls:

@@ -1,6 +1,7 @@
 """Whether a user's own neuron, encoder, loss and augmentation do what a run asks of them, on small random inputs."""
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,9 @@ def check_loss(loss: LossTable, recipe: Recipe, data: Dataset, pairs: Sequence[P
             "student_features": features,
             "teacher_features": [torch.rand(images, *pair.teacher_shape, generator=draws) for pair in pairs],
         }
-        with translate_errors(entry):
+        with translate_errors(entry), warnings.catch_warnings():
+            # What it returns says so, too.
+            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
             value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
         if not isinstance(value, Tensor) or value.ndim != 0:
             what = list(value.shape) if isinstance(value, Tensor) else said(value)
