@@ -64,7 +64,7 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
     with translate_errors(entry):
         splits = data.load()
         sizes = (data.train_size, data.test_size)
-    if not isinstance(splits, Sequence) or not [hasattr(split, "labels") for split in splits] == [True, True]:
+    if not isinstance(splits, Sequence) or [hasattr(split, "labels") for split in splits] != [True, True]:
         what = "nothing" if splits is None else f"a {type(splits).__name__}"
         raise UserError(f"{entry.said}: load() returned {what}; it returns two lasnn.data.Images, training and test")
     for what, images, size in zip(("training", "test"), splits, sizes, strict=True):

@@ -27,6 +27,8 @@ from lasnn.factory import (
 )
 from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
 from lasnn.memory import carried_voltages, count_parameters, training_memory
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
 from lasnn.probe import (
     Built,
