@@ -142,7 +142,8 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
 def _hint(name: str, module: nn.Module, given: Any, reason: str) -> str:
     """The likeliest fix of what PyTorch says of shapes and devices."""
     shape = f"[N, {', '.join(map(str, given.shape[1:]))}]" if isinstance(given, Tensor) else f"a {kind(given)}"
-    if "mat1 and mat2 shapes" in reason:
+    # The second is what the meta device says.
+    if "mat1 and mat2 shapes" in reason or "same reduction dim" in reason:
         return f"; {name} is given {shape}: is an nn.Flatten() missing, or in_features of an nn.Linear another?"
     if "meta" in reason and ("device" in reason or "Cannot copy" in reason or "item()" in reason):
         return "; make tensors on the input's device, or register them as buffers, and do not read values in forward()"

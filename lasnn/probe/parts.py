@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lasnn.data import Augmentation, Dataset
 from lasnn.errors import UserError
@@ -35,7 +35,12 @@ def check_neuron(recipe: Recipe, constant: bool) -> None:
     shape = (STEPS, IMAGES, 3, 4, 4)
     current = (2 * torch.rand(shape, generator=generator("probe", "current"))).requires_grad_()
     with keyed(recipe.seed, "probe"), translate_errors(entry):
-        neuron = neurons.build(table.name, **table.options).eval()
+        neuron = neurons.build(table.name, **table.options)
+        takes = inspect.signature(neuron.forward).parameters if isinstance(neuron, nn.Module) else ()
+        if "timesteps" not in takes:
+            what = "takes no timesteps" if takes else "is no nn.Module with one"
+            raise UserError(f"{entry.said} {what}; its forward() is forward(current, v0=None, timesteps=None)")
+        neuron.eval()
 
         def run(current: Tensor, steps: int, *voltage: Tensor) -> tuple[Tensor, Any]:
             wanted = (steps, *current.shape[1:])
@@ -50,7 +55,7 @@ def check_neuron(recipe: Recipe, constant: bool) -> None:
             raise UserError(f"{entry.said} lets no gradient through: {fix}")
         if constant:
             run(current[:1], STEPS)
-        if "v0" not in inspect.signature(neuron.forward).parameters:
+        if "v0" not in takes:
             return
         if not isinstance(last, Tensor):
             raise UserError(f"{entry.said} takes v0 and returns {said(last)}, not the voltage after the last step")
