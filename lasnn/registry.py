@@ -273,7 +273,7 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
     except NameError as error:
         raise ValueError(f"the annotations of {name!r} cannot be read: {error}") from error
     # A module without an __init__ of its own takes nothing; PyTorch's says *args, to refuse them in words of its own.
-    if inspect.isclass(function) and function.__init__.__module__ == "torch.nn.modules.module":
+    if inspect.isclass(function) and getattr(function.__init__, "__module__", "") == "torch.nn.modules.module":
         signature = inspect.Signature()
     inputs, options = [], {}
     for parameter in signature.parameters.values():
