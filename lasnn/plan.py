@@ -1,4 +1,5 @@
-"""What a recipe will do, found out on the meta device: no data, no memory, no training.
+"""What a recipe will do, found out on the meta device: no data, no memory, no training (a user's own parts are tried on
+the CPU as well, see `lasnn.probe`).
 
 Every distillation starts here, so a tap that does not exist or an image that is too small for the network is
 reported before the first batch, together with whatever else is wrong.
@@ -176,7 +177,8 @@ def make_plan(recipe: Recipe) -> Plan:
             problems.attempt("teacher", lambda: try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
     if not problems.lines:
         beside = teacher.model if teacher else None
-        memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
+        with on_meta():
+            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(

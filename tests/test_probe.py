@@ -219,6 +219,53 @@ def test_what_is_right_is_left_alone():
     assert plan(student=student(stage2=stage2)).notes == ()
 
 
+class Rounded(torch.autograd.Function):
+    """A surrogate of a user's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0.5).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, c, a: a(c(x)) + torch.zeros(1, 4, 1, 1),
+        lambda x, c, a: a(c(x)) * torch.arange(4.0).view(4, 1, 1),
+        lambda x, c, a: Rounded.apply(a(c(x))),
+        lambda x, c, a: a(torch.utils.checkpoint.checkpoint(c, x, use_reentrant=False)),
+        lambda x, c, a: a(c(x.flatten(2).transpose(1, 2).transpose(1, 2).unflatten(2, x.shape[2:]))),
+    ],
+)
+def test_what_networks_do_besides(function):
+    plan(student=student(stage2=lambda act: Do(function, conv(4, 4), act(4))))
+
+
+def test_a_network_that_raises_in_training_only():
+    def run(x, unit):
+        if unit.training:
+            raise KeyError("later")
+        return unit(x)
+
+    line = refused(student=student(stage2=lambda act: Do(run, act(4))))
+    assert re.search(r"student: architecture 'mine' \(.*\) failed: KeyError: 'later' \(.*test_probe.py:\d+\)", line)
+
+
+def test_a_network_that_fails_on_values_only():
+    """On the meta device it has none."""
+
+    def run(x, unit):
+        if not x.is_meta and x.max() > 0:
+            raise IndexError("9")
+        return unit(x)
+
+    assert "failed: IndexError: 9 (" in refused(student=student(stage2=lambda act: Do(run, act(4))))
+
+
 def test_what_is_left_of_real_values_is_said():
     [note] = plan(student=student(stage2=lambda act: nn.Sequential(conv(4, 4), nn.ReLU()))).notes
     assert note.startswith("real     stage2.1 (ReLU): no spikes but real values go on from there")

@@ -127,7 +127,7 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
                 raise
             reason = str(error).partition("\n")[0]
             reason = reason if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {reason}"
-            at = f"{reason}{raised_at(error) if who else ''}{_hint(name, getattr(network, name), given, reason)}"
+            at = f"{reason}{raised_at(error) if who else ''}{_hint(name, given, reason)}"
             raise UserError(f"{who}the network cannot run on {height} x {width} images ({name}: {at})") from error
         if isinstance(x, Tensor) and (x.ndim == 0 or len(x) not in (IMAGES, timesteps * IMAGES)):
             raise UserError(
@@ -139,7 +139,7 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
         yield name, x
 
 
-def _hint(name: str, module: nn.Module, given: Any, reason: str) -> str:
+def _hint(name: str, given: Any, reason: str) -> str:
     """The likeliest fix of what PyTorch says of shapes and devices."""
     shape = f"[N, {', '.join(map(str, given.shape[1:]))}]" if isinstance(given, Tensor) else f"a {kind(given)}"
     # The second is what the meta device says.
@@ -285,8 +285,8 @@ def check_gradients(
         raise UserError(f"{who}: there is nothing to learn in it: {why}")
     mode = network.training
     network.train()
-    with translate_errors(entry):
-        logits, features = network(torch.empty(1, IMAGES, *image, device="meta"), timesteps, tuple(taps))
+    with translate_errors(entry), on_meta():
+        logits, features = network(torch.empty(1, IMAGES, *image), timesteps, tuple(taps))
         network.train(mode)
         cut = "detach(), torch.no_grad(), .data, or a comparison or rounding without a surrogate derivative cuts it"
         for name, value in {**features, "head": logits}.items():
