@@ -124,6 +124,13 @@ def test_an_edited_module_is_read_again(own, monkeypatch):
     assert width(build(own).student) == 6
 
 
+def test_a_part_that_no_plugin_registers_says_how_it_is_found(tiny):
+    with pytest.raises(UserError, match=r"unknown architecture 'qqq'; known: .*; one of your own needs the file that"):
+        Recipe.from_tables({"student": {"architecture": "qqq"}})
+    with pytest.raises(UserError, match=r"did you mean 'vgg9'\?.*[0-9]$"):
+        Recipe.from_tables({"student": {"architecture": "vgg99"}})
+
+
 def test_another_part_of_the_same_name_is_refused(own):
     Recipe.load(own)
     other = own.parent / "other.py"
