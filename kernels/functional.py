@@ -3,20 +3,28 @@
 Shapes: T time steps, B batch, C channels, H x W pixels, N = H*W; `...` any shape, also none.
 """
 
-from difflib import get_close_matches
-from math import inf
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lasnn.kernels import ops
 from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, NormLif, pool_over_group
-from lasnn.kernels.layout import memory_format, state_dtype
+from lasnn.kernels.checks import (
+    check_images,
+    check_residual,
+    check_state,
+    check_tensor,
+    dynamics,
+    number,
+    positive,
+    unknown,
+    whole_steps,
+)
+from lasnn.kernels.layout import state_dtype
 
-SURROGATES = ("atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid")
 TEMPORAL = ("rate", "step", "map")
-DEVICES = ("cpu", "cuda", "meta")
-HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def lif(
@@ -98,6 +106,14 @@ def lif(
     return spikes, v_last
 
 
+# The options of `lif` that are the neuron's, with their defaults.
+LIF_OPTIONS = {
+    name: parameter.default
+    for name, parameter in signature(lif).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "timesteps"
+}
+
+
 def norm_lif(
     y: Tensor,
     norm: nn.BatchNorm2d,
@@ -107,13 +123,7 @@ def norm_lif(
     return_state: bool = False,
     timesteps: int,
     constant: bool = False,
-    tau: float | Tensor = 2.0,
-    threshold: float = 1.0,
-    decay_input: bool = False,
-    v_reset: float | None = 0.0,
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    detach_reset: bool = False,
+    **lif_options: Any,
 ) -> tuple[Tensor, BatchStatistics | None] | tuple[Tensor, Tensor, BatchStatistics | None]:
     """Batch norm, an optional residual and leaky integrate-and-fire over all time steps, fused.
 
@@ -140,7 +150,7 @@ def norm_lif(
         timesteps: T.
         constant: y is [B, C, H, W], the same at every step: it is normalised once, with its own statistics, and read
             once. Its gradient is the sum over time.
-        tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset: as in `lif`.
+        lif_options: tau, threshold, decay_input, v_reset, surrogate, alpha, detach_reset, as in `lif`.
 
     Returns:
         spikes: [T*B, C, H, W], 0 or 1, in y's type and memory order.
@@ -167,28 +177,10 @@ def norm_lif(
             f"norm_lif: y's leading dimension is T*B, but timesteps = {timesteps} does not divide {y.shape[0]}; "
             "an input of shape [B, C, H, W] that is the same at every step needs constant=True"
         )
+    batch_size = y.shape[0] if constant else y.shape[0] // timesteps
     count = y.shape[0] * y.shape[2] * y.shape[3]
     if residual is not None:
-        check_tensor("norm_lif", residual, "residual")
-        if residual.dtype != y.dtype:
-            raise TypeError(f"norm_lif: residual is {residual.dtype} but y is {y.dtype}; use residual.to(y.dtype)")
-        if residual.device != y.device:
-            raise ValueError(f"norm_lif: residual is on {residual.device} but y is on {y.device}")
-        batch = y.shape[0] if constant else y.shape[0] // timesteps
-        if (
-            residual.dim() != 4
-            or residual.shape[1:] != y.shape[1:]
-            or residual.shape[0] not in (batch, timesteps * batch)
-        ):
-            raise ValueError(
-                f"norm_lif: residual must be {[timesteps * batch, *y.shape[1:]]}, or {[batch, *y.shape[1:]]} if "
-                f"constant in time, got {list(residual.shape)}"
-            )
-        if check_images("norm_lif", residual, "residual") != order:
-            raise ValueError(
-                "norm_lif: y and residual lie in different memory orders, one contiguous, one channels_last; "
-                f"use residual.contiguous(memory_format={order})"
-            )
+        check_residual("norm_lif", residual, y, order, timesteps, batch_size)
         if residual.shape[0] != y.shape[0]:
             # Repeating what is constant changes neither its mean nor its variance.
             if constant:
@@ -197,38 +189,22 @@ def norm_lif(
                 residual = torch.cat([residual] * timesteps)
     state = state_dtype(y.dtype)
     if v0 is not None:
-        check_state("norm_lif", v0, y, "y", (y.shape[0] if constant else y.shape[0] // timesteps, *y.shape[1:]))
+        check_state("norm_lif", v0, y, "y", (batch_size, *y.shape[1:]))
         v0 = v0.contiguous(memory_format=order)
     for name, value in (*norm.named_parameters(), *norm.named_buffers()):
         if value.device != y.device:
             raise ValueError(f"norm_lif: norm.{name} is on {value.device} but y is on {y.device}")
-    learnt_decay, options = dynamics(
-        "norm_lif",
-        y,
-        tau=tau,
-        threshold=threshold,
-        decay_input=decay_input,
-        v_reset=v_reset,
-        surrogate=surrogate,
-        alpha=alpha,
-        detach_reset=detach_reset,
-    )
+    for name in lif_options.keys() - LIF_OPTIONS.keys():
+        raise TypeError(f"norm_lif: {unknown('option', name, tuple(LIF_OPTIONS))}")
+    learnt_decay, options = dynamics("norm_lif", y, **{**LIF_OPTIONS, **lif_options})
 
     uses_batch = norm.training or norm.running_mean is None
     # Of the processes that share a batch.
     group = getattr(norm, "group", None) if uses_batch else None
-    batch = None
     if uses_batch:
-        if count == 1 and group is None:
-            raise ValueError("norm_lif: the variance of one value a channel is not defined; give more than one image")
-        statistics = ops.norm_statistics(y.detach())
-        if group is not None:
-            batch = pool_over_group(BatchStatistics(*statistics, count), group)
-            statistics = torch.stack(batch[:2])
-        elif count:
-            batch = BatchStatistics(*statistics, count)
+        statistics, batch = batch_statistics(y, count, group)
     else:
-        statistics = torch.stack([norm.running_mean, norm.running_var]).to(state)
+        statistics, batch = torch.stack([norm.running_mean, norm.running_var]).to(state), None
     weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
     # A repeated y counts as often as it is read, whatever its variance was over.
     n = y.shape[0] * y.shape[2] * y.shape[3] if uses_batch else 0
@@ -236,6 +212,17 @@ def norm_lif(
     inputs += (bool(return_state), *options)
     spikes, v_last, _ = ops.norm_lif(*inputs) if group is None else NormLif.apply(*inputs, group)
     return (spikes, v_last, batch) if return_state else (spikes, batch)
+
+
+def batch_statistics(y: Tensor, count: int, group: Any) -> tuple[Tensor, BatchStatistics | None]:
+    """Mean and variance by channel, [2, C], of y or of all the group's processes' y; and the same for the caller."""
+    if count == 1 and group is None:
+        raise ValueError("norm_lif: the variance of one value a channel is not defined; give more than one image")
+    statistics = ops.norm_statistics(y.detach())
+    if group is not None:
+        batch = pool_over_group(BatchStatistics(*statistics, count), group)
+        return torch.stack(batch[:2]), batch
+    return statistics, BatchStatistics(*statistics, count) if count else None
 
 
 def folded(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,120 +277,3 @@ def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: f
 
     f = ops.attention(x, power, temporal).flatten(-2)
     return f / torch.linalg.vector_norm(f, dim=-1, keepdim=True).clamp_min(eps)
-
-
-def check_tensor(op: str, x: Tensor, name: str = "x") -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    device = x.device.type
-    if device not in DEVICES:
-        raise ValueError(f"{op}: no kernel for device {device!r}; move {name} to one of {', '.join(DEVICES)}")
-    if x.dtype not in HALF_AND_SINGLE and (x.dtype != torch.float64 or device == "cuda"):
-        taken = "float16, bfloat16 or float32" + ("" if device == "cuda" else ", or float64 on the CPU")
-        raise TypeError(f"{op}: no kernel for {x.dtype} on {device}; it takes {taken}: use {name}.float()")
-
-
-def check_state(op: str, v0: Tensor, x: Tensor, name: str, shape: tuple[int, ...]) -> None:
-    """That v0 can be the state before the first step of x, called `name`, each of whose steps has the given shape."""
-    if not isinstance(v0, Tensor):
-        raise TypeError(f"{op}: v0 must be a tensor or None, got {type(v0).__name__}")
-    state = state_dtype(x.dtype)
-    if v0.dtype != state:
-        raise TypeError(f"{op}: v0 must be {state} for {name} in {x.dtype}, got {v0.dtype}; use v0.to({state})")
-    if v0.shape != tuple(shape):
-        raise ValueError(f"{op}: v0 must have the shape of one step, {list(shape)}, got {list(v0.shape)}")
-    if v0.device != x.device:
-        raise ValueError(f"{op}: v0 is on {v0.device} but {name} is on {x.device}")
-
-
-def check_images(op: str, images: Tensor, name: str) -> torch.memory_format:
-    """Their memory order, contiguous or channels_last."""
-    if images.dim() != 4:
-        raise ValueError(f"{op}: {name} must be [T*B, C, H, W], got {list(images.shape)}")
-    order = memory_format(images)
-    if order is None:
-        raise ValueError(
-            f"{op}: {name} of shape {list(images.shape)} has strides {list(images.stride())}, neither contiguous nor "
-            f"channels_last; use {name}.contiguous()"
-        )
-    return order
-
-
-def whole_steps(op: str, timesteps: int) -> int:
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, torch.SymInt)):
-        raise TypeError(f"{op}: timesteps must be an integer, got {timesteps!r}")
-    if timesteps < 1:
-        raise ValueError(f"{op}: timesteps must be at least 1, got {timesteps}")
-    return timesteps
-
-
-def dynamics(
-    op: str,
-    x: Tensor,
-    *,
-    tau: float | Tensor,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> tuple[Tensor | None, tuple]:
-    """The neuron's options, checked: 1/tau where it is learnt, and the rest as the ops take it."""
-    threshold = positive(op, "threshold", threshold)
-    alpha = positive(op, "alpha", alpha)
-    if v_reset is not None:
-        v_reset = number(op, "v_reset", v_reset, "a number, or None for the soft reset")
-        if not v_reset < threshold:
-            raise ValueError(
-                f"{op}: v_reset must be below the threshold {threshold}, got {v_reset}: it would fire for ever"
-            )
-    if surrogate not in SURROGATES:
-        raise ValueError(unknown("surrogate", surrogate, SURROGATES))
-    decay, learnt_decay = 0.0, None
-    if isinstance(tau, Tensor):
-        if tau.numel() != 1 or not tau.is_floating_point():
-            raise TypeError(
-                f"{op}: tau must hold one floating-point number, got {tau.dtype} {list(tau.shape)}; "
-                "use a float or a 0-d tensor"
-            )
-        if tau.device != x.device:
-            raise ValueError(f"{op}: tau is on {tau.device} but x is on {x.device}")
-        learnt_decay = tau.reshape(()).to(state_dtype(x.dtype)).reciprocal()
-    else:
-        tau = number(op, "tau", tau, "a number or a 0-d tensor", infinite=True)
-        if not tau >= 1:
-            raise ValueError(
-                f"{op}: tau must be at least 1 step, got {tau}: a shorter one would carry v past rest; "
-                "math.inf is integrate-and-fire"
-            )
-        if decay_input and tau == inf:
-            raise ValueError(f"{op}: decay_input with tau = inf multiplies the input by 0; set decay_input=False")
-        decay = 1 / tau
-    return learnt_decay, (decay, threshold, bool(decay_input), v_reset, surrogate, alpha, bool(detach_reset))
-
-
-def number(op: str, name: str, value: float, what: str = "a number", infinite: bool = False) -> float:
-    try:
-        value = float(value) if not isinstance(value, (str, bool)) else None
-    except (TypeError, ValueError):
-        value = None
-    if value is None:
-        raise TypeError(f"{op}: {name} must be {what}")
-    # Comparisons, not math.isfinite, which torch.compile does not trace for a symbolic number.
-    if not (-inf < value < inf or (infinite and value == inf)):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
-    return value
-
-
-def positive(op: str, name: str, value: float) -> float:
-    value = number(op, name, value)
-    if not value > 0:
-        raise ValueError(f"{op}: {name} must be above 0, got {value}")
-    return value
-
-
-def unknown(what: str, name: object, known: tuple[str, ...]) -> str:
-    near = get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {what} {name!r}{hint} known: {', '.join(known)}"

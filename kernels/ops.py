@@ -5,12 +5,12 @@ meta tensors, and an autograd formula. The dispatcher chooses by device; nothing
 for autocast, which would cast what must stay fp32.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
-from torch import Tensor
 
-from lasnn.kernels import cpu
+from lasnn.kernels import cpu, dynamics
 from lasnn.kernels.layout import empty_images, empty_step, empty_steps, memory_format, segments, state_dtype
 
 
@@ -50,74 +50,29 @@ def launcher(module: str, name: str):
     return launch
 
 
-@torch.library.custom_op("lasnn::lif", mutates_args=(), device_types="cpu")
-def lif(
-    x: Tensor,
-    v0: Tensor | None,
-    learnt_decay: Tensor | None,
-    timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Spikes [T, ...], v_last [...] and the states between the segments of time [segments - 1, ...]."""
-    return cpu.lif.lif_forward(
-        x,
-        v0,
-        learnt_decay,
-        timesteps,
-        decay,
-        threshold,
-        decay_input,
-        v_reset,
-        surrogate,
-        alpha,
-        detach_reset,
-    )
+def define(schema: str, on_cpu: Callable, on_cuda: Callable, mutates: tuple[str, ...] = ()):
+    """Register an op of a schema, `lasnn::name(...) -> ...`, with its two implementations."""
+    name, _, signature = schema.partition("(")
+    op = torch.library.custom_op(name, on_cpu, mutates_args=mutates, device_types="cpu", schema=f"({signature}")
+    op.register_kernel("cuda")(on_cuda)
+    return op
 
 
-@torch.library.custom_op("lasnn::lif_backward", mutates_args=(), device_types="cpu")
-def lif_backward(
-    grad_spikes: Tensor | None,
-    grad_v_last: Tensor | None,
-    x: Tensor,
-    v0: Tensor | None,
-    learnt_decay: Tensor | None,
-    saved_states: Tensor,
-    timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, v0 and learnt_decay; the last two are empty where there is none."""
-    return cpu.lif.lif_backward(
-        grad_spikes,
-        grad_v_last,
-        x,
-        v0,
-        learnt_decay,
-        saved_states,
-        timesteps,
-        decay,
-        threshold,
-        decay_input,
-        v_reset,
-        surrogate,
-        alpha,
-        detach_reset,
-    )
+# Spikes [T, ...], v_last [...] and the states between the segments of time [segments - 1, ...].
+lif = define(
+    f"lasnn::lif(Tensor x, Tensor? v0, Tensor? learnt_decay, SymInt timesteps, {dynamics.SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
+    cpu.lif.lif_forward,
+    launcher("lif", "lif_forward"),
+)
 
-
-lif.register_kernel("cuda")(launcher("lif", "lif_forward"))
-lif_backward.register_kernel("cuda")(launcher("lif", "lif_backward"))
+# Gradients of x, v0 and learnt_decay; the last two are empty where there is none.
+lif_backward = define(
+    "lasnn::lif_backward(Tensor? grad_spikes, Tensor? grad_v_last, Tensor x, Tensor? v0, Tensor? learnt_decay, "
+    f"Tensor saved_states, SymInt timesteps, {dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    cpu.lif.lif_backward,
+    launcher("lif", "lif_backward"),
+)
 
 
 @lif.register_fake
@@ -162,195 +117,63 @@ def lif_gradient(ctx, grad_spikes, grad_v_last, _):
 lif.register_autograd(lif_gradient, setup_context=lif_setup_context)
 
 
-@torch.library.custom_op("lasnn::norm_statistics", mutates_args=(), device_types="cpu")
-def norm_statistics(y: Tensor) -> Tensor:
-    """Mean and variance (over n, not n - 1) of each channel of y [N, C, H, W]: [2, C]."""
-    return cpu.norm_lif.norm_statistics(y)
+# Mean and variance (over n, not n - 1) of each channel of y [N, C, H, W]: [2, C].
+norm_statistics = define(
+    "lasnn::norm_statistics(Tensor y) -> Tensor",
+    cpu.norm_lif.norm_statistics,
+    launcher("norm_lif", "norm_statistics"),
+)
 
+# Spikes [T*B, C, H, W], v_last and the states between the segments of time [(segments - 1)*B, C, H, W].
+#
+# y and residual are [T*B, C, H, W], or [B, C, H, W] where `constant`; `statistics` [2, C] are mean and variance, over
+# `count` elements of a channel where they are y's own, so that its gradient goes through them, else count is 0. v0 and
+# v_last are [B, C, H, W], in y's memory order; v_last is empty [0] unless `return_state`.
+norm_lif = define(
+    "lasnn::norm_lif(Tensor y, Tensor? residual, Tensor? v0, Tensor statistics, Tensor? weight, Tensor? bias, "
+    "Tensor? learnt_decay, SymInt count, float eps, SymInt timesteps, bool constant, bool return_state, "
+    f"{dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    cpu.norm_lif.norm_lif_forward,
+    launcher("norm_lif", "norm_lif_forward"),
+)
 
-@torch.library.custom_op("lasnn::norm_lif", mutates_args=(), device_types="cpu")
-def norm_lif(
-    y: Tensor,
-    residual: Tensor | None,
-    v0: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    learnt_decay: Tensor | None,
-    count: int,
-    eps: float,
-    timesteps: int,
-    constant: bool,
-    return_state: bool,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Spikes [T*B, C, H, W], v_last and the states between the segments of time [(segments - 1)*B, C, H, W].
+# The first pass backward: each channel's sums of g and of g*z [2, C], g, and v0's and learnt_decay's gradients.
+#
+# g is the gradient of the neuron's input, summed over time where that is `constant`; z is y normalised, before weight
+# and bias. g is empty unless `write`; the gradients of v0 and learnt_decay are empty where there is none. All that is
+# of the size of images lies in y's memory order.
+norm_lif_sums = define(
+    "lasnn::norm_lif_sums(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? residual, Tensor? v0, "
+    "Tensor statistics, Tensor? weight, Tensor? bias, Tensor? learnt_decay, Tensor saved_states, bool write, "
+    f"float eps, SymInt timesteps, bool constant, {dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu.norm_lif.norm_lif_sums,
+    launcher("norm_lif", "norm_lif_sums"),
+)
 
-    y and residual are [T*B, C, H, W], or [B, C, H, W] where `constant`; `statistics` [2, C] are mean and variance,
-    over `count` elements of a channel where they are y's own, so that its gradient goes through them, else count is 0.
-    v0 and v_last are [B, C, H, W], in y's memory order; v_last is empty [0] unless `return_state`.
-    """
-    return cpu.norm_lif.norm_lif_forward(
-        y,
-        residual,
-        v0,
-        statistics,
-        weight,
-        bias,
-        learnt_decay,
-        eps,
-        timesteps,
-        constant,
-        return_state,
-        decay,
-        threshold,
-        decay_input,
-        v_reset,
-        surrogate,
-        alpha,
-        detach_reset,
-    )
+# The second pass backward where g was not written: y's gradient, from g computed again. `means` [2, C] are the sums of
+# the first pass over n; None where the statistics are not y's own.
+norm_lif_grad = define(
+    "lasnn::norm_lif_grad(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? v0, Tensor statistics, "
+    "Tensor? weight, Tensor? bias, Tensor? learnt_decay, Tensor saved_states, Tensor? means, float eps, "
+    f"SymInt timesteps, {dynamics.SCHEMA}) -> Tensor",
+    cpu.norm_lif.norm_lif_grad,
+    launcher("norm_lif", "norm_lif_grad"),
+)
 
-
-@torch.library.custom_op("lasnn::norm_lif_sums", mutates_args=(), device_types="cpu")
-def norm_lif_sums(
-    grad_spikes: Tensor | None,
-    grad_v_last: Tensor | None,
-    y: Tensor,
-    residual: Tensor | None,
-    v0: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    learnt_decay: Tensor | None,
-    saved_states: Tensor,
-    write: bool,
-    eps: float,
-    timesteps: int,
-    constant: bool,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first pass backward: each channel's sums of g and of g*z [2, C], g, and v0's and learnt_decay's gradients.
-
-    g is the gradient of the neuron's input, summed over time where that is `constant`; z is y normalised, before
-    weight and bias. g is empty unless `write`; the gradients of v0 and learnt_decay are empty where there is none.
-    All that is of the size of images lies in y's memory order.
-    """
-    return cpu.norm_lif.norm_lif_sums(
-        grad_spikes,
-        grad_v_last,
-        y,
-        residual,
-        v0,
-        statistics,
-        weight,
-        bias,
-        learnt_decay,
-        saved_states,
-        write,
-        eps,
-        timesteps,
-        constant,
-        decay,
-        threshold,
-        decay_input,
-        v_reset,
-        surrogate,
-        alpha,
-        detach_reset,
-    )
-
-
-@torch.library.custom_op("lasnn::norm_lif_grad", mutates_args=(), device_types="cpu")
-def norm_lif_grad(
-    grad_spikes: Tensor | None,
-    grad_v_last: Tensor | None,
-    y: Tensor,
-    v0: Tensor | None,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    learnt_decay: Tensor | None,
-    saved_states: Tensor,
-    means: Tensor | None,
-    eps: float,
-    timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> Tensor:
-    """The second pass backward where g was not written: y's gradient, from g computed again.
-
-    `means` [2, C] are the sums of the first pass over n; None where the statistics are not y's own.
-    """
-    return cpu.norm_lif.norm_lif_grad(
-        grad_spikes,
-        grad_v_last,
-        y,
-        v0,
-        statistics,
-        weight,
-        bias,
-        learnt_decay,
-        saved_states,
-        means,
-        eps,
-        timesteps,
-        decay,
-        threshold,
-        decay_input,
-        v_reset,
-        surrogate,
-        alpha,
-        detach_reset,
-    )
-
-
-@torch.library.custom_op("lasnn::norm_grad", mutates_args=(), device_types="cpu")
-def norm_grad(
-    grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
-) -> Tensor:
-    """The second pass backward where g was written: y's gradient, as a batch norm alone computes it."""
-    return cpu.norm_lif.norm_grad(grad, y, statistics, weight, means, eps)
-
-
-@torch.library.custom_op("lasnn::norm_grad_", mutates_args=("grad",), device_types="cpu")
-def norm_grad_(
-    grad: Tensor, y: Tensor, statistics: Tensor, weight: Tensor | None, means: Tensor | None, eps: float
-) -> None:
-    """The same in the place of g, where that is not the residual's gradient too."""
-    cpu.norm_lif.norm_grad_(grad, y, statistics, weight, means, eps)
-
-
-norm_lif_forward = launcher("norm_lif", "norm_lif_forward")
-
-
-@norm_lif.register_kernel("cuda")
-def _(y, residual, v0, statistics, weight, bias, learnt_decay, count, *options):
-    return norm_lif_forward(y, residual, v0, statistics, weight, bias, learnt_decay, *options)
-
-
-norm_statistics.register_kernel("cuda")(launcher("norm_lif", "norm_statistics"))
-norm_lif_sums.register_kernel("cuda")(launcher("norm_lif", "norm_lif_sums"))
-norm_lif_grad.register_kernel("cuda")(launcher("norm_lif", "norm_lif_grad"))
-norm_grad.register_kernel("cuda")(launcher("norm_lif", "norm_grad"))
-norm_grad_.register_kernel("cuda")(launcher("norm_lif", "norm_grad_"))
+# The second pass backward where g was written: y's gradient, as a batch norm alone computes it.
+NORM_GRAD = "Tensor y, Tensor statistics, Tensor? weight, Tensor? means, float eps"
+norm_grad = define(
+    f"lasnn::norm_grad(Tensor grad, {NORM_GRAD}) -> Tensor",
+    cpu.norm_lif.norm_grad,
+    launcher("norm_lif", "norm_grad"),
+)
+# The same in the place of g, where that is not the residual's gradient too.
+norm_grad_ = define(
+    f"lasnn::norm_grad_(Tensor(a!) grad, {NORM_GRAD}) -> ()",
+    cpu.norm_lif.norm_grad_,
+    launcher("norm_lif", "norm_grad_"),
+    mutates=("grad",),
+)
 
 
 @norm_statistics.register_fake
@@ -472,20 +295,19 @@ def norm_lif_gradient(ctx, grad_spikes, grad_v_last, _):
 norm_lif.register_autograd(norm_lif_gradient, setup_context=norm_lif_setup_context)
 
 
-@torch.library.custom_op("lasnn::attention", mutates_args=(), device_types="cpu")
-def attention(x: Tensor, power: float, temporal: str) -> Tensor:
-    """The energy sum_c |.|^power of x [T, B, C, H, W]: [B, H, W], or [T, B, H, W] for "step"."""
-    return cpu.attention.attention_forward(x, power, temporal)
+# The energy sum_c |.|^power of x [T, B, C, H, W]: [B, H, W], or [T, B, H, W] for "step".
+attention = define(
+    "lasnn::attention(Tensor x, float power, str temporal) -> Tensor",
+    cpu.attention.attention_forward,
+    launcher("attention", "attention_forward"),
+)
 
-
-@torch.library.custom_op("lasnn::attention_backward", mutates_args=(), device_types="cpu")
-def attention_backward(grad: Tensor, x: Tensor, power: float, temporal: str) -> Tensor:
-    """Gradient of x; for "rate" one step of it, [1, B, C, H, W], since all steps are equal."""
-    return cpu.attention.attention_backward(grad, x, power, temporal)
-
-
-attention.register_kernel("cuda")(launcher("attention", "attention_forward"))
-attention_backward.register_kernel("cuda")(launcher("attention", "attention_backward"))
+# Gradient of x; for "rate" one step of it, [1, B, C, H, W], since all steps are equal.
+attention_backward = define(
+    "lasnn::attention_backward(Tensor grad, Tensor x, float power, str temporal) -> Tensor",
+    cpu.attention.attention_backward,
+    launcher("attention", "attention_backward"),
+)
 
 
 @attention.register_fake

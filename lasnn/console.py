@@ -81,6 +81,10 @@ class ConsoleProgress(Callback):
             f"student: test accuracy {summary['accuracy']:.4f}{beside} at T = {summary['timesteps']}, "
             f"{summary['firing_rate']:.3f} spikes per neuron and step, {summary['seconds']:.0f} s of training"
         )
+        if advice := summary.get("advice"):
+            self._say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
+            for line in advice:
+                self._say(f"  {line}")
         self._say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
 
     def close(self) -> None:

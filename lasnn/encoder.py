@@ -77,15 +77,15 @@ class Encoder(nn.Module, ABC):
         Args:
             images: [B, C, H, W], those from number `first` on of a batch of `total` (None: of `first` + B).
             timesteps: T of the whole run.
-            generator: as it was before the run where `start` is 0; afterwards as the stretch of steps before left it.
-            start, stop: the stretch of time; None is T.
+            generator: as it was before the run where `start` is 0; afterwards as the time chunk before left it.
+            start, stop: the time chunk; None is T.
 
         Returns:
             [stop - start, B, C, H, W], or [1, B, C, H, W] where `constant`.
         """
         whole, count = images, len(images)
         if self.random and generator is not None:
-            # Whatever it draws depends on the shape alone. The generator stays where it is: the next stretch is cut
+            # Whatever it draws depends on the shape alone. The generator stays where it is: the next chunk is cut
             # from the same draws.
             generator = Generator(generator.device).set_state(generator.get_state())
             whole = images.new_zeros(first + count if total is None else total, *images.shape[1:])

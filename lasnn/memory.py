@@ -1,6 +1,8 @@
-"""The memory that a training step needs, found out on the meta device."""
+"""The memory that a training step needs, found out on the meta device; and how it is given back."""
 
+import ctypes
 import math
+import sys
 
 import torch
 from torch import nn
@@ -11,6 +13,9 @@ from lasnn.network.teacher import Teacher
 from lasnn.network.time_chunks import even_chunks
 from lasnn.recipe.schema import Recipe
 from lasnn.registry import neurons, translate_errors
+
+# From <malloc.h>.
+M_MMAP_THRESHOLD = -3
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -66,3 +71,14 @@ def training_memory(recipe: Recipe, data: Dataset, student: Student, teacher: Te
     learnt = 4 * count_parameters(student.network) * (2 + states)
     frozen = 4 * count_parameters(teacher.network) if teacher else 0
     return activations + learnt + frozen
+
+
+def return_freed_memory() -> None:
+    """Let glibc give each block of 64 KiB and more back to the system when it is freed (elsewhere: nothing).
+
+    Otherwise it keeps those of up to 32 MiB in its heap, which the voltages between the chunks of time then fragment:
+    the process grows several times beyond the tensors that it holds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 64 * 2**10)

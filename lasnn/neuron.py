@@ -5,7 +5,7 @@ sequence in pieces pass the voltage on themselves.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -115,22 +115,10 @@ class LIF(Neuron):
         self,
         *,
         tau: TimeConstant = 2.0,
-        threshold: Positive = 1.0,
         decay_input: bool = False,
-        reset: Literal["hard", "soft"] = "hard",
-        v_reset: Finite = 0.0,
-        surrogate: Surrogate = "atan",
-        alpha: Positive = 2.0,
-        detach_reset: bool = False,
+        **options: Any,
     ):
-        super().__init__(
-            threshold=threshold,
-            reset=reset,
-            v_reset=v_reset,
-            surrogate=surrogate,
-            alpha=alpha,
-            detach_reset=detach_reset,
-        )
+        super().__init__(**options)
         self.options["decay_input"] = decay_input
         self._set_tau(tau)
 

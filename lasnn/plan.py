@@ -166,7 +166,8 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_batches(recipe, data, student, None if checkpoint or frozen else teacher, problems)
     memory = 0
     if student and recipe.time_chunk and not problems.lines:
-        problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
+        with on_meta():
+            problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
         for index, loss in enumerate(recipe.losses):
             call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)

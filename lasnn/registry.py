@@ -8,7 +8,8 @@ and the formats of `lasnn export`.
         '''One line that `lasnn list` shows.'''
 
 What is registered is a function or a class. Its positional parameters are what lasnn hands it; its keyword-only
-parameters are the options that a recipe may set, with their annotations as types and their defaults as defaults.
+parameters are the options that a recipe may set, with their annotations as types and their defaults as defaults. A
+subclass whose constructor hands `**options` on to the class above it has that one's options too.
 """
 
 import inspect
@@ -269,14 +270,14 @@ def raised_at(error: BaseException) -> str:
 
 def _entry(kind: str, name: str, function: Callable) -> Entry:
     try:
-        signature = inspect.signature(function, eval_str=True)
+        parameters = _parameters(function)
     except NameError as error:
         raise ValueError(f"the annotations of {name!r} cannot be read: {error}") from error
     # A module without an __init__ of its own takes nothing; PyTorch's says *args, to refuse them in words of its own.
     if inspect.isclass(function) and getattr(function.__init__, "__module__", "") == "torch.nn.modules.module":
-        signature = inspect.Signature()
+        parameters = []
     inputs, options = [], {}
-    for parameter in signature.parameters.values():
+    for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY:
             annotation = Any if parameter.annotation is REQUIRED else parameter.annotation
             options[parameter.name] = Option(annotation, parameter.default)
@@ -286,6 +287,18 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
             # *args or **kwargs would swallow a recipe's typing errors.
             raise ValueError(f"{name!r} takes *{parameter.name}; name every option, so that recipes can be checked")
     return Entry(kind, name, function, tuple(inputs), options)
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter]:
+    """The parameters of a function or of a class; `**options` of a subclass stand for those of the class above it."""
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    if inspect.isclass(function) and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        own = next(one for one in function.__mro__ if "__init__" in vars(one))
+        above = function.__mro__[function.__mro__.index(own) + 1]
+        if above is not object:
+            known = {parameter.name for parameter in parameters}
+            parameters[-1:] = [parameter for parameter in _parameters(above) if parameter.name not in known]
+    return parameters
 
 
 def describe_type(annotation: Any) -> str:

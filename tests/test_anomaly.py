@@ -82,13 +82,13 @@ def test_the_step_the_term_and_the_layer(breaks, monkeypatch, interval):
 def test_nothing_is_learnt_from_a_broken_step(breaks, monkeypatch):
     """The weights are still those from before it when it is found."""
     check_every(monkeypatch, 20)
-    seen, heads, check = {}, [], Trainer.check
+    seen, heads, check = {}, [], Trainer.raise_if_nonfinite
 
-    def looked_at(self, phase, *rest):
-        seen.update({name: value.clone() for name, value in phase.model.state_dict().items()})
-        check(self, phase, *rest)
+    def looked_at(self, batch):
+        seen.update({name: value.clone() for name, value in self.phase.model.state_dict().items()})
+        check(self, batch)
 
-    monkeypatch.setattr(Trainer, "check", looked_at)
+    monkeypatch.setattr(Trainer, "raise_if_nonfinite", looked_at)
     for at in (10, 13):
         with pytest.raises(MachineError):
             distill(breaks, overrides=[*SETTINGS, f"student.at={at}", "data.augment=[]"])

@@ -69,8 +69,8 @@ def test_the_terms_of_a_step_are_those_of_the_recipe(tiny):
 def test_the_teacher_is_frozen_and_in_evaluation_mode_at_every_step(tiny, monkeypatch):
     seen, step = [], Trainer.train_step
 
-    def looked_at(self, phase, *rest):
-        terms = step(self, phase, *rest)
+    def looked_at(self, batch):
+        terms, phase = step(self, batch), self.phase
         if phase.name == "student":
             teacher = phase.networks["teacher"]
             assert not any(module.training for module in teacher.modules())
@@ -100,11 +100,12 @@ def test_the_accuracies_are_those_of_the_networks_that_are_named(tiny):
 def test_networks_are_measured_in_evaluation_mode(tiny, monkeypatch, phase):
     modes, evaluate = [], Trainer.evaluate
 
-    def looked_at(self, which, epoch):
-        if which.name == phase:
-            which.model.register_forward_hook(lambda module, *_: modes.append(module.training))
-            which.model.network.head.register_forward_hook(lambda module, *_: modes.append(module.training))
-        return evaluate(self, which, epoch)
+    def looked_at(self):
+        if self.phase.name == phase:
+            model = self.phase.model
+            model.register_forward_hook(lambda module, *_: modes.append(module.training))
+            model.network.head.register_forward_hook(lambda module, *_: modes.append(module.training))
+        return evaluate(self)
 
     monkeypatch.setattr(Trainer, "evaluate", looked_at)
     # Of this seed no teacher is cached.

@@ -174,7 +174,7 @@ def test_gradients_are_clipped(tiny, clip):
     module.weight.data.zero_()
     module.weight.grad = torch.tensor([[3.0, 4.0]])
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    Precision(Recipe.load(tiny), torch.device("cpu")).step(optimizer, module, clip, found_inf=None)
+    Precision("fp32", torch.device("cpu")).step(optimizer, module, clip, found_inf=None)
     assert module.weight.norm().item() == pytest.approx(min(5.0, clip or 5.0))
 
 
@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny):
     optimizer = make_optimizer(module, Training(), fused=True)
     before = module.weight.detach().clone()
     module.weight.grad = torch.ones(1, 2)
-    Precision(Recipe.load(tiny), torch.device("cpu")).step(optimizer, module, 0.0, found_inf=torch.ones(()))
+    Precision("fp32", torch.device("cpu")).step(optimizer, module, 0.0, found_inf=torch.ones(()))
     assert torch.equal(module.weight, before)
 
 
@@ -218,9 +218,9 @@ def test_training_settings_reach_the_training(tiny):
 
 
 def test_half_precision_is_what_the_convolutions_compute_in(tiny):
-    with Precision(Recipe.load(tiny, ["precision=bf16"]), torch.device("cpu")).autocast():
+    with Precision("bf16", torch.device("cpu")).autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
-    with Precision(Recipe.load(tiny), torch.device("cpu")).autocast():
+    with Precision("fp32", torch.device("cpu")).autocast():
         assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
 
 

@@ -376,7 +376,7 @@ def test_other_errors_are_not_taken_for_it():
 
 def test_freed_blocks_are_given_back_where_time_is_in_chunks(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr("lasnn.training.distill.return_large_blocks", lambda: asked.append(True))
+    monkeypatch.setattr("lasnn.training.distill.return_freed_memory", lambda: asked.append(True))
     settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", "distill.time_chunk=1"]
     distill(tiny, overrides=settings)
     assert asked

@@ -1,11 +1,11 @@
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
 
 from lasnn import architectures, losses
 from lasnn.errors import UserError
-from lasnn.registry import REGISTRIES, Registry
+from lasnn.registry import REGISTRIES, REQUIRED, Registry
 
 
 @pytest.fixture
@@ -109,3 +109,30 @@ def test_every_part_has_a_line_of_description_and_typed_options(kind):
         assert 10 < len(entry.description) < 130, name
         for option, info in entry.options.items():
             assert info.type_name != "anything", f"{name}.{option} has no annotation"
+
+
+def test_a_subclass_that_hands_its_options_on_has_those_of_the_class_above(registry):
+    class Above:
+        def __init__(self, *, size: int = 3, name: str = "a"):
+            self.size, self.name = size, name
+
+    @registry.register("below")
+    class Below(Above):
+        def __init__(self, *, depth: float, name: str = "b", **options: Any):
+            super().__init__(name=name, **options)
+
+    assert {name: option.default for name, option in registry["below"].options.items()} == {
+        "depth": REQUIRED,
+        "name": "b",
+        "size": 3,
+    }
+    assert registry.build("below", depth=1.0, size=5).size == 5
+
+    class Open:
+        def __init__(self, **options: Any):
+            pass
+
+    with pytest.raises(ValueError, match=r"takes \*options; name every option"):
+        registry.register("function")(lambda **options: None)
+    with pytest.raises(ValueError, match=r"takes \*"):
+        registry.register("open")(Open)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lasnn.kernels.cpu import neuron
+from lasnn.kernels.dynamics import Dynamics
 from lasnn.kernels.layout import empty_step, empty_steps, in_order, segments, state_dtype, step_strides
 
 
@@ -25,7 +26,18 @@ def lif_forward(
         y, v0 = in_order(x, strides), None if v0 is None else in_order(v0, strides, 0)
         y_step = y.stride(0) if len(y) > 1 else 0
         neuron.forward(
-            cut, timesteps, options, parameters, y, y_step, None, v0, learnt_decay, spikes, v_last, saved_states
+            cut,
+            timesteps,
+            Dynamics(*options),
+            parameters,
+            y,
+            y_step,
+            None,
+            v0,
+            learnt_decay,
+            spikes,
+            v_last,
+            saved_states,
         )
     return spikes, v_last, saved_states
 
@@ -54,7 +66,7 @@ def lif_backward(
         grad_decay = neuron.backward(
             cut,
             timesteps,
-            options,
+            Dynamics(*options),
             parameters,
             y,
             y_step,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lasnn.kernels.cpu import threads
+from lasnn.kernels.dynamics import Dynamics
 from lasnn.kernels.layout import segments
 
 SURROGATES = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3, "fast-sigmoid": 4}
@@ -84,35 +85,25 @@ class Cut(NamedTuple):
         return max(1, min(PARTS, self.size * steps // threads.SHARE, self.groups * -(-self.span // self.width)))
 
 
-def dynamics(
-    dtype: torch.dtype,
-    learnt_decay: Tensor | None,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
-) -> np.ndarray:
+def dynamics(dtype: torch.dtype, learnt_decay: Tensor | None, neuron: Dynamics) -> np.ndarray:
     """The neuron's options as the loops take them, in their order there, each rounded once to the state's type."""
-    decay = decay if learnt_decay is None else learnt_decay.item()
-    hard = v_reset is not None
-    jump = v_reset if hard else -threshold
+    decay = neuron.decay if learnt_decay is None else learnt_decay.item()
+    hard = neuron.v_reset is not None
+    jump = neuron.v_reset if hard else -neuron.threshold
     return vector(
         [
             decay,
             1 - decay,
-            decay if decay_input else 1,
-            v_reset if hard else 0,
-            threshold,
+            decay if neuron.decay_input else 1,
+            neuron.v_reset if hard else 0,
+            neuron.threshold,
             hard,
             jump,
-            hard and not detach_reset,
-            0 if detach_reset else jump,
-            alpha,
-            1 / (2 * alpha),
-            pi / 2 * alpha,
+            hard and not neuron.detach_reset,
+            0 if neuron.detach_reset else jump,
+            neuron.alpha,
+            1 / (2 * neuron.alpha),
+            pi / 2 * neuron.alpha,
         ],
         dtype,
     )
@@ -126,7 +117,7 @@ def or_zeros(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
 def forward(
     cut: Cut,
     timesteps: int,
-    options: tuple,
+    neuron: Dynamics,
     parameters: np.ndarray,
     y: Tensor,
     y_step: int,
@@ -144,9 +135,9 @@ def forward(
         y_step: elements from one step of y to the next; 0 where y is constant in time, as the residual then is.
     """
     dtype, parts, loop, segment = saved_states.dtype, cut.parts(timesteps), loops(), segments(timesteps)[1]
-    o = dynamics(dtype, learnt_decay, *options)
+    o = dynamics(dtype, learnt_decay, neuron)
     residual, residual_line = or_zeros(residual, y.dtype)
-    rest, start, start_line = state_before(v0, options[3], dtype)
+    rest, start, start_line = state_before(v0, neuron.v_reset, dtype)
     numbers = (
         parts, *cut, timesteps, segment, y.data_ptr(), y_step, residual, y_step * residual_line, residual_line,
         start, start_line, spikes.data_ptr(), 0 if v_last is None else v_last.data_ptr(), int(v_last is not None),
@@ -179,7 +170,7 @@ class Gradients(NamedTuple):
 def backward(
     cut: Cut,
     timesteps: int,
-    options: tuple,
+    neuron: Dynamics,
     parameters: np.ndarray,
     y: Tensor,
     y_step: int,
@@ -203,8 +194,8 @@ def backward(
         summed: whether the sums over channels are wanted.
     """
     dtype, parts, loop, segment = saved_states.dtype, cut.parts(timesteps), loops(), segments(timesteps)[1]
-    o = dynamics(dtype, learnt_decay, *options)
-    rest, *start = state_before(v0, options[3], dtype)
+    o = dynamics(dtype, learnt_decay, neuron)
+    rest, *start = state_before(v0, neuron.v_reset, dtype)
     residual, residual_line = or_zeros(residual, y.dtype)
     grad, grad_line = or_zeros(grad_spikes, y.dtype)
     given = (
@@ -215,7 +206,7 @@ def backward(
     each = g is not None and not constant
     wanted = (
         int(constant), 0 if grad_v0 is None else grad_v0.data_ptr(), int(grad_v0 is not None), int(summed),
-        int(learnt_decay is not None), int(options[2]), SURROGATES[options[4]],
+        int(learnt_decay is not None), int(neuron.decay_input), SURROGATES[neuron.surrogate],
     )  # fmt: skip
     sums, decays = np.zeros((parts, 2, cut.channels)), np.zeros(parts)
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lasnn.kernels.cpu import neuron, threads
+from lasnn.kernels.dynamics import Dynamics
 from lasnn.kernels.layout import empty_images, memory_format, segments, state_dtype
 
 
@@ -50,6 +51,7 @@ def norm_lif_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     learnt_decay: Tensor | None,
+    count: int,
     eps: float,
     timesteps: int,
     constant: bool,
@@ -68,7 +70,7 @@ def norm_lif_forward(
         neuron.forward(
             lines,
             timesteps,
-            options,
+            Dynamics(*options),
             torch.cat([mean, scale, bias]).numpy(),
             y,
             0 if constant else lines.size,
@@ -111,7 +113,7 @@ def norm_lif_sums(
         sums, grad_decay = neuron.backward(
             lines,
             timesteps,
-            options,
+            Dynamics(*options),
             torch.cat([mean, scale, bias]).numpy(),
             y,
             0 if constant else lines.size,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasnn.kernels.layout import empty_step, empty_steps, in_order, is_dense, segments, state_dtype, step_strides
-from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward
+from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward, surrogate
 
 # Elements a program handles, and warps: 16 bytes of each tensor's step for every thread.
 LAUNCH = {torch.float32: (512, 4), torch.bfloat16: (1024, 4), torch.float16: (1024, 4)}
@@ -237,13 +237,7 @@ def lif_forward(
     v0: Tensor | None,
     learnt_decay: Tensor | None,
     timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.lif.lif_forward."""
     state, order = state_dtype(x.dtype), step_strides(x)
@@ -260,7 +254,7 @@ def lif_forward(
             v_last,
             saved_states,
             **addressing(x),
-            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, options),
             HAS_V0=v0 is not None,
             BLOCK=block,
             num_warps=num_warps,
@@ -277,13 +271,7 @@ def lif_backward(
     learnt_decay: Tensor | None,
     saved_states: Tensor,
     timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.lif.lif_backward."""
     state, order = state_dtype(x.dtype), step_strides(x)
@@ -310,13 +298,11 @@ def lif_backward(
             partial,
             grad_stride_t=0 if grad_spikes is None else grad_spikes.stride(0),
             **where,
-            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, options),
             HAS_V0=v0 is not None,
-            alpha=alpha,
             HAS_GRAD_SPIKES=grad_spikes is not None,
             HAS_GRAD_V_LAST=grad_v_last is not None,
-            DETACH_RESET=detach_reset,
-            SURROGATE=surrogate,
+            **surrogate(options),
             BLOCK=block,
             num_warps=num_warps,
             **OPTIONS,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lasnn.kernels.dynamics import Dynamics
 from lasnn.kernels.layout import segments
 
 # Whether a product is fused into a sum must not move h across the threshold: it is off, not left to a
@@ -71,19 +72,23 @@ def lif_step_backward(
 def dynamics(
     timesteps: int,
     learnt_decay: Tensor | None,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
+    options: tuple,
 ) -> dict:
-    """The kernel arguments that say what a step does."""
+    """The kernel arguments that say what a step does; `options` are `Dynamics`."""
+    neuron = Dynamics(*options)
     return {
-        "decay": decay,
-        "threshold": threshold,
-        "v_reset": 0.0 if v_reset is None else v_reset,
+        "decay": neuron.decay,
+        "threshold": neuron.threshold,
+        "v_reset": 0.0 if neuron.v_reset is None else neuron.v_reset,
         "T": timesteps,
         "STEPS": segments(timesteps)[1],
         "LEARNT": learnt_decay is not None,
-        "HARD": v_reset is not None,
-        "DECAY_INPUT": decay_input,
+        "HARD": neuron.v_reset is not None,
+        "DECAY_INPUT": neuron.decay_input,
     }
+
+
+def surrogate(options: tuple) -> dict:
+    """The further kernel arguments of a step backward."""
+    neuron = Dynamics(*options)
+    return {"alpha": neuron.alpha, "SURROGATE": neuron.surrogate, "DETACH_RESET": neuron.detach_reset}

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lasnn.kernels.layout import empty_images, memory_format, segments, state_dtype
-from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward
+from lasnn.kernels.triton.neuron import OPTIONS, dynamics, fire, lif_step, lif_step_backward, surrogate
 
 # Bytes of a tile: 16 for every thread of 4 warps. What holds no state reads twice as much at once.
 TILE = 2048
@@ -492,17 +492,12 @@ def norm_lif_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     learnt_decay: Tensor | None,
+    count: int,
     eps: float,
     timesteps: int,
     constant: bool,
     return_state: bool,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpu.norm_lif.norm_lif_forward."""
     batch = len(y) if constant else len(y) // timesteps
@@ -523,7 +518,7 @@ def norm_lif_forward(
             CONSTANT=constant,
             RETURN_STATE=return_state,
             **given(y, residual=residual, v0=v0, weight=weight, bias=bias),
-            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, options),
             **where,
         )
     return spikes, v_last, saved_states
@@ -544,13 +539,7 @@ def norm_lif_sums(
     eps: float,
     timesteps: int,
     constant: bool,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
+    *options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As cpu.norm_lif.norm_lif_sums."""
     learnt, state = learnt_decay is not None, state_dtype(y.dtype)
@@ -576,16 +565,14 @@ def norm_lif_sums(
         tiles=tiles,
         splits=splits,
         eps=eps,
-        alpha=alpha,
         CONSTANT=constant,
-        DETACH_RESET=detach_reset,
-        SURROGATE=surrogate,
+        **surrogate(options),
         SUMS=True,
         WRITE=write,
         **uncapped(),
         **given(y, grad_spikes=grad_spikes, grad_v_last=grad_v_last, residual=residual, v0=v0),
         **given(y, weight=weight, bias=bias, means=None),
-        **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+        **dynamics(timesteps, learnt_decay, options),
         **where,
     )
     return sums.sum(1), g, grad_v0, grad_decay.sum() if learnt else grad_decay
@@ -604,13 +591,7 @@ def norm_lif_grad(
     means: Tensor | None,
     eps: float,
     timesteps: int,
-    decay: float,
-    threshold: float,
-    decay_input: bool,
-    v_reset: float | None,
-    surrogate: str,
-    alpha: float,
-    detach_reset: bool,
+    *options,
 ) -> Tensor:
     """As cpu.norm_lif.norm_lif_grad."""
     grad_y = empty_images(y, len(y), y.dtype)
@@ -628,16 +609,14 @@ def norm_lif_grad(
             tiles=tiles,
             splits=tiles,
             eps=eps,
-            alpha=alpha,
             CONSTANT=False,
-            DETACH_RESET=detach_reset,
-            SURROGATE=surrogate,
+            **surrogate(options),
             SUMS=False,
             WRITE=True,
             **uncapped(),
             **given(y, grad_spikes=grad_spikes, grad_v_last=grad_v_last, residual=None, v0=v0),
             **given(y, weight=weight, bias=bias, means=means),
-            **dynamics(timesteps, learnt_decay, decay, threshold, decay_input, v_reset),
+            **dynamics(timesteps, learnt_decay, options),
             **where,
         )
     return grad_y

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any, ClassVar, NoReturn, Protocol
 from weakref import WeakSet
 
@@ -195,6 +196,12 @@ class _Running:
             raise BatchLost(self._lost(error)) from error
 
     def _lost(self, error: BaseException) -> str:
+        if isinstance(error, (OSError, EOFError)):
+            # A broken connection can come to light before the end of the process behind it.
+            ended = wait([process.sentinel for process in self.processes], timeout=GRACE)
+            for process in self.processes:
+                if process.sentinel in ended:
+                    process.join(GRACE)
         codes = [code for process in self.processes if (code := process.exitcode)]
         if codes:
             how = f"by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"with exit code {codes[0]}"

@@ -14,13 +14,12 @@ from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan, read_plan
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder
-from lasnn.training.checkpoints import STATE, Checkpoints
+from lasnn.training.checkpoints import STATE_FILE, Checkpoints
 from lasnn.training.distill import new_student
 from lasnn.training.objective import DistillationObjective
-from lasnn.training.precision import Precision
 from lasnn.training.stop import StopRequest
 from lasnn.training.teacher import TeacherSource
-from lasnn.training.trainer import Phase, make_trainer
+from lasnn.training.trainer import Phase, Trainer, TrainingContext
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Built:
 
     `teacher` is frozen and in evaluation mode (None where the recipe has none), `student` is as it is before the first
     step. `objective(images, targets, epoch=0, step=0)` returns {"<term>": ..., "loss": ...}, scalars, where "loss" is
-    the recipe's weighted sum; epoch and step key every random number. Its own parameters are those of its losses.
+    the recipe's weighted sum; epoch and step key every random number. Its own parameters are those of its losses alone.
     """
 
     plan: Plan
@@ -71,23 +70,17 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
 
-        def fit(phase: Phase) -> dict[str, float]:
+        def train_now(phase: Phase) -> dict[str, float]:
             if not train_teacher:
                 raise UserError(
                     f"the teacher of {plan.recipe.name} is not trained yet: build(..., train_teacher=True) trains and "
                     "caches it; or set teacher.checkpoint"
                 )
-            trainer = make_trainer(
-                phase.objective,
-                precision=Precision(plan.recipe, plan.device),
-                parallel=phase.parallel,
-                checkpoints=Checkpoints(run / STATE, plan.recipe.save_minutes, {}),
-                stop=StopRequest(),
-                run=run,
-                callbacks=Callback(),
-            )
-            return trainer.fit(phase)
+            checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes)
+            precision = plan.recipe.precision
+            context = TrainingContext(precision, plan.device, checkpoints, StopRequest(), run, Callback())
+            return Trainer(phase, context).fit()
 
-        teacher = TeacherSource(plan, train, test, run, Callback()).get(fit)
+        teacher = TeacherSource(plan, train, test, run, Callback()).get(train_now)
     student = new_student(plan, teacher)
     return Built(plan, teacher, student, DistillationObjective(student, teacher, plan), train, test)

@@ -7,8 +7,6 @@ images -> teacher (eval, no gradient) -> its logits and stage features
 trainer.py has the loop, objective.py the terms.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,23 +21,22 @@ from lasnn.data import Images, Streamed
 from lasnn.description import describe_student
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
+from lasnn.memory import return_freed_memory
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, environment, open_run
-from lasnn.training.checkpoints import STATE, Checkpoints
+from lasnn.training.advice import advice
+from lasnn.training.anomaly import AnomalyTrainer
+from lasnn.training.checkpoints import STATE_FILE, Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
-from lasnn.training.precision import Precision
 from lasnn.training.stop import StopRequest, stop_on_signals
 from lasnn.training.teacher import TeacherSource
-from lasnn.training.trainer import Phase, make_trainer
+from lasnn.training.trainer import Phase, Trainer, TrainingContext
 from lasnn.weights import digest, load_state, save_weights
-
-# Of <malloc.h>.
-M_MMAP_THRESHOLD = -3
 
 
 def distill(
@@ -56,12 +53,12 @@ def distill(
 
     Args:
         recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
-        out: the run folder; None is `runs/<recipe>-<number>`.
+        out: the run folder; by default `runs/<recipe>-<number>`.
         overrides: `key.path=value` settings, as for `Recipe.load`.
-        resume: go on with the run in `out`, from its last saved state.
-        progress: what is told about the progress; None is nobody.
-        callbacks: others that are told, as objects or by the names under which they are registered.
-        detect_anomaly: look at every step, and name the operation whose gradient is the first not to be a number; slow.
+        resume: continue the run in `out` from its last saved state.
+        progress: a callback that shows the progress.
+        callbacks: further ones, as objects or by the names under which they are registered.
+        detect_anomaly: check every step, and name the operation that first gives a NaN gradient; slow.
 
     Returns:
         The run folder; its `summary.json` holds the result.
@@ -76,61 +73,46 @@ def distill(
     plan = read_plan(recipe, list(overrides))
     check_processes(plan.recipe)
     # A plugin's callback is known once the recipe has been read.
-    told = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
+    callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
         train, test, placed = load_data(plan.recipe, plan.data, plan.device)
         check_batches(plan)
-    opened = open_run(plan.recipe, None if out is None else Path(out), resume, told.note)
-    with closing(told), processes.main_process_context(opened) as run:
-        told.start(plan, run.path)
-        told.note(placed)
+    opened = open_run(plan.recipe, None if out is None else Path(out), resume, callback.note)
+    with closing(callback), processes.main_process_context(opened) as run:
+        callback.start(plan, run.path)
+        callback.note(placed)
         if processes.broadcast_from_main(lambda: run.read_json("summary.json")):
-            told.note(f"{run.path} is finished; there is nothing to resume")
+            callback.note(f"{run.path} is finished; there is nothing to resume")
             return run
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
-            told.note(f"nothing to resume in {run.path}; starting from the beginning")
+            callback.note(f"nothing to resume in {run.path}; starting from the beginning")
         run.write_json("env.json", {**environment(plan.device), "data": plan.data.source})
+        if plan.recipe.time_chunk and plan.device.type == "cpu":
+            return_freed_memory()
         with training_environment(plan, detect_anomaly) as stop:
-            checkpoints = Checkpoints(
-                run / STATE, plan.recipe.save_minutes, {"images": train.fingerprint(), "teacher": None}, saved
-            )
-
-            def fit(phase: Phase) -> dict[str, float]:
-                trainer = make_trainer(
-                    phase.objective,
-                    precision=Precision(plan.recipe, plan.device),
-                    parallel=phase.parallel,
-                    checkpoints=checkpoints,
-                    stop=stop,
-                    run=run,
-                    callbacks=told,
-                    detect_anomaly=detect_anomaly,
-                )
-                return trainer.fit(phase)
-
-            teacher = TeacherSource(plan, train, test, run, told).get(fit)
+            checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes, saved)
+            checkpoints.require("images", train.fingerprint())
+            context = TrainingContext(plan.recipe.precision, plan.device, checkpoints, stop, run, callback)
+            trainer = AnomalyTrainer if detect_anomaly else Trainer
+            teacher = TeacherSource(plan, train, test, run, callback).get(lambda phase: trainer(phase, context).fit())
             if teacher is not None:
-                checkpoints.identity["teacher"] = digest(teacher.network.state_dict())
+                checkpoints.require("teacher", digest(teacher.network.state_dict()))
             student = new_student(plan, teacher)
-            result = fit(student_phase(plan, student, teacher, train, test))
-            finish(plan, run, student.eval(), test, result, told)
+            result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
+            finish(plan, run, student.eval(), test, result, callback)
     return run
 
 
 def saved_state(run: RunFolder) -> dict[str, Any] | None:
-    """The state that a run goes on from, None where there is none."""
-    return load_state(run / STATE) if (run / STATE).is_file() else None
+    """The state that a run is resumed from, None where there is none."""
+    return load_state(run / STATE_FILE) if (run / STATE_FILE).is_file() else None
 
 
 @contextmanager
 def training_environment(plan: Plan, detect_anomaly: bool) -> Iterator[StopRequest]:
-    """What of the process is set for a training, and as it was before afterwards: signals, global generators, modes of
-    PyTorch.
-    """
-    if plan.recipe.time_chunk and plan.device.type == "cpu":
-        return_large_blocks()
-    # A gradient that overflows under fp16's scaler is none.
+    """Set signal handlers, global generators and PyTorch's modes for the training, and restore them."""
+    # A gradient that overflows under fp16's scaler is expected.
     anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and plan.recipe.precision != "fp16")
     with stop_on_signals() as stop, globals_kept(plan.device), deterministic(plan.recipe.deterministic), anomalies:
         yield stop
@@ -147,7 +129,7 @@ def new_student(plan: Plan, teacher: Teacher | None) -> Student:
 
 
 def learnt_by_neurons(network: nn.Module) -> dict[str, Tensor]:
-    """What a student has to learn beyond its teacher's weights: the neurons' own parameters."""
+    """The neurons' own parameters: what a student's state has beyond its teacher's."""
     return {name: value for name, value in network.state_dict().items() if ".neuron." in name}
 
 
@@ -199,16 +181,6 @@ def finish(
         "images": len(test),
         "seed": recipe.seed,
     }
+    summary["advice"] = advice(recipe, summary, run.metrics())
     run.write_json("summary.json", summary)
     callbacks.finish(summary, run.path)
-
-
-def return_large_blocks() -> None:
-    """Let glibc give each block of 64 KiB and more back to the system when it is freed (elsewhere: nothing).
-
-    Otherwise it keeps those of up to 32 MiB in its heap, which the voltages between the chunks of time then fragment:
-    the process grows several times beyond the tensors that it holds.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 64 * 2**10)

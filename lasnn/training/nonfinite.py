@@ -1,20 +1,27 @@
 """Where a training breaks: the first step whose numbers are not finite, and the first layer in it."""
 
-import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from lasnn import processes
 from lasnn.errors import MachineError
+from lasnn.training.objective import Objective
+from lasnn.training.parallel import BatchSlice
+from lasnn.training.precision import Precision
+from lasnn.training.progress import Progress
 
+# Steps between two looks at what was found, where looking waits for the device.
+CHECK_EVERY = 20
 NEVER = torch.iinfo(torch.int64).max
 
 
 class NonFiniteMonitor:
-    """The first step of an epoch at which each number was not finite, kept on the device: reading it waits for it.
+    """Records, without waiting for the device, the first step of an epoch at which each number was not finite.
+
+    The numbers are the terms of the loss, their sum and the gradient.
 
     Args:
         terms: names of the loss terms.
@@ -29,21 +36,30 @@ class NonFiniteMonitor:
         self.every = every
         self.first = torch.full((len(self.names),), NEVER, device=device)
 
+    @classmethod
+    def of(cls, objective: Objective, precision: Precision, every_step: bool = False) -> "NonFiniteMonitor":
+        """The monitor of a training."""
+        # Reading what was found waits for a GPU, as fp16's scaler does at each step anyway.
+        rarely = precision.device.type == "cuda" and not precision.uses_scaler and not every_step
+        every = CHECK_EVERY if rarely else 1
+        return cls(objective.weights, precision.device, watches_gradient=not precision.uses_scaler, every=every)
+
     def begin_epoch(self) -> None:
         """Count steps from 0 again."""
         self.first.fill_(NEVER)
 
-    def update(self, step: int, values: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
-        """Look at a step's terms, and at the gradients of the model, without waiting for them."""
+    def update(self, step: int, terms: Mapping[str, Tensor], model: nn.Module | None = None) -> None:
+        """Look at a step's terms and, given the model, at its gradients, without waiting for them."""
+        gradient = terms["loss"].new_zeros(())
         if self.watches_gradient and model is not None:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            values = {**values, "gradient": max_abs(gradients)}
+            gradient = max_abs([p.grad for p in model.parameters() if p.grad is not None])
+        values = {**terms, "gradient": gradient}
         broken = ~torch.stack([values[name].detach().double() for name in self.names]).isfinite()
         self.first = torch.where(broken & (self.first == NEVER), step, self.first)
 
     def found_inf(self) -> Tensor | None:
-        """1 once anything was not finite, else 0: from then on a fused optimiser leaves its steps out, and the weights
-        stay what they were. None where a scaler decides.
+        """1 once a number was not finite, else 0: from then on a fused optimiser skips its steps, and the weights stay
+        what they were. None where a scaler decides.
         """
         return (self.first != NEVER).any().to(torch.float32) if self.watches_gradient else None
 
@@ -56,7 +72,7 @@ class NonFiniteMonitor:
         return step, [name for name, at in zip(self.names, first, strict=True) if at == step]
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether it is time to look at what was found."""
+        """Whether to read what was found after a step of so many in the epoch."""
         return step % self.every == 0 or step + 1 == steps
 
 
@@ -65,7 +81,9 @@ def max_abs(gradients: Iterable[Tensor]) -> Tensor:
     return nn.utils.get_total_norm(gradients, torch.inf)
 
 
-def failure(phase: str, epoch: int, step: int, names: list[str], layers: Mapping[str, str], hint: str) -> MachineError:
+def nonfinite_error(
+    phase: str, epoch: int, step: int, names: list[str], layers: Mapping[str, str], hint: str
+) -> MachineError:
     """The error that stops a run: which numbers of a step were not finite, and where that began.
 
     Args:
@@ -90,8 +108,8 @@ def failure(phase: str, epoch: int, step: int, names: list[str], layers: Mapping
     )
 
 
-def check_weights(model: nn.Module, phase: str, epoch: int, step: int, hint: str) -> None:
-    """Check that a model's weights are finite: no saved state, and no accuracy, shall come of others.
+def check_weights(model: nn.Module, progress: Progress, hint: str) -> None:
+    """Check that a model's weights are finite.
 
     Raises:
         MachineError: they are not.
@@ -100,9 +118,37 @@ def check_weights(model: nn.Module, phase: str, epoch: int, step: int, hint: str
     broken = [name for name, value in states if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise MachineError(
-            f"the {phase}'s weights are not finite numbers in epoch {epoch + 1}, after step {step} ({broken[0]}, "
-            f"{len(broken)} in all); lower the learning rate or set clip_norm.{hint}"
+            f"the {progress.phase}'s weights are not finite numbers in epoch {progress.epoch + 1}, after step "
+            f"{progress.step} ({broken[0]}, {len(broken)} in all); lower the learning rate or set clip_norm.{hint}"
         )
+
+
+def find_layers(
+    networks: Mapping[str, nn.Module],
+    forward: Callable[[BatchSlice], dict[str, Tensor]],
+    slices: Iterable[BatchSlice],
+) -> dict[str, str]:
+    """Run a batch again, to find the layers where its numbers stop being finite, in any process.
+
+    Args:
+        networks: those that run, by name.
+        forward: the forward pass of a slice.
+        slices: the batch's.
+
+    Returns:
+        What `first_nonfinite_layers` yields.
+    """
+    with first_nonfinite_layers(networks) as layers, torch.autograd.set_detect_anomaly(False):
+        for batch_slice in slices:
+            terms = forward(batch_slice)
+            broken = "forward" in layers or not terms["loss"].isfinite()
+            # A backward pass exchanges gradients, so that all processes run it or none does.
+            if processes.all_reduce_max(broken) == [0]:
+                terms["loss"].backward()
+    found = dict(layers)
+    for elsewhere in processes.all_gather(dict(layers)):
+        found = elsewhere | found
+    return found
 
 
 @contextmanager
@@ -141,23 +187,3 @@ def first_nonfinite_layers(networks: Mapping[str, nn.Module]) -> Iterator[dict[s
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def name_anomaly(phase: str, epoch: int, step: int) -> Iterator[None]:
-    """Turn what autograd's anomaly detection raises into a line: the operation, and the line of code it came from."""
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            yield
-    except RuntimeError as error:
-        if "returned nan values" not in str(error):
-            raise
-        # The warning has the stack of the forward call; its last lines outside of PyTorch are what the reader knows.
-        stack = "".join(str(warning.message) for warning in said)
-        frames = [f for f in re.findall(r'File "(.+?)", line (\d+), in (\w+)', stack) if "/torch/" not in f[0]]
-        where = f", computed in {frames[-1][2]} ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
-        reason = str(error).rstrip(".")
-        raise MachineError(
-            f"the {phase}'s gradient breaks in epoch {epoch + 1}, step {step + 1}: {reason}{where}"
-        ) from error

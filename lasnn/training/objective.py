@@ -1,10 +1,10 @@
 """The objectives: from images and targets to named terms, and "loss", their weighted sum.
 
-An objective runs networks without owning them: its parameters are those of its losses alone.
+An objective runs networks without registering them as its own: its parameters are those of its losses alone.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from lasnn.plan import Plan
 from lasnn.random import generator, keyed
 from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses, translate_errors
-from lasnn.training.parallel import zero_loss
 
 
 class Objective(nn.Module, ABC):
@@ -25,12 +24,13 @@ class Objective(nn.Module, ABC):
 
     A call is `objective(images, targets, epoch=0, step=0)` and returns {"<term>": ..., "loss": ...}, scalars that are
     means over the images. `epoch` and `step` key every random number that it draws, dropout's too. The images may be a
-    slice of a batch, from number `first` of `total`: what is drawn for an image does not depend on the slicing.
+    slice of a batch, from number `first` of `total`: what the encoder draws for an image does not depend on the
+    slicing; what layers draw by themselves, as dropout does, is keyed by the slice too.
 
     Args:
         phase: "teacher" or "student", which keys the random numbers.
         seed: of the run.
-        weights: of the terms, in their order.
+        weights: of the terms in the sum, in their order.
     """
 
     def __init__(self, phase: str, seed: int, weights: dict[str, float]):
@@ -49,18 +49,24 @@ class Objective(nn.Module, ABC):
         first: int = 0,
         total: int | None = None,
     ) -> dict[str, Tensor]:
-        # For layers that draw of their own accord, as dropout does.
+        # The global generators, for layers that draw by themselves.
         with keyed(self.seed, self.phase, epoch, step, *([first] if first else [])):
             draws = generator(self.seed, "encode", epoch, step, device=images.device)
-            terms = self.terms(images, targets, draws, first, total)
+            terms = self.terms(images, targets, draws, {"first": first, "total": total})
         terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
         return terms
 
     @abstractmethod
     def terms(
-        self, images: Tensor, targets: Tensor, draws: torch.Generator, first: int, total: int | None
+        self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]
     ) -> dict[str, Tensor]:
-        """The terms, each a scalar."""
+        """The terms, each a scalar.
+
+        Args:
+            images, targets: of the slice.
+            draws: for the encoder.
+            position: `first` and `total` of the call.
+        """
 
 
 class TeacherObjective(Objective):
@@ -73,7 +79,7 @@ class TeacherObjective(Objective):
         self.label_smoothing = recipe.teacher.label_smoothing
 
     def terms(
-        self, images: Tensor, targets: Tensor, draws: torch.Generator, first: int, total: int | None
+        self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]
     ) -> dict[str, Tensor]:
         (teacher,) = self.networks
         logits = teacher(images).float()
@@ -102,14 +108,13 @@ class DistillationObjective(Objective):
         self.teacher_taps = [pair.teacher for pair in pairs]
 
     def terms(
-        self, images: Tensor, targets: Tensor, draws: torch.Generator, first: int, total: int | None
+        self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]
     ) -> dict[str, Tensor]:
         student, _ = self.networks
         given = {"targets": targets, **self.from_teacher(images)}
-        part = {"first": first, "total": total}
         if self.time_chunk:
-            return self._terms_in_chunks(images, given, draws, part)
-        logits, features = student.steps(images, self.student_taps, draws, **part)
+            return self._terms_in_chunks(images, given, draws, position)
+        logits, features = student.steps(images, self.student_taps, draws, **position)
         return self._values(self.losses, given, logits, features)
 
     def from_teacher(self, images: Tensor) -> dict[str, Any]:
@@ -124,32 +129,48 @@ class DistillationObjective(Objective):
     def _values(
         self, wanted: Sequence[LossTable], given: dict[str, Any], logits: Tensor, features: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Some of the losses, of the student's logits and features."""
-        own = {"logits": logits, "student_features": [features[tap] for tap in self.student_taps]}
-        found = {}
+        """The terms of some of the losses, by name.
+
+        Args:
+            given: the losses' inputs that are not the student's.
+            logits, features: the student's, of all time steps or of a chunk.
+        """
+        students = {"logits": logits, "student_features": [features[tap] for tap in self.student_taps]}
+        inputs, values = {**given, **students}, {}
         for loss in wanted:
             entry = self.entries[loss.name]
-            if not len(given["targets"]):
-                # Other processes have all the images.
-                found[loss.name] = zero_loss([own[name] for name in entry.inputs if name in own])
-                continue
-            with translate_errors(entry):
-                found[loss.name] = entry.function(*({**given, **own}[name] for name in entry.inputs), **loss.options)
-        return found
+            if len(given["targets"]):
+                with translate_errors(entry):
+                    values[loss.name] = entry.function(*(inputs[name] for name in entry.inputs), **loss.options)
+            else:
+                values[loss.name] = zero_loss([students[name] for name in entry.inputs if name in students])
+        return values
 
     def _terms_in_chunks(
-        self, images: Tensor, given: dict[str, Any], draws: torch.Generator, part: dict[str, Any]
+        self, images: Tensor, given: dict[str, Any], draws: torch.Generator, position: dict[str, int | None]
     ) -> dict[str, Tensor]:
-        """The same with time in chunks: what is a mean over steps is computed while their features are there."""
+        """The same with `time_chunk` time steps at once.
+
+        Losses that are means over time steps are computed chunk by chunk, whose features are dropped afterwards.
+        """
         student, _ = self.networks
         by_step = [
             loss for loss in self.losses if reading_of(self.entries[loss.name].function, loss.options) == "steps"
         ]
+        options = dict(position)
         if by_step:
-            part["of_steps"] = lambda logits, features: torch.stack(
+            options["of_steps"] = lambda logits, features: torch.stack(
                 list(self._values(by_step, given, logits, features).values())
             )
-        logits, features, means = student.in_chunks(images, self.time_chunk, self.student_taps, draws, **part)
+        logits, features, means = student.in_chunks(images, self.time_chunk, self.student_taps, draws, **options)
         found = dict(zip([loss.name for loss in by_step], means if by_step else (), strict=True))
         found |= self._values([loss for loss in self.losses if loss not in by_step], given, logits, features)
         return {loss.name: found[loss.name] for loss in self.losses}
+
+
+def zero_loss(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
+    """The loss where other processes have all the images of a slice: 0, which keeps this one's gradients in their
+    exchange.
+    """
+    tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
+    return torch.stack([tensor.sum().float() for tensor in tensors]).sum()

@@ -1,10 +1,10 @@
-"""How a batch is computed: by how many processes, and in how many parts one after the other.
+"""How a batch is computed: by how many processes, and in how many slices one after the other (gradient accumulation).
 
 In one process, and without `data.accumulate`, a batch is one slice and everything else here does nothing.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from lasnn.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Batch:
-    """Those images of a step that this process has, of `total` in all processes; epoch and step count from 0."""
+    """This process's images of one training step; `total` counts those of all processes. Epoch and step are from 0."""
 
     epoch: int
     step: int
@@ -34,20 +34,28 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Images that are computed at once: from number `first` on in the batch of `total`.
+    """Images of a batch that are computed at once: from number `first` on.
 
-    `weight` is the factor of their mean loss whose gradients, averaged over the processes, add up to that of the mean
-    over the batch; `last` says that no slice of the batch follows.
+    `share` scales the slice's mean loss, so that the slices' gradients, averaged over the processes, add up to those of
+    the batch's mean loss: in one process it is the slice's share of the images. `last` says that no slice follows.
     """
 
-    epoch: int
-    step: int
+    batch: Batch
     images: Tensor
     targets: Tensor
     first: int
-    total: int
-    weight: float
+    share: float
     last: bool
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, int, int]:
+        """Images, targets, epoch and step: what an objective is called with."""
+        return self.images, self.targets, self.batch.epoch, self.batch.step
+
+    @property
+    def position(self) -> dict[str, int]:
+        """Where in the batch the slice lies."""
+        return {"first": self.first, "total": self.batch.total}
 
 
 class ForwardPass(nn.Module):
@@ -57,7 +65,7 @@ class ForwardPass(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
-        # One that is never used: without any, DistributedDataParallel advises against looking for them.
+        # Never used: without any such parameter DistributedDataParallel warns against find_unused_parameters.
         self.unused = nn.Parameter(torch.zeros((), device=next(model.parameters()).device))
 
     def forward(self, *arguments, **options) -> dict[str, Tensor]:
@@ -65,16 +73,16 @@ class ForwardPass(nn.Module):
 
 
 class Parallel:
-    """Shares a recipe's batches out, over processes and in time."""
+    """Splits a recipe's batches over the processes, and each process's images into slices."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
 
-    def wrap(self, model: nn.Module, objective: nn.Module) -> nn.Module:
-        """`objective`, which runs `model`, such that all processes train the model together.
+    def distribute(self, model: nn.Module, objective: nn.Module) -> nn.Module:
+        """The objective, which runs the model; with several processes, inside of DistributedDataParallel.
 
-        In the backward pass gradients are averaged over the processes, and batch norms in training have the statistics
-        of all processes' images.
+        In the backward pass gradients are then averaged over the processes, and batch norms in training have the
+        statistics of all processes' images.
 
         Raises:
             UserError: the model has batch norms whose statistics would stay each process's own.
@@ -83,10 +91,10 @@ class Parallel:
             return objective
         share_batch_norms(model)
         with warnings.catch_warnings():
-            # Buffers are equal as they are; torch 2.14 has another name for saying so.
+            # The buffers agree anyway; torch 2.14 deprecates `broadcast_buffers`.
             warnings.simplefilter("ignore", FutureWarning)
-            # Blocks that a forward pass leaves out are found in each. So the buckets stay as they are, too, and a
-            # resumed run adds up in the same order.
+            # Blocks that a forward pass skips leave parameters unused. With this the buckets are not rebuilt, either,
+            # so that a resumed run adds up in the same order.
             return DistributedDataParallel(
                 ForwardPass(model, objective), broadcast_buffers=False, find_unused_parameters=True
             )
@@ -101,25 +109,25 @@ class Parallel:
         return torch.cat(self._indices(total))
 
     def slices(self, batch: Batch) -> Iterator[BatchSlice]:
-        """What is computed one after the other."""
+        """The slices that are computed one after the other."""
         indices = self._indices(batch.total)
-        sizes = [len(part) for part in indices]
+        sizes = [len(numbers) for numbers in indices]
         parts = zip(indices, batch.images.split(sizes), batch.targets.split(sizes), strict=True)
-        for number, (part, images, targets) in enumerate(parts, start=1):
+        for position, (numbers, images, targets) in enumerate(parts, start=1):
             yield BatchSlice(
-                batch.epoch,
-                batch.step,
+                batch,
                 images,
                 targets,
-                first=int(part[0]) if len(part) else 0,
-                total=batch.total,
-                weight=processes.world_size() * len(part) / batch.total,
-                last=number == len(indices),
+                first=int(numbers[0]) if len(numbers) else 0,
+                share=processes.world_size() * len(numbers) / batch.total,
+                last=position == len(indices),
             )
 
-    def gradient_exchange(self, forward: nn.Module, part: BatchSlice) -> AbstractContextManager:
-        """Around a forward pass: where the gradients of several slices add up, the last one exchanges the sum."""
-        return nullcontext() if part.last or not isinstance(forward, DistributedDataParallel) else forward.no_sync()
+    def gradient_exchange(self, objective: nn.Module, batch_slice: BatchSlice) -> AbstractContextManager:
+        """Around a forward pass: processes exchange gradients once a batch, in its last slice."""
+        if batch_slice.last or not isinstance(objective, DistributedDataParallel):
+            return nullcontext()
+        return objective.no_sync()
 
     def sum(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes' images; none of it waits for the device."""
@@ -147,12 +155,6 @@ def share_batch_norms(model: nn.Module) -> None:
         # In place: a network's stages may be views of its layers (see StagedView).
         norm.__class__ = BatchNorm2d
         norm.group = dist.group.WORLD
-
-
-def zero_loss(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
-    """The loss of no image: 0, from a network's empty outputs, whose parameters get gradients as ever."""
-    tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
-    return torch.stack([tensor.sum().float() for tensor in tensors]).sum()
 
 
 def check_processes(recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from lasnn.errors import MachineError
-from lasnn.recipe.schema import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A scaler halves its scale at each overflow: from 65,536 forty in a row come here, and no further one would help.
@@ -12,21 +11,21 @@ SMALLEST_SCALE = 2.0**-24
 
 
 class Precision:
-    """What `recipe.precision` means for a step; in fp32 everything here is what PyTorch does by itself.
+    """What a recipe's precision means for a step; in fp32 each method is the plain PyTorch call.
 
     Args:
-        recipe: names the precision.
+        name: "fp32", "bf16" or "fp16".
         device: where the training runs.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device):
+    def __init__(self, name: str, device: torch.device):
         self.device = device
-        self.dtype = DTYPES[recipe.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.dtype = DTYPES[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     @property
-    def scales(self) -> bool:
-        """Whether gradients are scaled: then one that overflows is expected, and the scaler leaves the step out."""
+    def uses_scaler(self) -> bool:
+        """Whether gradients are scaled: then one that overflows is expected, and the scaler skips the step."""
         return self.scaler.is_enabled()
 
     def autocast(self) -> torch.autocast:
@@ -42,9 +41,10 @@ class Precision:
 
         Args:
             clip: largest norm of the whole gradient; 0 does not clip.
-            found_inf: 1 where the step is to be left out, decided on the device; None leaves it to the scaler.
+            found_inf: 1 where the step is to be skipped, decided on the device; None leaves it to the scaler.
         """
         if found_inf is not None:
+            # PyTorch's fused optimisers read this attribute.
             optimizer.found_inf = found_inf
         if clip:
             self.scaler.unscale_(optimizer)
@@ -58,7 +58,7 @@ class Precision:
         Raises:
             MachineError: it has.
         """
-        if self.scales and self.scaler.get_scale() < SMALLEST_SCALE:
+        if self.uses_scaler and self.scaler.get_scale() < SMALLEST_SCALE:
             raise MachineError(
                 f"the {phase}'s gradient overflows fp16 at every scale of the loss by epoch {epoch + 1}, step "
                 f'{step + 1}: lower the weights of the losses, or set precision = "bf16".{hint}'

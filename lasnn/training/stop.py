@@ -20,14 +20,15 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether a signal has come to this process, and what all processes make of it."""
+    """Whether a signal has asked for the end of the run."""
 
     def __init__(self):
         self.signum = 0
 
-    def agree(self, *others: int) -> list[int]:
-        """The signal that came to any process (0: none) and the highest of `others`, the same in all of them."""
-        return processes.all_reduce_max(self.signum, *others)
+    def agree(self, save_due: bool = False) -> tuple[int, bool]:
+        """The signal that came to any process (0: none), and whether a save is due in any: the same in all of them."""
+        signum, save = processes.all_reduce_max(self.signum, save_due)
+        return signum, bool(save)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """The training loop, for teacher and student alike.
 
-What is rare stands with the collaborators, each of which does nothing unless asked for: several processes and a batch
-in parts (parallel.py), half precision (precision.py), numbers that are not finite (nonfinite.py), saving and resuming
-(checkpoints.py), signals (stop.py).
+    fit -> fit_epoch -> train_step -> forward_backward -> the objective
+
+What is rare has its own file, and does nothing in a plain run: several processes and gradient accumulation
+(parallel.py), half precision (precision.py), numbers that are not finite (nonfinite.py, anomaly.py), saving and
+resuming (checkpoints.py), signals (stop.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,18 +19,13 @@ from lasnn.callback import Callback
 from lasnn.data import Augmentation, Batches, BatchFailed, Images, Streamed
 from lasnn.recipe.schema import Training
 from lasnn.run import RunFolder
-from lasnn.training.checkpoints import Checkpoints, TrainingState
-from lasnn.training.nonfinite import (
-    NonFiniteMonitor,
-    check_weights,
-    failure,
-    first_nonfinite_layers,
-    name_anomaly,
-)
+from lasnn.training.checkpoints import Checkpoints
+from lasnn.training.nonfinite import NonFiniteMonitor, check_weights, find_layers, nonfinite_error
 from lasnn.training.objective import Objective
 from lasnn.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from lasnn.training.parallel import Batch, Parallel
+from lasnn.training.parallel import Batch, BatchSlice, Parallel
 from lasnn.training.precision import Precision
+from lasnn.training.progress import Progress
 from lasnn.training.stop import Stopped, StopRequest
 
 # Steps between two reports of progress within an epoch.
@@ -43,12 +40,12 @@ class Phase:
         name: "teacher" or "student".
         model: what is trained.
         objective: what it minimises.
-        networks: all that run in the objective, by name.
+        networks: all that run in the objective, by name: where a number that is not finite is looked for.
         config: epochs, optimiser and schedule.
         images: the training images, on the device or streamed to it.
         batch_size: images a step, over all processes.
         augmentation: of the images.
-        parallel: says which of a batch's images are this process's.
+        parallel: splits each batch.
         evaluate: the model's accuracy on the test images.
     """
 
@@ -64,8 +61,7 @@ class Phase:
     evaluate: Callable[[], float]
 
     @property
-    def steps(self) -> int:
-        """Of an epoch."""
+    def steps_per_epoch(self) -> int:
         return ceil(len(self.images) / self.batch_size)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -75,121 +71,169 @@ class Phase:
         for step, (images, targets) in enumerate(batches, start=start):
             yield Batch(epoch, step, images, targets, batches.images_in(step))
 
+    def learning_rate(self, batch: Batch) -> float:
+        """The schedule's, at a batch's step."""
+        return learning_rate(self.config, batch.epoch * self.steps_per_epoch + batch.step, self.steps_per_epoch)
 
-class Trainer:
-    """Trains a phase's model, from the beginning or from where a saved state says.
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """What the phases of a run share.
 
     Args:
-        precision, parallel, monitor, checkpoints, stop: the collaborators.
+        precision: the recipe's.
+        device: where the training runs.
+        checkpoints: saves the state, and has the one to resume from.
+        stop: whether a signal asks for the end.
         run: gets the metrics.
-        callbacks: are told of the progress.
+        callbacks: see the progress.
     """
 
-    def __init__(
-        self,
-        *,
-        precision: Precision,
-        parallel: Parallel,
-        monitor: NonFiniteMonitor,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-        run: RunFolder,
-        callbacks: Callback,
-    ):
-        self.precision = precision
-        self.parallel = parallel
-        self.monitor = monitor
-        self.checkpoints = checkpoints
-        self.stop = stop
-        self.run = run
-        self.callbacks = callbacks
+    precision: str
+    device: torch.device
+    checkpoints: Checkpoints
+    stop: StopRequest
+    run: RunFolder
+    callbacks: Callback
 
-    def fit(self, phase: Phase) -> dict[str, float]:
+
+class Trainer:
+    """Trains one phase's model, from the beginning or from its saved state."""
+
+    checks_every_step = False
+
+    def __init__(self, phase: Phase, context: TrainingContext):
+        self.phase = phase
+        self.parallel = phase.parallel
+        self.checkpoints = context.checkpoints
+        self.stop = context.stop
+        self.run = context.run
+        self.callbacks = context.callbacks
+        self.precision = Precision(context.precision, context.device)
+        self.monitor = NonFiniteMonitor.of(phase.objective, self.precision, every_step=self.checks_every_step)
+        # Where a number is not finite, a fused optimiser skips its step on the device. Not so in fp16: its scaler skips
+        # steps too, and goes on, but PyTorch's fused SGD would then read the momentum that its first step never wrote.
+        self.optimizer = make_optimizer(phase.model, phase.config, fused=not self.precision.uses_scaler)
+        self.objective = self.parallel.distribute(phase.model, phase.objective)
+        self.progress = Progress(phase.name, tuple(phase.objective.weights))
+
+    def fit(self) -> dict[str, float]:
         """Train; returns the last accuracy, the seconds and the throughput."""
-        # A fused optimiser can leave a step out on the device, as a scaler does itself; PyTorch's fused SGD must not go
-        # on after that, for its momentum would begin with what lies in unused memory.
-        optimizer = make_optimizer(phase.model, phase.config, fused=not self.precision.scales)
-        forward = self.parallel.wrap(phase.model, phase.objective)
-        state = TrainingState(phase.name, tuple(phase.objective.weights))
-        self.resume(phase, optimizer, state)
-        for epoch in range(state.epoch, phase.config.epochs):
-            self.fit_epoch(phase, forward, optimizer, state, epoch)
-            metrics = state.finish_epoch(
-                self.evaluate(phase, epoch), len(phase.images), optimizer.param_groups[0]["lr"]
-            )
+        self.resume()
+        for epoch in range(self.progress.epoch, self.phase.config.epochs):
+            self.fit_epoch(epoch)
+            accuracy = self.evaluate()
+            metrics = self.progress.finish_epoch(accuracy, lr=self.optimizer.param_groups[0]["lr"])
             self.run.add_metrics(metrics)
-            self.save(phase, optimizer, state)
+            self.save()
             self.callbacks.end_epoch(metrics)
             self.stop_if_asked()
-        return state.result()
+        return self.progress.result()
 
-    def fit_epoch(
-        self,
-        phase: Phase,
-        forward: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState,
-        epoch: int,
-    ) -> None:
-        """The steps of an epoch that are left."""
-        phase.model.train()
+    def fit_epoch(self, epoch: int) -> None:
+        """Run the epoch's remaining steps."""
+        self.phase.model.train()
+        self.callbacks.epoch(self.phase.name, epoch, self.phase.config.epochs, self.phase.steps_per_epoch)
         self.monitor.begin_epoch()
-        self.callbacks.epoch(phase.name, epoch, phase.config.epochs, phase.steps)
-        state.begin_epoch(epoch)
-        for batch in self.saving_on_failure(phase.batches(epoch, start=state.step), phase, optimizer, state):
-            set_learning_rate(optimizer, learning_rate(phase.config, epoch * phase.steps + batch.step, phase.steps))
-            terms = self.train_step(phase, forward, optimizer, batch)
-            state.update(terms, batch.step, batch.total)
-            if self.monitor.due(batch.step, phase.steps):
-                self.check(phase, forward, batch.epoch, batch.step)
-            self.report(phase, state, batch.step)
-            self.stop_or_save(phase, forward, optimizer, state, batch)
+        self.progress.begin_epoch(epoch)
+        for batch in self.batches(epoch):
+            set_learning_rate(self.optimizer, self.phase.learning_rate(batch))
+            sums = self.train_step(batch)
+            self.progress.update(sums, batch.step, batch.total)
+            self.after_step(batch)
 
-    def train_step(
-        self, phase: Phase, forward: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
-    ) -> dict[str, Tensor]:
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; returns the sums of the terms over the batch's images, on the device."""
-        optimizer.zero_grad(set_to_none=True)
-        terms = self.parallel.sum(self.forward_backward(phase, forward, batch))
-        self.monitor.update(batch.step, terms, phase.model)
-        self.precision.step(optimizer, phase.model, phase.config.clip_norm, self.monitor.found_inf())
-        return terms
-
-    def forward_backward(self, phase: Phase, forward: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The gradients of the batch's mean loss; returns the sums of the terms over this process's images."""
-        sums: dict[str, Tensor] = dict.fromkeys([*phase.objective.weights, "loss"], 0.0)
-        for part in self.parallel.slices(batch):
-            with self.precision.autocast(), self.parallel.gradient_exchange(forward, part):
-                terms = forward(part.images, part.targets, part.epoch, part.step, first=part.first, total=part.total)
-            sums = {name: sums[name] + term.detach().double() * len(part.targets) for name, term in terms.items()}
-            self.before_backward(phase, forward, batch, sums)
-            self.precision.backward(terms["loss"] * part.weight)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self.parallel.sum(self.forward_backward(batch))
+        self.monitor.update(batch.step, sums, self.phase.model)
+        self.precision.step(self.optimizer, self.phase.model, self.phase.config.clip_norm, self.monitor.found_inf())
         return sums
 
-    def before_backward(self, phase: Phase, forward: nn.Module, batch: Batch, sums: dict[str, Tensor]) -> None:
-        """Between the passes of a step; see AnomalyTrainer."""
+    def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
+        """The gradients of the batch's mean loss; returns the sums of the terms over this process's images."""
+        sums: dict[str, Tensor] = dict.fromkeys([*self.phase.objective.weights, "loss"], 0.0)
+        for batch_slice in self.parallel.slices(batch):
+            terms = self.forward(batch_slice)
+            count = len(batch_slice.targets)
+            sums = {name: sums[name] + term.detach().double() * count for name, term in terms.items()}
+            self.backward(terms, batch_slice)
+        return sums
 
-    def resume(self, phase: Phase, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-        """Take up the saved state of this phase, if there is one."""
-        epochs, steps = phase.config.epochs, phase.steps
-        if self.checkpoints.restore(state, phase.model, optimizer, self.precision, epochs, steps):
-            self.callbacks.note(f"resuming the {phase.name} at epoch {state.epoch + 1}, step {state.step + 1}")
-        # What a stopped run logged beyond its last save is done again, and logged again.
-        done = [line for line in self.run.metrics() if line["phase"] != phase.name or line["epoch"] <= state.epoch]
+    def forward(self, batch_slice: BatchSlice) -> dict[str, Tensor]:
+        """The terms of the loss, and "loss": means over the slice."""
+        with self.precision.autocast(), self.parallel.gradient_exchange(self.objective, batch_slice):
+            return self.objective(*batch_slice.inputs, **batch_slice.position)
+
+    def backward(self, terms: dict[str, Tensor], batch_slice: BatchSlice) -> None:
+        """Add the slice's gradients to those of the batch."""
+        self.precision.backward(terms["loss"] * batch_slice.share)
+
+    def after_step(self, batch: Batch) -> None:
+        """Check the numbers, report, save and stop, each where it is due."""
+        progress, steps = self.progress, self.phase.steps_per_epoch
+        if self.monitor.due(batch.step, steps):
+            self.raise_if_nonfinite(batch)
+        if batch.step % REPORT_EVERY == 0 or batch.step + 1 == steps:
+            self.callbacks.step(batch.step, progress.images_per_second, progress.sums, self.phase.objective.weights)
+        # In all processes after the same step.
+        signum, save = self.stop.agree(self.checkpoints.due())
+        if signum or save:
+            self.raise_if_nonfinite(batch)
+            self.save()
+        if signum:
+            raise Stopped(signum, self.checkpoints.path)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The epoch's remaining batches; if one cannot be read, the state after the step before it is saved."""
+        try:
+            yield from self.phase.batches(epoch, start=self.progress.step)
+        except BatchFailed:
+            # Other processes have read theirs, and would not come to the save.
+            if processes.world_size() == 1:
+                self.save()
+                self.stop_if_asked()
+            raise
+
+    def resume(self) -> None:
+        """Continue from the saved state of this phase, if there is one."""
+        progress, steps = self.progress, self.phase.steps_per_epoch
+        states = (progress, self.phase.model, self.optimizer, self.precision)
+        if self.checkpoints.restore(*states, epochs=self.phase.config.epochs, steps=steps):
+            self.callbacks.note(
+                f"resuming the {progress.phase} at epoch {progress.epoch + 1}, step {progress.step + 1}"
+            )
+        # Epochs that a stopped run logged after its last save are run and logged again; metrics count them from 1.
+        done = [
+            line for line in self.run.metrics() if line["phase"] != progress.phase or line["epoch"] <= progress.epoch
+        ]
         self.run.write_metrics(done)
 
-    def evaluate(self, phase: Phase, epoch: int) -> float:
-        """The model's accuracy on the test images; of weights that are finite."""
-        check_weights(phase.model, phase.name, epoch, phase.steps, self.checkpoints.hint)
-        phase.model.eval()
-        return phase.evaluate()
+    def evaluate(self) -> float:
+        """The model's accuracy on the test images."""
+        self.check_weights()
+        self.phase.model.eval()
+        return self.phase.evaluate()
 
-    def report(self, phase: Phase, state: TrainingState, step: int) -> None:
-        """Tell the callbacks, from time to time."""
-        if step % REPORT_EVERY == 0 or step + 1 == phase.steps:
-            self.callbacks.step(step, state.images_per_second, state.sums, phase.objective.weights)
+    def save(self) -> None:
+        """Save the full state."""
+        self.check_weights()
+        self.checkpoints.save(self.progress, self.phase.model, self.optimizer, self.precision)
 
-    def check(self, phase: Phase, forward: nn.Module, epoch: int, step: int) -> None:
+    def stop_if_asked(self) -> None:
+        """Raises Stopped where a signal has come to any process."""
+        if signum := self.stop.agree()[0]:
+            raise Stopped(signum, self.checkpoints.path)
+
+    def check_weights(self) -> None:
+        """Check that the weights are finite: others are neither saved nor evaluated.
+
+        Raises:
+            MachineError: they are not.
+        """
+        check_weights(self.phase.model, self.progress, self.checkpoints.hint)
+
+    def raise_if_nonfinite(self, batch: Batch) -> None:
         """Stop a training whose numbers are no longer finite, and name the layer where that began.
 
         Raises:
@@ -197,98 +241,10 @@ class Trainer:
         """
         found = self.monitor.first_failure()
         if found is None:
-            self.precision.check_scale(phase.name, epoch, step, self.checkpoints.hint)
+            self.precision.check_scale(self.phase.name, batch.epoch, batch.step, self.checkpoints.hint)
             return
         step, names = found
-        phase.model.train()
-        batch = next(phase.batches(epoch, start=step))
-        with first_nonfinite_layers(phase.networks) as layers, torch.autograd.set_detect_anomaly(False):
-            for part in self.parallel.slices(batch):
-                with self.precision.autocast():
-                    terms = forward(part.images, part.targets, epoch, step, first=part.first, total=part.total)
-                broken = "forward" in layers or not terms["loss"].isfinite()
-                if processes.all_reduce_max(broken) == [0]:
-                    terms["loss"].backward()
-        for found_there in processes.all_gather(dict(layers)):
-            layers = found_there | layers
-        raise failure(phase.name, epoch, step, names, layers, self.checkpoints.hint)
-
-    def save(self, phase: Phase, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
-        """Save the full state; of weights that are finite."""
-        check_weights(phase.model, phase.name, state.epoch, state.step, self.checkpoints.hint)
-        self.checkpoints.save(state, phase.model, optimizer, self.precision)
-
-    def stop_if_asked(self) -> None:
-        """Raises Stopped where a signal has come to any process."""
-        if signum := self.stop.agree()[0]:
-            raise Stopped(signum, self.checkpoints.path)
-
-    def stop_or_save(
-        self, phase: Phase, forward: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState, batch: Batch
-    ) -> None:
-        """Save where it is time to, or where a signal has come: in all processes after the same step."""
-        signum, due = self.stop.agree(self.checkpoints.due())
-        if signum or due:
-            self.check(phase, forward, batch.epoch, batch.step)
-            self.save(phase, optimizer, state)
-        if signum:
-            raise Stopped(signum, self.checkpoints.path)
-
-    def saving_on_failure(
-        self, batches: Iterator[Batch], phase: Phase, optimizer: torch.optim.Optimizer, state: TrainingState
-    ) -> Iterator[Batch]:
-        """The batches; where one cannot be had any more, the state after the step before it is saved."""
-        try:
-            yield from batches
-        except BatchFailed:
-            if processes.world_size() == 1:
-                self.save(phase, optimizer, state)
-                self.stop_if_asked()
-            raise
-
-
-class AnomalyTrainer(Trainer):
-    """Looks at every pass of every step, and names the operation whose gradient is the first not to be a number."""
-
-    def train_step(
-        self, phase: Phase, forward: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
-    ) -> dict[str, Tensor]:
-        with name_anomaly(phase.name, batch.epoch, batch.step):
-            return super().train_step(phase, forward, optimizer, batch)
-
-    def before_backward(self, phase: Phase, forward: nn.Module, batch: Batch, sums: dict[str, Tensor]) -> None:
-        # The gradient is not there yet.
-        self.monitor.update(batch.step, self.parallel.sum({**sums, "gradient": torch.zeros_like(sums["loss"])}))
-        self.check(phase, forward, batch.epoch, batch.step)
-
-
-def make_trainer(
-    objective: Objective,
-    *,
-    precision: Precision,
-    parallel: Parallel,
-    checkpoints: Checkpoints,
-    stop: StopRequest,
-    run: RunFolder,
-    callbacks: Callback,
-    detect_anomaly: bool = False,
-) -> Trainer:
-    """The trainer of one phase, with the monitor that its precision and device allow."""
-    # On a GPU looking at what was found waits for it, as fp16's scaler does at each step anyway.
-    rarely = precision.device.type == "cuda" and not precision.scales and not detect_anomaly
-    monitor = NonFiniteMonitor(
-        objective.weights,
-        precision.device,
-        watches_gradient=not precision.scales,
-        every=20 if rarely else 1,
-    )
-    kind = AnomalyTrainer if detect_anomaly else Trainer
-    return kind(
-        precision=precision,
-        parallel=parallel,
-        monitor=monitor,
-        checkpoints=checkpoints,
-        stop=stop,
-        run=run,
-        callbacks=callbacks,
-    )
+        self.phase.model.train()
+        failed = next(self.phase.batches(batch.epoch, start=step))
+        layers = find_layers(self.phase.networks, self.forward, self.parallel.slices(failed))
+        raise nonfinite_error(self.phase.name, batch.epoch, step, names, layers, self.checkpoints.hint)

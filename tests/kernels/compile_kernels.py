@@ -256,7 +256,7 @@ def norm_lif(
     write, other = residual or constant, y if residual else None
     v0 = images(batch, image, torch.float32, channels_last, device) if state else None
     options = (1e-5, timesteps, constant)
-    spikes, _, saved_states = norm_lif_forward(y, other, v0, *parameters, *options, state, *dynamics)
+    spikes, _, saved_states = norm_lif_forward(y, other, v0, *parameters, 0, *options, state, *dynamics)
     norm_lif_sums(spikes, v0, y, other, v0, *parameters, saved_states, write, *options, *dynamics)
     if write:
         norm_grad(y, y, statistics, weight, means, 1e-5)

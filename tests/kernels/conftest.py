@@ -52,10 +52,8 @@ def watched(name, function):
 
 
 if TRITON:
-    for name, (op, module) in OPS.items():
-        launch = watched(name, ops.launcher(module, name))
-        # The op's count of elements is for its gradient, not for the kernels.
-        op.register_kernel(DEVICE)((lambda *a, f=launch: f(*a[:7], *a[8:])) if op is ops.norm_lif else launch)
+    for name, (op, file) in OPS.items():
+        op.register_kernel(DEVICE)(watched(name, ops.launcher(file, name)))
 
 
 @pytest.fixture(scope="session")
@@ -64,14 +62,15 @@ def implementation() -> str:
 
 
 @pytest.fixture
-def reached(monkeypatch):
+def reached():
     """Poisons the implementation under test, and fails where the test did not run it."""
-    if not TRITON:
-        for name, (_, file) in OPS.items():
-            module = getattr(cpu, file)
-            monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+    on_cpu = {} if TRITON else {name: (op, getattr(getattr(cpu, file), name)) for name, (op, file) in OPS.items()}
+    for name, (op, function) in on_cpu.items():
+        op.register_kernel("cpu")(watched(name, function))
     calls.clear()
     yield
+    for op, function in on_cpu.values():
+        op.register_kernel("cpu")(function)
     assert calls, "no kernel was called"
 
 
