@@ -139,3 +139,69 @@ def test_another_part_of_the_same_name_is_refused(own):
         Recipe.load(own, ['plugins=["tiny_clothes.py","other.py"]'])
     assert "nets.py" in architectures["mine"].where
     assert "my-loss" in losses
+
+
+LOADED = '''
+import torch
+from pathlib import Path
+from lasnn import teachers
+from lasnn.network.staged import StagedView
+
+
+class Net(nn.Module):
+    """Its head stands under two names."""
+
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(channels, 4, 3, padding=1), nn.Linear(4, classes)
+        self.classifier = self.fc
+
+
+@teachers.register("loaded")
+def loaded(*, in_channels: int, num_classes: int) -> StagedView:
+    """It loads its own weights, and freezes them."""
+    net = Net(in_channels, num_classes)
+    net.load_state_dict(torch.load("loaded.pt", weights_only=True))
+    net.requires_grad_(False)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.classifier)
+    return StagedView(net, {"stage1": net.conv}, head)
+
+
+@architectures.register("aliased")
+def aliased(act, *, in_channels: int, num_classes: int) -> Staged:
+    """One convolution in two stages, a head under two names."""
+    shared, head = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    head.fc = nn.Linear(4, num_classes)
+    stem = nn.Sequential(nn.Conv2d(in_channels, 4, 3, 4, bias=False), act(4))
+    stem.again = nn.Sequential()
+    stem.again.shared = shared
+    stages = {"stage1": nn.Sequential(shared, act(4)), "stage2": nn.Sequential(shared, act(4))}
+    return Staged(stages, head, stem)
+'''
+
+
+def test_a_teacher_that_loads_itself_and_a_student_of_shared_layers(own, recwarn):
+    """The first is used as it is, neither trained nor cached; the second is trained, saved, resumed, loaded."""
+    (own.parent / "nets.py").write_text(NET + LOADED)
+    weights = {"conv.weight": torch.rand(4, 1, 3, 3), "conv.bias": torch.rand(4)}
+    weights |= {
+        f"{name}.{kind}": torch.ones(10, 4)[(...,) if kind == "weight" else (..., 0)]
+        for name in ("fc", "classifier")
+        for kind in ("weight", "bias")
+    }
+    torch.save(weights, "loaded.pt")
+    text = own.read_text().replace('architecture = "mine"', 'architecture = "aliased"')
+    own.write_text(text + '[[losses]]\nname = "logit-kd"\n[teacher]\narchitecture = "loaded"\nepochs = 1\n')
+    run = distill(own, "a")
+    assert not [warning for warning in recwarn if "no-op" in str(warning.message)]
+    assert run.read_json("teacher.json")["seconds"] == 0.0
+    assert {line["phase"] for line in run.metrics()} == {"student"}
+    assert not (own.parent / "runs" / "teachers").exists()
+    first = load_run("a")
+    assert all(torch.equal(value, weights[name]) for name, value in first.teacher.network.state_dict().items())
+    network = first.student.network
+    assert network.stage1[0].weight is network.stage2[0].weight
+    (run / "summary.json").unlink()
+    distill(run / "recipe.toml", "a", resume=True)
+    again = load_run("a").student.network.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in network.state_dict().items())
