@@ -390,7 +390,7 @@ NEURONS = {
     "constant": (neuron(lambda x, v, t: lif(x, v)), r"returns spikes \[1, 2, .*; wanted are \[4, .*constant"),
     "no surrogate": (neuron(lambda x, v, t: spikes(x.detach(), v, t)), "lets no gradient through: .* surrogate"),
     "v0 unread": (neuron(lambda x, v, t: spikes(x, None, t)), "does not go on from v0 .* leave v0 out"),
-    "no voltage": (neuron(lambda x, v, t: (spikes(x, v, t)[0], None)), "takes v0 and returns nothing, not the voltage"),
+    "no voltage": (neuron(lambda x, v, t: (spikes(x, v, t)[0], None)), "takes v0 and returns nothing as the voltage"),
     "one argument": (Alone, r"takes no timesteps; its forward\(\) is forward\(current, v0=None, timesteps=None\)"),
     "no module": (lambda: print, r"is no nn.Module with one"),
     "raises": (neuron(lambda x, v, t: x[9]), r"failed: IndexError: .* \(.*test_probe.py:\d+\)"),

@@ -42,9 +42,9 @@ def check_neuron(recipe: Recipe, constant: bool) -> None:
             raise UserError(f"{entry.said} {what}; its forward() is forward(current, v0=None, timesteps=None)")
         neuron.eval()
 
-        def run(current: Tensor, steps: int, *voltage: Tensor) -> tuple[Tensor, Any]:
+        def run(current: Tensor, steps: int, **state: Any) -> tuple[Tensor, Any]:
             wanted = (steps, *current.shape[1:])
-            return _neuron_output(entry, neuron(current, *voltage, timesteps=steps), wanted)
+            return _neuron_output(entry, neuron(current, timesteps=steps, **state), wanted)
 
         spikes, last = run(current, STEPS)
         again, _ = run(current, STEPS)
@@ -57,10 +57,10 @@ def check_neuron(recipe: Recipe, constant: bool) -> None:
             run(current[:1], STEPS)
         if "v0" not in takes:
             return
-        if not isinstance(last, Tensor):
-            raise UserError(f"{entry.said} takes v0 and returns {said(last)}, not the voltage after the last step")
+        if last is None:
+            raise UserError(f"{entry.said} takes v0 and returns nothing as the voltage after the last step")
         first, voltage = run(current[:2], 2)
-        then, _ = run(current[2:], STEPS - 2, voltage)
+        then, _ = run(current[2:], STEPS - 2, v0=voltage)
         if not same(torch.cat([first, then]), spikes):
             fix = "return all its state as the last voltage, or leave v0 out of forward()"
             raise UserError(f"{entry.said} does not go on from v0 as a run in one would: {fix}")
