@@ -1,10 +1,14 @@
 """What the tests share: the command line as a process, and a recipe that trains in seconds."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+
+from fork_server import ForkServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,24 +62,38 @@ class TinyClothes(Dataset):
 '''
 
 
+@cache
+def fork_server() -> ForkServer:
+    server = ForkServer()
+    atexit.register(server.end)
+    return server
+
+
 class Command:
     """Runs `lasnn` as a process in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.environment = {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
 
     def start(self, *arguments, **options) -> subprocess.Popen:
-        environment = {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        """A process that goes on by itself, started as a user does."""
         piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        arguments = [sys.executable, "-m", "lasnn", *map(str, arguments)]
-        return subprocess.Popen(arguments, cwd=self.folder, env=environment, **{**piped, **options})
+        command = [sys.executable, "-m", "lasnn", *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **{**piped, **options})
 
     def __call__(self, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
-        process = self.start(*arguments, **options)
-        out, err = process.communicate(timeout=600)
-        assert process.returncode == code, f"exit code {process.returncode}, expected {code}\n{out}\n{err}"
+        """What a command writes until its end; with options of Popen it is started as a user does."""
+        arguments = [str(argument) for argument in arguments]
+        if options:
+            process = self.start(*arguments, **options)
+            out, err = process.communicate(timeout=600)
+            ended = process.returncode
+        else:
+            ended, out, err = fork_server().run(arguments, self.folder, self.environment)
+        assert ended == code, f"exit code {ended}, expected {code}\n{out}\n{err}"
         assert "Traceback" not in err
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(arguments, ended, out, err)
 
     def json(self, *arguments) -> dict:
         """The one JSON object that a command prints on standard output."""
