@@ -119,7 +119,8 @@ def print_plan(console: Console, plan: Any) -> None:
     for line in facts["notes"]:
         say(line)
     if facts["teacher"]:
-        how = facts["teacher_checkpoint"] or f"{facts['teacher_steps']:,} steps unless cached"
+        how = f"{facts['teacher_steps']:,} steps unless cached"
+        how = "frozen by its own code, not trained" if facts["teacher_frozen"] else facts["teacher_checkpoint"] or how
         say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")
     else:
         say("teacher  none: the student trains alone")

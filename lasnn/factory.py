@@ -3,6 +3,7 @@
 What a network has to know of its images a `Dataset` says, or the `DatasetDescription` that a run keeps of it.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,20 +19,40 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Act, ann_units, snn_units
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
-from lasnn.registry import architectures, datasets, encoders, teachers, translate_errors
+from lasnn.registry import Entry, architectures, datasets, encoders, teachers, translate_errors
 
 TEACHER = "teacher.safetensors"
+# What a data set says of itself.
+FACTS = ("channels", "height", "width", "classes", "mean", "std", "train_size", "test_size")
 
 
 def make_data(recipe: Recipe) -> Dataset:
     """The recipe's data set; no image is read yet."""
+    recipe.use_plugins()
     data = datasets.build(recipe.data.name, recipe.data_root, **recipe.data.options)
     if not isinstance(data, Dataset):
         where = datasets[recipe.data.name].where
         raise UserError(f"data set {recipe.data.name!r} ({where}) must be a lasnn.data.Dataset")
-    # One that has to look at its folders for them finds their faults now.
-    _ = data.classes, data.train_size, data.test_size
+    _check_facts(data, datasets[recipe.data.name])
     return data
+
+
+def _check_facts(data: Dataset, entry: Entry) -> None:
+    """Check what a data set says of itself; one that has to look at its folders for it finds their faults now.
+
+    Raises:
+        UserError: it leaves something out, or contradicts itself.
+    """
+    with translate_errors(entry):
+        facts = {name: getattr(data, name, None) for name in FACTS}
+        missing = [name for name, value in facts.items() if value is None]
+        if missing:
+            raise UserError(f"{entry.said} does not say its {', '.join(missing)}; it must say {', '.join(FACTS)}")
+        for name in ("mean", "std"):
+            if len(facts[name]) != data.channels:
+                raise UserError(
+                    f"{entry.said}: its {name} has {len(facts[name])} values; it has {data.channels} channels"
+                )
 
 
 def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Images | Streamed, Images | Streamed, str]:
@@ -47,6 +68,9 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
     with translate_errors(entry):
         splits = data.load()
         sizes = (data.train_size, data.test_size)
+    if not isinstance(splits, Sequence) or [hasattr(split, "labels") for split in splits] != [True, True]:
+        what = "nothing" if splits is None else f"a {type(splits).__name__}"
+        raise UserError(f"{entry.said}: load() returned {what}; it returns two lasnn.data.Images, training and test")
     for what, images, size in zip(("training", "test"), splits, sizes, strict=True):
         found, wanted = tuple(images.shape), (size, data.channels, data.height, data.width)
         if found != wanted or size < 1:
@@ -60,6 +84,7 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
 
 def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
     """The recipe's augmentations, for the data's images."""
+    recipe.use_plugins()
     chosen = data.augment if recipe.data.augment is None else recipe.data.augment
     steps = [step if isinstance(step, str) else step.model_dump() for step in chosen]
     return Augmentation(steps, data.mean, len(data.classes))
@@ -67,6 +92,7 @@ def make_augmentation(recipe: Recipe, data: Dataset) -> Augmentation:
 
 def make_encoder(recipe: Recipe, data: Dataset | DatasetDescription) -> Encoder:
     """The student's encoder."""
+    recipe.use_plugins()
     table = recipe.student.encoder_table
     encoder = encoders.build(table.name, data.mean, data.std, **table.options)
     if not isinstance(encoder, Encoder):
@@ -76,6 +102,7 @@ def make_encoder(recipe: Recipe, data: Dataset | DatasetDescription) -> Encoder:
 
 def make_student(recipe: Recipe, data: Dataset | DatasetDescription) -> Student:
     """The student on the current default device, with the layers' own initialisation."""
+    recipe.use_plugins()
     table = recipe.student
     act = snn_units(table.neuron.name, **table.neuron.options)
     return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
@@ -83,6 +110,7 @@ def make_student(recipe: Recipe, data: Dataset | DatasetDescription) -> Student:
 
 def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation."""
+    recipe.use_plugins()
     table = recipe.teacher
     act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
     if table.architecture in architectures:

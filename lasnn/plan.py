@@ -1,29 +1,26 @@
-"""What a recipe will do, found out on the meta device: no data, no memory, no training.
+"""What a recipe will do, found out on the meta device: no data, no memory, no training (a user's own parts are tried on
+the CPU as well, see `lasnn.probe`).
 
 Every distillation starts here, so a tap that does not exist or an image that is too small for the network is
 reported before the first batch, together with whatever else is wrong.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 
 from lasnn.compatibility import Shape, check_same_weights, fitted_weights
-from lasnn.data import Augmentation, Dataset
+from lasnn.data import Dataset
 from lasnn.description import describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
     find_checkpoint,
     make_augmentation,
     make_data,
-    make_encoder,
     make_network,
     make_student,
     make_teacher,
@@ -31,16 +28,27 @@ from lasnn.factory import (
 )
 from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
 from lasnn.memory import carried_voltages, count_parameters, training_memory
-from lasnn.network.staged import Staged, probe
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
-from lasnn.random import generator
-from lasnn.recipe.schema import LossTable, Recipe
-from lasnn.registry import losses, neurons, translate_errors
-
-Made = TypeVar("Made")
-Network = TypeVar("Network", Student, Teacher)
+from lasnn.probe import (
+    Built,
+    build_student,
+    build_teacher,
+    check_augmentation,
+    check_loss,
+    check_maps,
+    on_meta,
+    probe,
+    real_values,
+    student_entry,
+    teacher_entry,
+    try_student,
+    try_teacher,
+)
+from lasnn.problems import Problems
+from lasnn.recipe.schema import Recipe
+from lasnn.registry import losses, translate_errors
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,10 @@ class Plan:
     student_parameters: int
     teacher_parameters: int | None
     teacher_checkpoint: Path | None
+    # All its parameters are frozen by its own code, as those of a plugin that loads it: it is used as it is.
+    teacher_frozen: bool
     memory_bytes: int
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> dict:
         """The plan as plain values, as `lasnn distill --dry-run --json` prints it."""
@@ -66,12 +77,13 @@ class Plan:
             "images": {"train": self.data.train_size, "test": self.data.test_size},
             "image": [self.data.channels, self.data.height, self.data.width],
             "classes": len(self.data.classes),
-            "notes": self.data.notes(),
+            "notes": [*self.data.notes(), *self.notes],
             "device": str(self.device),
             "precision": recipe.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
             "teacher_parameters": self.teacher_parameters,
             "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
+            "teacher_frozen": self.teacher_frozen,
             "student": recipe.student.architecture,
             "student_parameters": self.student_parameters,
             "timesteps": recipe.student.timesteps,
@@ -101,7 +113,8 @@ class Plan:
     @property
     def _teacher_steps(self) -> int:
         teacher = self.recipe.teacher
-        return 0 if teacher is None or self.teacher_checkpoint else teacher.epochs * self.steps_per_epoch
+        ready = teacher is None or self.teacher_checkpoint or self.teacher_frozen
+        return 0 if ready else teacher.epochs * self.steps_per_epoch
 
 
 def micro_batches(images: int, recipe: Recipe) -> int:
@@ -129,6 +142,9 @@ def make_plan(recipe: Recipe) -> Plan:
         UserError: everything that does not fit, a line each.
     """
     problems = Problems(recipe)
+    recipe.use_plugins()
+    for file in recipe.changed_plugins():
+        problems.report("plugins", f"{file} was edited after the recipe was read; read the recipe again")
     device = _check_device(recipe, problems)
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
@@ -139,24 +155,31 @@ def make_plan(recipe: Recipe) -> Plan:
         raise UserError(*problems.lines)
     augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
     if augmentation:
-        problems.attempt("data.augment", lambda: _try_augmentation(augmentation, data))
-    student = _build_student(recipe, data, problems)
-    teacher = _build_teacher(recipe, data, problems) if recipe.teacher else None
+        problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
+    student = build_student(recipe, data, problems)
+    teacher = build_teacher(recipe, data, problems) if recipe.teacher else None
     if checkpoint and teacher:
         expected = describe_teacher(recipe, data, teacher.network)
         problems.attempt("teacher.checkpoint", partial(fitted_weights, checkpoint, teacher.network, expected))
+    frozen = bool(teacher) and not checkpoint and not any(one.requires_grad for one in teacher.network.parameters())
     pairs = _pair(recipe, data, student, teacher, problems)
-    _check_batches(recipe, data, student, None if checkpoint else teacher, problems)
+    _check_batches(recipe, data, student, None if checkpoint or frozen else teacher, problems)
     memory = 0
     if student and recipe.time_chunk and not problems.lines:
-        problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
+        with on_meta():
+            problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
         for index, loss in enumerate(recipe.losses):
-            call = partial(_try_loss, loss, data, pairs, recipe.student.timesteps, augmentation.mixes)
+            call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)
             problems.attempt(f"losses.{index}", call)
     if not problems.lines:
-        frozen = teacher.model if teacher else None
-        memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, frozen))
+        problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
+        if teacher:
+            problems.attempt("teacher", lambda: try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
+    if not problems.lines:
+        beside = teacher.model if teacher else None
+        with on_meta():
+            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(
@@ -167,7 +190,9 @@ def make_plan(recipe: Recipe) -> Plan:
         student_parameters=count_parameters(student.network),
         teacher_parameters=count_parameters(teacher.network) if teacher else None,
         teacher_checkpoint=checkpoint,
+        teacher_frozen=frozen,
         memory_bytes=memory,
+        notes=tuple(real_values(student.network, student.probed)),
     )
 
 
@@ -198,51 +223,12 @@ def check_batches(plan: Plan) -> None:
     if lone is None:
         return
     image, teacher = (data.channels, data.height, data.width), {}
-    with torch.device("meta"):
-        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps)
-        if recipe.teacher and plan.teacher_checkpoint is None:
-            teacher = probe(make_teacher(recipe, data).network, image)
+    with on_meta():
+        student = probe(make_student(recipe, data).network, image, recipe.student.timesteps).shapes
+        if recipe.teacher and plan.teacher_checkpoint is None and not plan.teacher_frozen:
+            teacher = probe(make_teacher(recipe, data).network, image).shapes
     if _one_pixel(recipe, student, teacher):
         raise UserError(recipe.line(*lone))
-
-
-class Problems:
-    """What does not fit in a recipe, collected so that all of it can be said at once."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-        self.lines: list[str] = []
-
-    def report(self, key: str, message: str) -> None:
-        """Add a line about a key."""
-        self.lines.append(self.recipe.line(key, message))
-
-    def attempt(self, key: str, make: Callable[[], Made], default: Made | None = None) -> Made | None:
-        """What `make` returns; a failure is reported under the key, and `default` returned."""
-        try:
-            with _sizes_named():
-                return make()
-        except UserError as error:
-            for problem in error.problems:
-                self.report(key, problem)
-            return default
-
-
-@dataclass(frozen=True)
-class Built(Generic[Network]):
-    """A network on the meta device, and the shapes (C, H, W) of its stages, {} where it does not run."""
-
-    model: Network
-    shapes: dict[str, Shape]
-
-    @property
-    def network(self) -> Staged:
-        return self.model.network
-
-    @property
-    def stages(self) -> dict[str, Shape]:
-        """Every stage, with an empty shape where that is not known."""
-        return dict.fromkeys(self.network.stage_names, ()) | self.shapes
 
 
 def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
@@ -250,32 +236,6 @@ def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
     if recipe.precision == "fp16" and device is not None and device.type == "cpu":
         problems.report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
     return device
-
-
-def _build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Student] | None:
-    """The student on the meta device; None where its neuron, its encoder or itself cannot be built."""
-    table, image = recipe.student, (data.channels, data.height, data.width)
-    with torch.device("meta"):
-        neuron = problems.attempt("student.neuron", lambda: neurons.build(table.neuron.name, **table.neuron.options))
-        encoder = problems.attempt("student.encoder", lambda: make_encoder(recipe, data))
-        if neuron is None or encoder is None:
-            return None
-        student = problems.attempt("student", lambda: make_student(recipe, data))
-        if student is None:
-            return None
-        shapes = problems.attempt("student", lambda: probe(student.network, image, table.timesteps), default={})
-    return Built(student, shapes)
-
-
-def _build_teacher(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Teacher] | None:
-    """The teacher on the meta device; None where it cannot be built."""
-    image = (data.channels, data.height, data.width)
-    with torch.device("meta"):
-        teacher = problems.attempt("teacher", lambda: make_teacher(recipe, data))
-        if teacher is None:
-            return None
-        shapes = problems.attempt("teacher", lambda: probe(teacher.network, image), default={})
-    return Built(teacher, shapes)
 
 
 def _pair(
@@ -297,6 +257,12 @@ def _pair(
     pairs, wrong = pair_stages(recipe, stages, teacher.stages)
     for problem in wrong:
         problems.report("distill.pairs", problem)
+    if student:
+        ours = check_maps([pair.student for pair in pairs], student.probed, student_entry(recipe))
+        theirs = check_maps([pair.teacher for pair in pairs], teacher.probed, teacher_entry(recipe))
+        for line in dict.fromkeys([*ours, *theirs]):
+            problems.report("distill.pairs", line)
+            wrong.append(line)
     _check_losses(recipe, pairs, wrong, problems)
     if student and recipe.student.init == "teacher":
         problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
@@ -342,57 +308,6 @@ def _check_batches(
     lone = _lone_image(recipe, data)
     if lone and _one_pixel(recipe, student.shapes if student else {}, trained.shapes if trained else {}):
         problems.report(*lone)
-
-
-@contextmanager
-def _sizes_named():
-    """Turn what PyTorch says of sizes that it cannot count, or that fit in no memory, into an error of the recipe's."""
-    try:
-        yield
-    except MemoryError as error:
-        raise UserError("its sizes fit in no memory") from error
-    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        if not re.search("overflow|too large|too big|can't allocate|invalid size|out of range", reason, re.IGNORECASE):
-            raise
-        raise UserError(f"its sizes are too large: {reason}") from error
-
-
-def _try_loss(loss: LossTable, data: Dataset, pairs: list[Pair], timesteps: int, mixed: bool) -> None:
-    """Call a loss once on random tensors of the run's shapes, two images.
-
-    Raises:
-        UserError: it fails, or does not return one number.
-    """
-    entry, draws = losses[loss.name], generator("try", loss.name)
-    classes = len(data.classes)
-    given = {
-        "logits": torch.randn(timesteps, 2, classes, generator=draws),
-        "targets": torch.full((2, classes), 1 / classes) if mixed else torch.arange(2) % classes,
-        "teacher_logits": torch.randn(2, classes, generator=draws),
-        "student_features": [torch.rand(timesteps, 2, *pair.student_shape, generator=draws) for pair in pairs],
-        "teacher_features": [torch.rand(2, *pair.teacher_shape, generator=draws) for pair in pairs],
-    }
-    with translate_errors(entry):
-        value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
-    if not isinstance(value, torch.Tensor) or value.ndim != 0:
-        what = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        raise UserError(f"loss {loss.name!r} ({entry.where}) must return one number, a tensor []; it returned {what}")
-
-
-def _try_augmentation(augmentation: Augmentation, data: Dataset) -> None:
-    """Augment two random images of the data's shape.
-
-    Raises:
-        UserError: it fails, or returns something of another shape or type.
-    """
-    draws = generator("try", "augment")
-    images = torch.rand(2, data.channels, data.height, data.width, generator=draws)
-    found, targets = augmentation(images, torch.arange(2) % len(data.classes), draws)
-    for what, tensor, shape in (("images", found, images.shape), ("targets", targets, (2, len(data.classes)))):
-        wanted = [torch.float32, list(shape)]
-        if (what == "images" or augmentation.mixes) and [tensor.dtype, list(tensor.shape)] != wanted:
-            raise UserError(f"its {what} are {tensor.dtype} {list(tensor.shape)}; they must be {wanted[0]} {wanted[1]}")
 
 
 def pair_stages(recipe: Recipe, student: dict[str, Shape], teacher: dict[str, Shape]) -> tuple[list[Pair], list[str]]:

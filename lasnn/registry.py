@@ -14,16 +14,22 @@ subclass whose constructor hands `**options` on to the class above it has that o
 
 import inspect
 import json
+import logging
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 from lasnn.errors import MachineError, UserError, out_of_memory, unknown
+from lasnn.option_types import describe_type
 
 REQUIRED = inspect.Parameter.empty
+# A plugin that is a file is imported as a module of this name, its stem, and a digest of its content.
+PLUGIN = "lasnn_plugin_"
+
+log = logging.getLogger("lasnn")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,24 @@ class Entry:
             return f"{inspect.getsourcefile(self.function)}:{inspect.getsourcelines(self.function)[1]}"
         except (OSError, TypeError):
             return self.function.__module__
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a user's, not lasnn's."""
+        return not self.function.__module__.startswith("lasnn.")
+
+    @property
+    def said(self) -> str:
+        """Kind and name for messages; of a user's part with the place of its code."""
+        return f"{self.kind} {self.name!r}" + (f" ({self.where})" if self.own else "")
+
+    @property
+    def qualified_name(self) -> tuple[str, str] | None:
+        """Module and name of the definition, the same for every version of a plugin's file; None where it has none."""
+        name = getattr(self.function, "__qualname__", None)
+        module = self.function.__module__
+        module = module.rpartition("_")[0] if module.startswith(PLUGIN) else module
+        return None if name is None else (module, name)
 
     def problems(self, given: dict[str, Any], supplied: tuple[str, ...] = ()) -> list[tuple[str, str]]:
         """What is wrong with the options `given` in a recipe, as (option, message) pairs.
@@ -107,8 +131,12 @@ class Registry:
     def register(self, name: str) -> Callable[[Callable], Callable]:
         """Decorator that adds a function or class under `name`.
 
+        A newer definition of the same qualified name (a notebook's cell run again, an edited plugin) takes the place of
+        the older one, with a line on lasnn's log.
+
         Raises:
-            ValueError: the name is taken or has a slash, or the signature is not one that this kind of part can have.
+            ValueError: the name is another part's or has a slash, or the signature is not one that this kind of part
+                can have.
         """
         if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
             # Names become parts of file names, as those of cached teachers.
@@ -117,17 +145,34 @@ class Registry:
         self._load()
 
         def add(function: Callable) -> Callable:
-            if name in self._entries:
-                raise ValueError(
-                    f"{self.kind} {name!r} is already registered ({self._entries[name].where}); choose another name"
-                )
             entry = _entry(self.kind, name, function)
+            replaces = self._replaced_by(entry)
             if self._check:
                 self._check(entry)
-            self._entries[name] = entry
+            if replaces:
+                log.warning("%s %r: the newer definition (%s) replaces the older", self.kind, name, entry.where)
+            self.put(entry)
             return function
 
         return add
+
+    def put(self, entry: Entry) -> None:
+        """Let a part that was registered before count under its name again, as its plugin's version is used.
+
+        Raises:
+            ValueError: the name is another part's.
+        """
+        self._replaced_by(entry)
+        self._entries[entry.name] = entry
+        for record in _records:
+            record.append((self, entry))
+
+    def _replaced_by(self, entry: Entry) -> bool:
+        """Whether there is an older version of a part."""
+        older = self._entries.get(entry.name)
+        if older and (older.qualified_name is None or older.qualified_name != entry.qualified_name):
+            raise ValueError(f"{self.kind} {entry.name!r} is already registered ({older.where}); choose another name")
+        return older is not None
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -167,7 +212,7 @@ class Registry:
         return f"<{self.kind} registry: {', '.join(self.names())}>"
 
     def unregister(self, name: str) -> None:
-        """Forget a name (for notebooks that redefine a part, and for tests)."""
+        """Forget a name, for one that another part takes."""
         del self._entries[self[name].name]
 
     def _load(self) -> None:
@@ -181,6 +226,22 @@ class Registry:
                 raise
 
 
+# The open records of `recorded`.
+_records: list[list[tuple[Registry, Entry]]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Registry, Entry]]]:
+    """Within the block, what is registered is noted down in the list as well."""
+    _records.append([])
+    record = _records[-1]
+    try:
+        yield record
+    finally:
+        # By identity: two empty lists are equal.
+        _records[:] = [other for other in _records if other is not record]
+
+
 @contextmanager
 def translate_errors(entry: Entry):
     """Turn what a user's own part raises into one line that names it, with the line of its code; a built-in part's
@@ -192,13 +253,13 @@ def translate_errors(entry: Entry):
         raise
     except Exception as error:
         # A memory that is too small, and an operation that cannot repeat, are not the part's fault.
-        if entry.function.__module__.startswith("lasnn.") or out_of_memory(error) or "determinis" in str(error):
+        if not entry.own or out_of_memory(error) or "determinis" in str(error):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"{entry.kind} {entry.name!r} ({entry.where}) failed: {reason}{_raised_at(error)}") from error
+        raise UserError(f"{entry.said} failed: {reason}{raised_at(error)}") from error
 
 
-def _raised_at(error: BaseException) -> str:
+def raised_at(error: BaseException) -> str:
     """` (file:line)` of the user's own code that raised an error; nothing where there is none on the way."""
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
@@ -213,6 +274,9 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
         parameters = _parameters(function)
     except NameError as error:
         raise ValueError(f"the annotations of {name!r} cannot be read: {error}") from error
+    # A module without an __init__ of its own takes nothing; PyTorch's says *args, to refuse them in words of its own.
+    if inspect.isclass(function) and getattr(function.__init__, "__module__", "") == "torch.nn.modules.module":
+        parameters = []
     inputs, options = [], {}
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -236,49 +300,6 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
             known = {parameter.name for parameter in parameters}
             parameters[-1:] = [parameter for parameter in _parameters(above) if parameter.name not in known]
     return parameters
-
-
-def describe_type(annotation: Any) -> str:
-    """A type as the user of a recipe would say it: `one of "hard", "soft"`, `a number`, `a list of text`."""
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
-    if annotation in words:
-        return words[annotation]
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(json.dumps(value) for value in inner)
-    if origin in (list, tuple):
-        return f"a list ({describe_type(inner[0])} each)" if inner else "a list"
-    if origin is Annotated:
-        said = describe_type(inner[0])
-        if length := exact_length(annotation.__metadata__):
-            said = said.replace("a list", f"a list of {length}", 1)
-        return said + describe_limits(annotation.__metadata__)
-    if inner:  # a union
-        return " or ".join(describe_type(part) for part in inner if part is not type(None))
-    return "a table" if hasattr(annotation, "model_fields") else getattr(annotation, "__name__", str(annotation))
-
-
-def exact_length(metadata: Iterable[Any]) -> int | None:
-    """How many values a list must have, None where pydantic's metadata leaves it open."""
-    bounds = [bound for item in metadata for bound in (getattr(item, "metadata", None) or [item])]
-    least, most = (
-        next((getattr(bound, name) for bound in bounds if hasattr(bound, name)), None)
-        for name in ("min_length", "max_length")
-    )
-    return least if least == most else None
-
-
-def describe_limits(metadata: Iterable[Any]) -> str:
-    """The bounds that pydantic's metadata puts on a value: ` (>= 0 and < 1)`, or nothing."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [bound for item in metadata for bound in (getattr(item, "metadata", None) or [item])]
-    parts = [
-        f"{sign} {getattr(bound, name):g}"
-        for bound in bounds
-        for name, sign in signs.items()
-        if getattr(bound, name, None) is not None
-    ]
-    return f" ({' and '.join(parts)})" if parts else ""
 
 
 # What a loss may ask for, by the names of its positional parameters; everything is a tensor or a list of tensors.

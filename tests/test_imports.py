@@ -8,13 +8,14 @@ from common import ROOT
 
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
-    {"errors", "random", "streams", "kernels", "__init__"},
+    {"errors", "option_types", "random", "streams", "kernels", "__init__"},
     {"registry", "processes", "files", "lock", "weights", "foreign_weights", "file_kind", "numpy_pickle"},
     {"neuron", "encoder", "activation", "callback"},
     {"network"},
     {"architecture", "data", "loss"},
     {"recipe"},
-    {"factory", "memory", "compatibility", "description"},
+    {"factory", "memory", "compatibility", "description", "problems"},
+    {"probe"},
     {"plan"},
     {"bound_data", "resume"},
     {"run", "open_run", "loaded_run"},

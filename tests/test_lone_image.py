@@ -7,6 +7,7 @@ from PIL import Image
 from lasnn.errors import UserError
 from lasnn.factory import load_data
 from lasnn.plan import check_batches, read_plan
+from lasnn.probe import Probed
 
 RECIPE = """
 [data]
@@ -46,7 +47,7 @@ def test_the_batches_are_checked_again_once_the_images_are_loaded(tmp_path, left
     load_data(plan.recipe, plan.data, plan.device)
     assert plan.data.train_size == left
     check_batches(plan)
-    monkeypatch.setattr("lasnn.plan.probe", lambda *_: {"stage": (4, 1, 1)})
+    monkeypatch.setattr("lasnn.plan.probe", lambda *_: Probed({"stage": (4, 1, 1)}))
     if left == 4:
         check_batches(plan)
         return

@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lasnn import Staged, architectures
 from lasnn.errors import UserError
 from lasnn.kernels import lif
-from lasnn.network.staged import build, probe
+from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.time import TimeContext
 from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
 from lasnn.neuron import LIF
+from lasnn.probe import probe
 from lasnn.random import generator
 from lasnn.registry import encoders
 
@@ -85,7 +86,7 @@ def test_any_size_from_28_up(name, channels, size):
     with torch.device("meta"):
         for act in (ann_units(), snn_units()):
             network = make(name, act, in_channels=channels)
-            shapes = probe(network, (channels, size, size), timesteps=3)
+            shapes = probe(network, (channels, size, size), timesteps=3).shapes
             logits, _ = network(torch.empty(1, 2, channels, size, size), timesteps=3)
             assert logits.shape[1:] == (2, 7)
             assert list(shapes) == [f"stage{number}" for number in range(1, len(shapes) + 1)]
@@ -107,7 +108,8 @@ def test_teacher_and_student_share_their_keys(name):
 def test_width_scales_every_stage(name):
     with torch.device("meta"):
         shapes = [
-            probe(build(name, ann_units(), in_channels=3, num_classes=10, width=width), (3, 32, 32)) for width in (4, 8)
+            probe(build(name, ann_units(), in_channels=3, num_classes=10, width=width), (3, 32, 32)).shapes
+            for width in (4, 8)
         ]
     for stage in shapes[0]:
         assert shapes[1][stage][0] == 2 * shapes[0][stage][0]

@@ -44,9 +44,16 @@ def test_unknown_name_names_the_nearest_and_all(registry):
 
 
 def test_duplicates_are_refused_and_say_where_the_first_is(registry):
-    registry.register("a")(lambda: None)
+    def one():
+        return 1
+
+    def other():
+        return 2
+
+    registry.register("a")(one)
     with pytest.raises(ValueError, match=r"thing 'a' is already registered \(.*test_registry.py:\d+\)"):
-        registry.register("a")(lambda: None)
+        registry.register("a")(other)
+    assert registry.build("a") == 1
 
 
 def test_a_name_can_be_given_again_once_it_is_forgotten(registry):

@@ -6,7 +6,8 @@ import pytest
 from pydantic import Field
 
 from lasnn.errors import UserError
-from lasnn.registry import REGISTRIES, REQUIRED, describe_type
+from lasnn.option_types import describe_type
+from lasnn.registry import REGISTRIES, REQUIRED
 
 RECIPE = """
 [data]

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from common import TINY
 from lasnn import load_run, teachers
 from lasnn.errors import UserError
-from lasnn.network.staged import StagedView, probe
+from lasnn.network.staged import StagedView
 from lasnn.network.teacher import Teacher
 from lasnn.plan import make_plan
+from lasnn.probe import probe
 from lasnn.recipe.schema import Recipe
 
 MODELS = teachers["torchvision"].options["model"].annotation.__args__
@@ -31,7 +32,7 @@ def test_keys_and_shapes_are_those_of_torchvision(model):
     assert found == wanted
     assert list(found) == list(wanted)
     with torch.device("meta"):
-        shapes = probe(make(model), (3, 64, 64))
+        shapes = probe(make(model), (3, 64, 64)).shapes
     assert list(shapes) == [f"stage{number}" for number in range(1, len(shapes) + 1)]
     assert len(shapes) == (5 if model.startswith("vgg") else 4)
 
@@ -71,9 +72,9 @@ def test_moves_copies_and_learns_as_one_network():
 
 def test_small_stem_grey_images_and_size():
     with torch.device("meta"):
-        assert probe(make("resnet18", stem="small"), (3, 32, 32))["stage1"] == (64, 32, 32)
-        assert probe(make("resnet18"), (3, 32, 32))["stage1"] == (64, 8, 8)
-        assert probe(make("resnet18", resize=224), (3, 32, 32))["stage1"] == (64, 56, 56)
+        assert probe(make("resnet18", stem="small"), (3, 32, 32)).shapes["stage1"] == (64, 32, 32)
+        assert probe(make("resnet18"), (3, 32, 32)).shapes["stage1"] == (64, 8, 8)
+        assert probe(make("resnet18", resize=224), (3, 32, 32)).shapes["stage1"] == (64, 56, 56)
         assert make("resnet18", in_channels=1).conv1.in_channels == 3
         assert make("resnet18", in_channels=1, repeat_grey=False).conv1.in_channels == 1
         assert make("vgg11", in_channels=2).features[0].in_channels == 2
@@ -184,7 +185,7 @@ def test_a_plugins_own_network_teaches():
         network = teachers.build("mine", in_channels=1, num_classes=3)
     assert set(network.state_dict()) == {"body.weight", "body.bias", "top.weight", "top.bias"}
     assert network.normalisation == ((0.1,), (0.5,))
-    assert probe(network, (1, 8, 8)) == {"stage1": (4, 6, 6)}
+    assert probe(network, (1, 8, 8)).shapes == {"stage1": (4, 6, 6)}
 
 
 def test_distils_from_a_users_torchvision_file(tiny, tmp_path, lasnn):

@@ -31,6 +31,9 @@ class Images:
     known_by: str | None = None
 
     def __post_init__(self):
+        for name in ("pixels", "labels"):
+            if not isinstance(value := getattr(self, name), Tensor):
+                raise ValueError(f"{name} must be a tensor, not {type(value).__name__}; torch.as_tensor makes one")
         if self.pixels.dtype != torch.uint8 or self.pixels.ndim != 4:
             raise ValueError(f"pixels must be uint8 [N, C, H, W], not {_describe(self.pixels)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:

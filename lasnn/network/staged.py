@@ -6,7 +6,6 @@ dimension, T-major, so that convolution, pooling and linear layers are plain `to
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -36,10 +35,17 @@ class Staged(nn.Module):
                 raise ValueError(f"a stage cannot be named {name!r}; name the stages stage1, stage2, ...")
             self.add_module(name, stage)
         self.head = head
-        units = {name: module for name, module in self.named_modules() if isinstance(module, NormSpike)}
-        for name, unit in units.items():
-            unit.name = name
-        contexts = {id(unit.time): unit.time for unit in units.values()}
+        units = {}
+        for name, unit in self.named_modules(remove_duplicate=False):
+            if not isinstance(unit, NormSpike):
+                continue
+            if unit in units:
+                raise ValueError(
+                    f"one spiking unit stands at {units[unit]} and at {name}, where it would share one voltage; "
+                    "call act() once for each place"
+                )
+            units[unit] = unit.name = name
+        contexts = {id(unit.time): unit.time for unit in units}
         if len(contexts) > 1:
             raise ValueError("the units of one network must come from one `act` factory")
         self.time = next(iter(contexts.values()), TimeContext())
@@ -112,31 +118,3 @@ def build(architecture: str, act: Act, *, in_channels: int, num_classes: int, **
         where = architectures[architecture].where
         raise UserError(f"architecture {architecture!r} ({where}) returned {type(network).__name__}, not lasnn.Staged")
     return network
-
-
-def probe(network: Staged, image: tuple[int, int, int], timesteps: int = 1) -> dict[str, tuple[int, ...]]:
-    """The shape of each stage's feature, (C, H, W), found by a forward pass of one image on the meta device.
-
-    Args:
-        network: on the meta device.
-        image: C, H, W of the input.
-
-    Raises:
-        UserError: the network cannot take images of this size; the stage at which it fails is named.
-    """
-    channels, height, width = image
-    mode = network.training
-    network.eval()
-    network.time.steps, network.time.batch = timesteps, 1
-    x = torch.empty(1, channels, height, width, device="meta")
-    shapes = {}
-    for name in ("stem", *network.stage_names, "head"):
-        try:
-            x = getattr(network, name)(x)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"the network cannot run on {height} x {width} images ({name}: {reason})") from error
-        if name in network.stage_names:
-            shapes[name] = tuple(x.shape[1:])
-    network.train(mode)
-    return shapes

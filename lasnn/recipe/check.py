@@ -190,7 +190,11 @@ class Form:
             model = messages.table_of(self.model, part.table)
             if part.name not in part.registry:
                 known = {*architectures, *teachers} if part.table == ("teacher",) else part.registry
-                found.append((part.key, unknown(part.registry.kind, part.name, known)))
+                message = unknown(part.registry.kind, part.name, known)
+                if not self.at(("plugins",)) and not get_close_matches(part.name, known, cutoff=0.5):
+                    # As in the folder of a run that a notebook made.
+                    message += "; one of your own needs the file that registers it in plugins"
+                found.append((part.key, message))
                 # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
                 for option in part.options:
                     if get_close_matches(option, model.model_fields, cutoff=0.8):

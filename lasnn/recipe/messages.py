@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lasnn.errors import printable, unknown
-from lasnn.registry import describe_limits, describe_type
+from lasnn.option_types import describe_limits, describe_type
 
 # The way to a key: names of tables and keys, and numbers of a list's entries.
 Place = tuple[str | int, ...]

@@ -6,15 +6,20 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lasnn.errors import UserError
+from lasnn.registry import PLUGIN, Entry, Registry, recorded
 
 # Nothing runs a recipe's code unseen: each plugin is named before it is loaded.
 log = logging.getLogger("lasnn")
 
-
-_loaded_plugins: dict[str, str] = {}
+# What each version of a plugin registered, by the digest of its content: several may be used in one process, as those
+# in the folders of two runs.
+_loaded_plugins: dict[str, list[tuple[Registry, Entry]]] = {}
+# The version of each module that was imported last.
+_imported: dict[str, str] = {}
 
 
 def is_file(plugin: str) -> bool:
@@ -60,27 +65,54 @@ def _place_in(plugin: str, error: BaseException) -> str:
     return place
 
 
+def version_of(file: Path) -> str:
+    """What tells a version of a plugin from others: a digest of its content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def use_version(version: str) -> None:
+    """Let what a version of a plugin registered count under its names, whatever other versions were loaded since."""
+    for registry, entry in _loaded_plugins.get(version, ()):
+        registry.put(entry)
+
+
 def _import_module(name: str) -> None:
-    """Import a module, and say where it lies the first time."""
-    if name not in sys.modules:
-        spec = importlib.util.find_spec(name)
-        log.info("plugin: %s", spec.origin or name if spec else name)
-    importlib.import_module(name)
+    """Import a module, again where its file was edited since, and say where it lies."""
+    seen = sys.modules.get(name)
+    spec = seen.__spec__ if seen else importlib.util.find_spec(name)
+    file = Path(spec.origin) if spec and spec.has_location else None
+    version = version_of(file) if file else name
+    if version in _loaded_plugins or (seen and _imported.get(name, version) == version):
+        use_version(version)
+    else:
+        log.info("plugin: %s", file or name)
+        with _recorded(version):
+            importlib.reload(seen) if seen else importlib.import_module(name)
+    _imported[name] = version
 
 
 def _import_once(path: Path) -> None:
-    """Import a file; the copy of a file that is already loaded (a run folder's) registers nothing twice."""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if content in _loaded_plugins:
+    """Import a file; the copy of a file that is already loaded (a run folder's) is not run again."""
+    version = version_of(path)
+    if version in _loaded_plugins:
+        use_version(version)
         return
     log.info("plugin: %s", path.resolve())
-    name = f"lasnn_plugin_{path.stem}_{content[:8]}"
+    name = f"{PLUGIN}{path.stem}_{version[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with _recorded(version):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    _loaded_plugins[content] = name
+
+
+@contextmanager
+def _recorded(version: str) -> Iterator[None]:
+    """Keep what is registered within the block as that of a plugin's version."""
+    with recorded() as parts:
+        yield
+    _loaded_plugins[version] = parts

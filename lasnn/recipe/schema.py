@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from lasnn.recipe import check, load, messages
 from lasnn.recipe.paths import expanded, located
-from lasnn.recipe.plugins import is_file
+from lasnn.recipe.plugins import is_file, use_version, version_of
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -186,6 +186,8 @@ class Recipe(Section):
     _source: str = PrivateAttr("recipe")
     _folder: Path = PrivateAttr(Path())
     _overridden: frozenset[str] = PrivateAttr(frozenset())
+    # Of the plugins, as they were when the recipe was read.
+    _versions: tuple[str, ...] = PrivateAttr(())
 
     @property
     def name(self) -> str:
@@ -221,8 +223,18 @@ class Recipe(Section):
 
     def plugin_sources(self) -> list[Path]:
         """The file of every plugin, those of modules too."""
-        modules = [sys.modules[plugin].__file__ for plugin in self.plugins if not is_file(plugin)]
+        modules = [getattr(sys.modules[plugin], "__file__", None) for plugin in self.plugins if not is_file(plugin)]
         return self.plugin_files + [Path(file) for file in modules if file]
+
+    def use_plugins(self) -> None:
+        """Let the parts that this recipe's plugins registered count, where other versions of them were loaded since."""
+        for version in self._versions:
+            use_version(version)
+
+    def changed_plugins(self) -> list[Path]:
+        """The files of the plugins that were edited, or removed, since the recipe was read."""
+        files = zip(self.plugin_sources(), self._versions, strict=True)
+        return [file for file, version in files if not file.is_file() or version_of(file) != version]
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":
@@ -265,6 +277,7 @@ class Recipe(Section):
         """
         recipe = check.checked(cls, tables, source, overridden, problems)
         recipe._source, recipe._folder, recipe._overridden = source, Path(source).parent, frozenset(overridden)
+        recipe._versions = tuple(map(version_of, recipe.plugin_sources()))
         return recipe
 
     def line(self, key: str, message: str) -> str:

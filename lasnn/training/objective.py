@@ -96,9 +96,12 @@ class DistillationObjective(Objective):
         recipe = plan.recipe
         super().__init__("student", recipe.seed, {loss.name: loss.weight for loss in recipe.losses})
         self.networks = (student, teacher)
+        recipe.use_plugins()
         self.losses = recipe.losses
+        # Looked up once: a name may come to mean another version of its plugin.
+        self.entries = {loss.name: losses[loss.name] for loss in self.losses}
         self.time_chunk = recipe.time_chunk
-        inputs = {name for loss in self.losses for name in losses[loss.name].inputs}
+        inputs = {name for entry in self.entries.values() for name in entry.inputs}
         self.needs_teacher = bool(inputs & {"teacher_logits", "teacher_features"})
         pairs = plan.pairs if "student_features" in inputs else ()
         self.student_taps = [pair.student for pair in pairs]
@@ -135,7 +138,7 @@ class DistillationObjective(Objective):
         students = {"logits": logits, "student_features": [features[tap] for tap in self.student_taps]}
         inputs, values = {**given, **students}, {}
         for loss in wanted:
-            entry = losses[loss.name]
+            entry = self.entries[loss.name]
             if len(given["targets"]):
                 with translate_errors(entry):
                     values[loss.name] = entry.function(*(inputs[name] for name in entry.inputs), **loss.options)
@@ -151,7 +154,9 @@ class DistillationObjective(Objective):
         Losses that are means over time steps are computed chunk by chunk, whose features are dropped afterwards.
         """
         student, _ = self.networks
-        by_step = [loss for loss in self.losses if reading_of(losses[loss.name].function, loss.options) == "steps"]
+        by_step = [
+            loss for loss in self.losses if reading_of(self.entries[loss.name].function, loss.options) == "steps"
+        ]
         options = dict(position)
         if by_step:
             options["of_steps"] = lambda logits, features: torch.stack(

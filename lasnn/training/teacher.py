@@ -1,4 +1,6 @@
-"""The teacher: from the run itself, from a weights file, from the cache of trained teachers, or trained now."""
+"""The teacher: from the run itself, from a weights file, as its own code loads it, from the cache of trained teachers,
+or trained now.
+"""
 
 import hashlib
 import json
@@ -57,7 +59,10 @@ class TeacherSource:
             return None
         teacher = self._untrained()
         if not processes.broadcast_from_main(lambda: self._from_run(teacher)):
-            result = self._from_checkpoint(teacher) if self.plan.teacher_checkpoint else self._from_cache(teacher)
+            if self.plan.teacher_checkpoint:
+                result = self._from_checkpoint(teacher)
+            else:
+                result = self._as_built(teacher) if self.plan.teacher_frozen else self._from_cache(teacher)
             if result is None:
                 result = train_teacher(self.phase(teacher))
                 processes.broadcast_from_main(lambda: self._store(teacher, result))
@@ -108,6 +113,17 @@ class TeacherSource:
         self.callbacks.note(f"teacher: {recipe.teacher.architecture} from {path}")
         for note in notes:
             self.callbacks.note(f"teacher: {note}")
+        measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
+        return {"accuracy": measured, "seconds": 0.0}
+
+    def _as_built(self, teacher: Teacher) -> dict[str, float]:
+        """Take it with the weights that its own code loaded."""
+        recipe = self.plan.recipe
+        self.callbacks.note(
+            f"teacher: {recipe.teacher.architecture} as its own code makes it: all its parameters are frozen, "
+            "so that it is not trained"
+        )
+        processes.broadcast_parameters(teacher)
         measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
         return {"accuracy": measured, "seconds": 0.0}
 
