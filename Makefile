@@ -7,7 +7,8 @@ READY := $(VENV)/.ready
 # The quickstart's run folder and further options, for example: make quickstart OUT=runs/mine ARGS="--set seed=1"
 OUT ?=
 ARGS ?=
-# Processes that run the tests; a file's tests stay together, since they share what one of them trained.
+# Processes that run the tests. A file's tests stay together, since they share what one of them trained; files are taken in
+# their order, in which the long ones of the kernels come first.
 JOBS ?= 2
 
 .PHONY: help quickstart test test-all test-readers lint format install clean
@@ -25,11 +26,11 @@ quickstart: $(READY)
 	$(VENV)/bin/lasnn evaluate $(OUT) --timesteps 1,2,4,8
 
 test: $(READY) lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) lint
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]'
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m ''
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m ''
 
 # norse comes without a wheel, and is for this alone.
 test-readers: $(READY)

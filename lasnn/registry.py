@@ -274,9 +274,6 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
         parameters = _parameters(function)
     except NameError as error:
         raise ValueError(f"the annotations of {name!r} cannot be read: {error}") from error
-    # A module without an __init__ of its own takes nothing; PyTorch's says *args, to refuse them in words of its own.
-    if inspect.isclass(function) and getattr(function.__init__, "__module__", "") == "torch.nn.modules.module":
-        parameters = []
     inputs, options = [], {}
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -292,9 +289,14 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
 
 def _parameters(function: Callable) -> list[inspect.Parameter]:
     """The parameters of a function or of a class; `**options` of a subclass stand for those of the class above it."""
+    if not inspect.isclass(function):
+        return list(inspect.signature(function, eval_str=True).parameters.values())
+    own = next(one for one in function.__mro__ if "__init__" in vars(one))
+    if (own.__module__, own.__name__) == ("torch.nn.modules.module", "Module"):
+        # It says *args, to refuse them in words of its own.
+        return []
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
-    if inspect.isclass(function) and parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
-        own = next(one for one in function.__mro__ if "__init__" in vars(one))
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
         above = function.__mro__[function.__mro__.index(own) + 1]
         if above is not object:
             known = {parameter.name for parameter in parameters}

@@ -3,6 +3,7 @@
 python tests/easy_pictures.py FOLDER        # FOLDER/shapes, FOLDER/gratings, FOLDER/letters, 1,400 pictures each
 """
 
+import colorsys
 import math
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 32
-COLOURS = [(220, 60, 50), (60, 170, 70), (60, 90, 220), (230, 190, 40), (170, 70, 190)]
+COLOURS = [tuple(int(230 * value) for value in colorsys.hsv_to_rgb(hue / 5, 0.8, 1)) for hue in range(5)]
 
 
 def shape(number: int, draws: np.random.Generator) -> Image.Image:

@@ -163,7 +163,7 @@ def check_augmentation(augmentation: Augmentation, recipe: Recipe, data: Dataset
         images = torch.rand(count, data.channels, data.height, data.width, generator=draws)
         found, targets = augmentation(images, torch.arange(count) % classes, draws)
         for what, tensor, shape in (("images", found, images.shape), ("targets", targets, (count, classes))):
-            wanted = [torch.float32, list(shape)]
+            wanted = [images.dtype, list(shape)]
             if what == "targets" and not augmentation.mixes:
                 continue
             if not isinstance(tensor, Tensor):
