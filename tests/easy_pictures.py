@@ -1,6 +1,6 @@
 """Three easy data sets of ten classes, drawn from a seed: what a newcomer's own pictures may be.
 
-python tests/easy_pictures.py FOLDER        # FOLDER/shapes, FOLDER/gratings, FOLDER/letters, 1,400 pictures each
+python tests/easy_pictures.py FOLDER        # FOLDER/discs, FOLDER/gratings, FOLDER/letters, 1,400 pictures each
 """
 
 import colorsys
@@ -13,17 +13,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 32
-COLOURS = [tuple(int(230 * value) for value in colorsys.hsv_to_rgb(hue / 5, 0.8, 1)) for hue in range(5)]
+COLOURS = [tuple(int(230 * value) for value in colorsys.hsv_to_rgb(hue / 10, 0.8, 1)) for hue in range(10)]
 
 
-def shape(number: int, draws: np.random.Generator) -> Image.Image:
-    """A disc or a square of one of five colours, somewhere on a dark ground."""
+def disc(number: int, draws: np.random.Generator) -> Image.Image:
+    """A disc in one of ten colours, somewhere on a dark ground."""
     image = Image.new("RGB", (SIZE, SIZE), tuple(int(v) for v in draws.integers(0, 60, 3)))
     radius = draws.integers(6, 11)
     x, y = draws.integers(radius + 1, SIZE - radius - 1, 2)
     pen = ImageDraw.Draw(image)
-    draw = pen.ellipse if number % 2 else pen.rectangle
-    draw((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[number // 2])
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[number])
     return image
 
 
@@ -49,7 +48,7 @@ def letter(number: int, draws: np.random.Generator) -> Image.Image:
 
 
 SETS: dict[str, Callable[[int, np.random.Generator], Image.Image]] = {
-    "shapes": shape,
+    "discs": disc,
     "gratings": grating,
     "letters": letter,
 }
