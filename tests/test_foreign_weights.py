@@ -188,7 +188,7 @@ def test_no_code_is_run(tmp_path):
         (b"", "is empty: copy or download it again"),
         (b"<!DOCTYPE html><html>", "is a web page, not the file it links to: download"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer, .*: git lfs pull"),
-        (gzip.compress(b"x"), "is compressed by gzip: unpack it"),
+        (gzip.compress(b"x", mtime=0), "is compressed by gzip: unpack it"),
         (b"a".ljust(257, b"\0") + b"ustar\x0000", "is a tar archive: unpack it"),
         (b"\x89HDF\r\n\x1a\n", "is an HDF5 file, as Keras writes: convert it"),
         (b"\x08\x07\x12\x07pytorch", "is an ONNX model: "),
