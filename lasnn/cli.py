@@ -531,7 +531,7 @@ def run_command() -> None:
         raise
     except OSError as error:
         # A disk's failure outside the places that expect one; a missing or wrong file was caught before.
-        fail(1, f"{error.filename or 'the system'}: {error.strerror or error}")
+        fail(1, f"{error.filename or 'cannot read or write'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail(130, "stopped")
     except Exception as error:

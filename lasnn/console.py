@@ -104,6 +104,13 @@ class ConsoleProgress(Callback):
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_table(console: Console, table: Table) -> None:
+    """A table at its own width: a console that is narrower wraps its lines, and cuts no number."""
+    width, console.width = console.width, 1000
+    console.print(table)
+    console.width = width
+
+
 def print_plan(console: Console, plan: Any) -> None:
     """The plan of a run as a few lines and a table of the paired stages."""
 
@@ -138,7 +145,7 @@ def print_plan(console: Console, plan: Any) -> None:
         for pair in facts["pairs"]:
             shapes = [" x ".join(map(str, pair[side])) for side in ("student_shape", "teacher_shape")]
             table.add_row(pair["student"], shapes[0], pair["teacher"], shapes[1])
-        console.print(table)
+        print_table(console, table)
 
 
 def print_evaluation(console: Console, known: Mapping[str, Any], results: list[dict[str, Any]]) -> None:
@@ -173,7 +180,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
             f"{result['latency_ms']:.2f}",
             f"{result['peak_memory_mib']:.0f}",
         )
-    console.print(table)
+    print_table(console, table)
     if "exit" in first:
         early = Table(box=None, pad_edge=False)
         titles = ("at most T", "mean steps", "accuracy", "µJ/image")
@@ -188,7 +195,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
                 f"{found['energy_uj']:.3f}",
             )
         console.print(f"early exit at a confidence of {first['exit']['threshold']:g}:", highlight=False)
-        console.print(early)
+        print_table(console, early)
     # A conversion is asked for many T, more than there is room for beside each other.
     shown = [results[-1]] if converted else results
     layers = Table(box=None, pad_edge=False)
@@ -205,7 +212,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
             f"{shown[-1]['silent_by_layer'][name]:.1%}",
             *([f"{converted['thresholds'][name]:.4g}"] if converted else []),
         )
-    console.print(layers)
+    print_table(console, layers)
     _say_classes(console, known["classes"], results[-1])
     _say_operations(console, results[-1])
     for note in (
@@ -278,7 +285,7 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
             digits(row["seconds"], 0),
         )
     console.print(f"\ntest accuracy over {len(known['seeds'])} seeds, last epoch", highlight=False)
-    console.print(table)
+    print_table(console, table)
     for gain in known["gains"]:
         if gain["mean"] is not None:
             half = gain["half_width"]
@@ -326,9 +333,7 @@ def print_runs(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
         figures = ["" if run[key] is None else f"{run[key]:.4f}" for key in ("accuracy", "teacher_accuracy")]
         resumable = "yes" if run["resumable"] else "no"
         table.add_row(Text(run["run"]), run["state"], progress, *figures, resumable)
-    # A narrow terminal wraps the lines rather than losing their ends.
-    console.width = max(console.width, 160)
-    console.print(table)
+    print_table(console, table)
     for run in found:
         if run["problem"]:
             console.print(run["problem"], markup=False, highlight=False, soft_wrap=True)
@@ -362,10 +367,8 @@ def print_bench(console: Console, head: str, titles: list[str], lines: list[list
             group = line[:2]
             grid.add_row(Text(" ".join(group), style="bold"))
         grid.add_row(*map(Text, line[2:]))
-    # A narrow terminal wraps the lines rather than losing their ends.
-    console.width = max(console.width, 160)
     console.print(head, markup=False, highlight=False, soft_wrap=True)
-    console.print(grid)
+    print_table(console, grid)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 

@@ -15,6 +15,7 @@ subclass whose constructor hands `**options` on to the class above it has that o
 import inspect
 import json
 import logging
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -252,11 +253,36 @@ def translate_errors(entry: Entry):
     except (UserError, MachineError):
         raise
     except Exception as error:
-        # A memory that is too small, and an operation that cannot repeat, are not the part's fault.
-        if not entry.own or out_of_memory(error) or "determinis" in str(error):
+        if not entry.own or not of_the_code(error):
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"{entry.said} failed: {reason}{raised_at(error)}") from error
+        raise UserError(f"{entry.said} failed: {reason(error)}{raised_at(error)}") from error
+
+
+@contextmanager
+def translate_own_errors(where: Callable[[], str]):
+    """The same for a block in which any of a user's own parts may run.
+
+    Args:
+        where: says what was being done.
+    """
+    try:
+        yield
+    except (UserError, MachineError):
+        raise
+    except Exception as error:
+        if not (place := raised_at(error)) or not of_the_code(error):
+            raise
+        raise UserError(f"{where()}: {reason(error)}{place}") from error
+
+
+def of_the_code(error: Exception) -> bool:
+    """Whether the code is at fault, and not a memory that is too small or an operation that cannot repeat."""
+    return not out_of_memory(error) and "determinis" not in str(error)
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def raised_at(error: BaseException) -> str:
@@ -264,7 +290,9 @@ def raised_at(error: BaseException) -> str:
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
-        if "site-packages" not in file and not frame.f_globals.get("__name__", "").startswith("lasnn."):
+        module = frame.f_globals.get("__name__", "")
+        standard = module.partition(".")[0] in sys.stdlib_module_names
+        if "site-packages" not in file and not standard and not module.startswith("lasnn."):
             place = f" ({file}:{line})"
     return place
 

@@ -20,6 +20,27 @@ STATE_FILE = "last.pt"
 MADE_WITH = {"images": "the training images", "teacher": "the weights in {folder}/teacher.safetensors"}
 
 
+class Buffers:
+    """A model's buffers before a step: batch norm updates its statistics in the forward pass, so that a step that fails
+    later would leave them ahead of the weights.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @contextmanager
+    def restored_at_failure(self) -> Iterator[None]:
+        """If the block fails, set the buffers back."""
+        buffers = list(self.model.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        except Exception:
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+            raise
+
+
 class Checkpoints:
     """Saves the full state of a run, and restores it.
 

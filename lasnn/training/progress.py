@@ -53,6 +53,10 @@ class Progress:
         self.step = step + 1
         self.epoch_seconds = time.perf_counter() - self._epoch_begin
 
+    def position(self) -> str:
+        """Where the training stands, for messages."""
+        return f"{self.phase} epoch {self.epoch + 1}, step {self.step + 1}"
+
     @property
     def images_per_second(self) -> float:
         return self.images / self.epoch_seconds

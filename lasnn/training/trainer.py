@@ -8,6 +8,7 @@ resuming (checkpoints.py), signals (stop.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 from lasnn import processes
 from lasnn.callback import Callback
 from lasnn.data import Augmentation, Batches, BatchFailed, Images, Streamed
+from lasnn.errors import MachineError
 from lasnn.recipe.schema import Training
+from lasnn.registry import translate_own_errors
 from lasnn.run import RunFolder
-from lasnn.training.checkpoints import Checkpoints
+from lasnn.training.checkpoints import Buffers, Checkpoints
 from lasnn.training.nonfinite import NonFiniteMonitor, check_weights, find_layers, nonfinite_error
 from lasnn.training.objective import Objective
 from lasnn.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -116,13 +119,15 @@ class Trainer:
         self.optimizer = make_optimizer(phase.model, phase.config, fused=not self.precision.uses_scaler)
         self.objective = self.parallel.distribute(phase.model, phase.objective)
         self.progress = Progress(phase.name, tuple(phase.objective.weights))
+        self.buffers = Buffers(phase.model)
 
     def fit(self) -> dict[str, float]:
         """Train; returns the last accuracy, the seconds and the throughput."""
         self.resume()
         for epoch in range(self.progress.epoch, self.phase.config.epochs):
-            self.fit_epoch(epoch)
-            accuracy = self.evaluate()
+            with self.saved_at_failure():
+                self.fit_epoch(epoch)
+                accuracy = self.evaluate()
             metrics = self.progress.finish_epoch(accuracy, lr=self.optimizer.param_groups[0]["lr"])
             self.run.add_metrics(metrics)
             self.save()
@@ -136,9 +141,10 @@ class Trainer:
         self.callbacks.epoch(self.phase.name, epoch, self.phase.config.epochs, self.phase.steps_per_epoch)
         self.monitor.begin_epoch()
         self.progress.begin_epoch(epoch)
-        for batch in self.batches(epoch):
+        for batch in self.phase.batches(epoch, start=self.progress.step):
             set_learning_rate(self.optimizer, self.phase.learning_rate(batch))
-            sums = self.train_step(batch)
+            with translate_own_errors(self.progress.position), self.buffers.restored_at_failure():
+                sums = self.train_step(batch)
             self.progress.update(sums, batch.step, batch.total)
             self.after_step(batch)
 
@@ -184,16 +190,28 @@ class Trainer:
         if signum:
             raise Stopped(signum, self.checkpoints.path)
 
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """The epoch's remaining batches; if one cannot be read, the state after the step before it is saved."""
+    @contextmanager
+    def saved_at_failure(self) -> Iterator[None]:
+        """If the block fails, by a picture that cannot be read or an error in a user's own loss, save the state after the
+        last whole step.
+        """
         try:
-            yield from self.phase.batches(epoch, start=self.progress.step)
-        except BatchFailed:
-            # Other processes have read theirs, and would not come to the save.
-            if processes.world_size() == 1:
-                self.save()
-                self.stop_if_asked()
+            yield
+        except (Stopped, MachineError) as error:
+            # Where numbers are not finite, or the disk is full, the last good state stays.
+            if isinstance(error, BatchFailed):
+                self.save_alone()
             raise
+        except Exception:
+            self.save_alone()
+            raise
+
+    def save_alone(self) -> None:
+        """Save after a failure that other processes need not have met: they would not come to the save."""
+        if processes.world_size() == 1:
+            self.save()
+            # A signal to all of a run's processes may have ended those that read its images.
+            self.stop_if_asked()
 
     def resume(self) -> None:
         """Continue from the saved state of this phase, if there is one."""
@@ -213,7 +231,8 @@ class Trainer:
         """The model's accuracy on the test images."""
         self.check_weights()
         self.phase.model.eval()
-        return self.phase.evaluate()
+        with translate_own_errors(lambda: f"{self.phase.name} epoch {self.progress.epoch + 1}, evaluation"):
+            return self.phase.evaluate()
 
     def save(self) -> None:
         """Save the full state."""
