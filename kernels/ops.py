@@ -6,6 +6,7 @@ for autocast, which would cast what must stay fp32.
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -50,25 +51,50 @@ def launcher(module: str, name: str):
     return launch
 
 
-def define(schema: str, on_cpu: Callable, on_cuda: Callable, mutates: tuple[str, ...] = ()):
-    """Register an op of a schema, `lasnn::name(...) -> ...`, with its two implementations."""
-    name, _, signature = schema.partition("(")
-    op = torch.library.custom_op(name, on_cpu, mutates_args=mutates, device_types="cpu", schema=f"({signature}")
-    op.register_kernel("cuda")(on_cuda)
-    return op
+# Not `torch.library.custom_op`, whose first call imports PyTorch's compiler: a second of every command.
+LIBRARY = torch.library.Library("lasnn", "DEF")
+
+
+class Op:
+    """An op of PyTorch.
+
+    Args:
+        schema: `name(...) -> ...`.
+        on_cpu, on_cuda: its implementations.
+    """
+
+    def __init__(self, schema: str, on_cpu: Callable, on_cuda: Callable):
+        self.name = LIBRARY.define(schema)
+        self.overload = getattr(torch.ops.lasnn, self.name).default
+        self.implementations = {"cpu": on_cpu, "cuda": on_cuda}
+        for device in self.implementations:
+            LIBRARY.impl(self.name, partial(self._run, device), device.upper())
+
+    def _run(self, device: str, *args):
+        return self.implementations[device](*args)
+
+    def __call__(self, *args):
+        return self.overload(*args)
+
+    def register_fake(self, function: Callable) -> None:
+        """What the op returns on the meta device and in tracing, as far as shapes and types go."""
+        torch.library.register_fake(self.overload, function, lib=LIBRARY)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable | None = None) -> None:
+        """The op's gradient."""
+        torch.library.register_autograd(self.overload, backward, setup_context=setup_context, lib=LIBRARY)
 
 
 # Spikes [T, ...], v_last [...] and the states between the segments of time [segments - 1, ...].
-lif = define(
-    f"lasnn::lif(Tensor x, Tensor? v0, Tensor? learnt_decay, SymInt timesteps, {dynamics.SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor)",
+lif = Op(
+    f"lif(Tensor x, Tensor? v0, Tensor? learnt_decay, SymInt timesteps, {dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     cpu.lif.lif_forward,
     launcher("lif", "lif_forward"),
 )
 
 # Gradients of x, v0 and learnt_decay; the last two are empty where there is none.
-lif_backward = define(
-    "lasnn::lif_backward(Tensor? grad_spikes, Tensor? grad_v_last, Tensor x, Tensor? v0, Tensor? learnt_decay, "
+lif_backward = Op(
+    "lif_backward(Tensor? grad_spikes, Tensor? grad_v_last, Tensor x, Tensor? v0, Tensor? learnt_decay, "
     f"Tensor saved_states, SymInt timesteps, {dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     cpu.lif.lif_backward,
     launcher("lif", "lif_backward"),
@@ -118,8 +144,8 @@ lif.register_autograd(lif_gradient, setup_context=lif_setup_context)
 
 
 # Mean and variance (over n, not n - 1) of each channel of y [N, C, H, W]: [2, C].
-norm_statistics = define(
-    "lasnn::norm_statistics(Tensor y) -> Tensor",
+norm_statistics = Op(
+    "norm_statistics(Tensor y) -> Tensor",
     cpu.norm_lif.norm_statistics,
     launcher("norm_lif", "norm_statistics"),
 )
@@ -129,8 +155,8 @@ norm_statistics = define(
 # y and residual are [T*B, C, H, W], or [B, C, H, W] where `constant`; `statistics` [2, C] are mean and variance, over
 # `count` elements of a channel where they are y's own, so that its gradient goes through them, else count is 0. v0 and
 # v_last are [B, C, H, W], in y's memory order; v_last is empty [0] unless `return_state`.
-norm_lif = define(
-    "lasnn::norm_lif(Tensor y, Tensor? residual, Tensor? v0, Tensor statistics, Tensor? weight, Tensor? bias, "
+norm_lif = Op(
+    "norm_lif(Tensor y, Tensor? residual, Tensor? v0, Tensor statistics, Tensor? weight, Tensor? bias, "
     "Tensor? learnt_decay, SymInt count, float eps, SymInt timesteps, bool constant, bool return_state, "
     f"{dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor)",
     cpu.norm_lif.norm_lif_forward,
@@ -142,8 +168,8 @@ norm_lif = define(
 # g is the gradient of the neuron's input, summed over time where that is `constant`; z is y normalised, before weight
 # and bias. g is empty unless `write`; the gradients of v0 and learnt_decay are empty where there is none. All that is
 # of the size of images lies in y's memory order.
-norm_lif_sums = define(
-    "lasnn::norm_lif_sums(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? residual, Tensor? v0, "
+norm_lif_sums = Op(
+    "norm_lif_sums(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? residual, Tensor? v0, "
     "Tensor statistics, Tensor? weight, Tensor? bias, Tensor? learnt_decay, Tensor saved_states, bool write, "
     f"float eps, SymInt timesteps, bool constant, {dynamics.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu.norm_lif.norm_lif_sums,
@@ -152,8 +178,8 @@ norm_lif_sums = define(
 
 # The second pass backward where g was not written: y's gradient, from g computed again. `means` [2, C] are the sums of
 # the first pass over n; None where the statistics are not y's own.
-norm_lif_grad = define(
-    "lasnn::norm_lif_grad(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? v0, Tensor statistics, "
+norm_lif_grad = Op(
+    "norm_lif_grad(Tensor? grad_spikes, Tensor? grad_v_last, Tensor y, Tensor? v0, Tensor statistics, "
     "Tensor? weight, Tensor? bias, Tensor? learnt_decay, Tensor saved_states, Tensor? means, float eps, "
     f"SymInt timesteps, {dynamics.SCHEMA}) -> Tensor",
     cpu.norm_lif.norm_lif_grad,
@@ -162,17 +188,16 @@ norm_lif_grad = define(
 
 # The second pass backward where g was written: y's gradient, as a batch norm alone computes it.
 NORM_GRAD = "Tensor y, Tensor statistics, Tensor? weight, Tensor? means, float eps"
-norm_grad = define(
-    f"lasnn::norm_grad(Tensor grad, {NORM_GRAD}) -> Tensor",
+norm_grad = Op(
+    f"norm_grad(Tensor grad, {NORM_GRAD}) -> Tensor",
     cpu.norm_lif.norm_grad,
     launcher("norm_lif", "norm_grad"),
 )
 # The same in the place of g, where that is not the residual's gradient too.
-norm_grad_ = define(
-    f"lasnn::norm_grad_(Tensor(a!) grad, {NORM_GRAD}) -> ()",
+norm_grad_ = Op(
+    f"norm_grad_(Tensor(a!) grad, {NORM_GRAD}) -> ()",
     cpu.norm_lif.norm_grad_,
     launcher("norm_lif", "norm_grad_"),
-    mutates=("grad",),
 )
 
 
@@ -296,15 +321,15 @@ norm_lif.register_autograd(norm_lif_gradient, setup_context=norm_lif_setup_conte
 
 
 # The energy sum_c |.|^power of x [T, B, C, H, W]: [B, H, W], or [T, B, H, W] for "step".
-attention = define(
-    "lasnn::attention(Tensor x, float power, str temporal) -> Tensor",
+attention = Op(
+    "attention(Tensor x, float power, str temporal) -> Tensor",
     cpu.attention.attention_forward,
     launcher("attention", "attention_forward"),
 )
 
 # Gradient of x; for "rate" one step of it, [1, B, C, H, W], since all steps are equal.
-attention_backward = define(
-    "lasnn::attention_backward(Tensor grad, Tensor x, float power, str temporal) -> Tensor",
+attention_backward = Op(
+    "attention_backward(Tensor grad, Tensor x, float power, str temporal) -> Tensor",
     cpu.attention.attention_backward,
     launcher("attention", "attention_backward"),
 )
@@ -334,3 +359,11 @@ def attention_gradient(ctx, grad):
 
 
 attention.register_autograd(attention_gradient, setup_context=attention_setup_context)
+
+
+def no_second_gradient(ctx, *_):
+    raise NotImplementedError("lasnn's ops have no second derivative: a gradient cannot be differentiated again")
+
+
+for op in (norm_statistics, lif_backward, norm_lif_sums, norm_lif_grad, norm_grad, attention_backward):
+    op.register_autograd(no_second_gradient)

@@ -22,6 +22,8 @@ IMPORTED = (
     "lasnn.kernels.cpu.loops",
     "lasnn.report",
     "lasnn.training.distill",
+    # What an optimiser imports when it is first made.
+    "torch._dynamo",
 )
 
 
@@ -53,6 +55,7 @@ def serve(requests: socket.socket) -> None:
     """Run a command for each request, to the end of the requests."""
     for name in IMPORTED:
         import_module(name)
+    load_kernels()
     while True:
         head, files, *_ = socket.recv_fds(requests, 4, 2)
         if not head:
@@ -64,6 +67,16 @@ def serve(requests: socket.socket) -> None:
             os.close(file)
         command.join()
         requests.sendall(json.dumps(command.exitcode).encode())
+
+
+def load_kernels() -> None:
+    """Compile the CPU kernels, or read them from their cache."""
+    import torch
+
+    from lasnn.kernels import lif, norm_lif
+
+    lif(torch.zeros(1, 1))
+    norm_lif(torch.zeros(2, 1, 2, 2), torch.nn.BatchNorm2d(1), timesteps=1)
 
 
 def run_command(arguments: list[str], folder: str, environment: dict[str, str], files: list[int]) -> None:

@@ -8,12 +8,23 @@ import sys
 import pytest
 
 from common import ROOT
+from lasnn.data.fashion_mnist import FashionMnistMini
+from lasnn.data.idx import write_idx
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHORT = ["--set", "teacher.epochs=1", "--set", "distill.epochs=1"]
 # What shortens a command.
 SHORTER = {"distill": SHORT, "report": ["--converted", "none"]}
+TRAIN, TEST = 500, 200
+# Lets a process find fewer images in the place of those that ship.
+FEW = """
+from pathlib import Path
+from lasnn.data import fashion_mnist
+
+fashion_mnist.MINI = Path({folder!r})
+fashion_mnist.FashionMnistMini.train_size, fashion_mnist.FashionMnistMini.test_size = {train}, {test}
+"""
 
 
 def code(language):
@@ -25,14 +36,28 @@ def commands():
     return [words for text in code("sh") for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def test_commands(lasnn):
-    """In their order, in one folder, with one epoch in place of several."""
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The code of `FEW`, with a folder of such images."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, images, count in zip(("train", "t10k"), FashionMnistMini().load(), (TRAIN, TEST), strict=True):
+        every = len(images) // count
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images.pixels[::every, 0].numpy())
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", images.labels[::every].byte().numpy())
+    return FEW.format(folder=str(folder), train=TRAIN, test=TEST)
+
+
+def test_commands(lasnn, few):
+    """In their order, in one folder, with one epoch in place of several, and fewer images."""
+    plugin = lasnn.folder / "few.py"
+    plugin.write_text(few)
+    shorter = {**SHORTER, "distill": [*SHORT, "--set", f'plugins=["{plugin}"]']}
     run = 0
     for words in commands():
         if words[0] == "make":
             continue
         assert words[0] == "lasnn"
-        out = lasnn(*words[1:], *SHORTER.get(words[1], [])).stdout
+        out = lasnn(*words[1:], *shorter.get(words[1], [])).stdout
         assert out.strip(), words
         run += 1
     assert run >= 6
@@ -60,8 +85,8 @@ def test_the_recipe_is_one(tmp_path, lasnn):
 
 
 @pytest.mark.parametrize("text", [text for text in code("python") if "@architectures" not in text])
-def test_snippets(text, tmp_path):
-    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, capture_output=True)
+def test_snippets(text, few, tmp_path):
+    subprocess.run([sys.executable, "-c", few + text], cwd=tmp_path, check=True, capture_output=True)
 
 
 def test_links_lead_somewhere():

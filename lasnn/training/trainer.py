@@ -192,7 +192,7 @@ class Trainer:
 
     @contextmanager
     def saved_at_failure(self) -> Iterator[None]:
-        """If the block fails, by a picture that cannot be read or an error in a user's own loss, save the state after the
+        """If the block fails, by a picture that cannot be read or an error in a user's loss, save the state after the
         last whole step.
         """
         try:

@@ -28,11 +28,11 @@ def test_opcheck_lif(layout, dtype):
     x = make(layout, 9).to(dtype)
     leaf = x.detach().requires_grad_()
     v0 = torch.zeros(x.shape[1:]).requires_grad_()
-    torch.library.opcheck(ops.lif, lif_arguments(leaf), test_utils=CHECKS[:3])
-    torch.library.opcheck(ops.lif, lif_arguments(leaf[:1], v0, torch.tensor(0.4), 3), test_utils=CHECKS[:3])
+    torch.library.opcheck(ops.lif.overload, lif_arguments(leaf), test_utils=CHECKS[:3])
+    torch.library.opcheck(ops.lif.overload, lif_arguments(leaf[:1], v0, torch.tensor(0.4), 3), test_utils=CHECKS[:3])
     spikes, v_last, saved_states = ops.lif(*lif_arguments(x))
     torch.library.opcheck(
-        ops.lif_backward,
+        ops.lif_backward.overload,
         (spikes, v_last, x, None, None, saved_states, *lif_arguments(x)[3:]),
         test_utils=CHECKS[:3],
     )
@@ -43,8 +43,8 @@ def test_opcheck_lif(layout, dtype):
 def test_opcheck_attention(layout, temporal):
     x = make(layout, 2)
     f = ops.attention(x, 2.0, temporal)
-    torch.library.opcheck(ops.attention, (x.detach().requires_grad_(), 2.0, temporal), test_utils=CHECKS[:3])
-    torch.library.opcheck(ops.attention_backward, (f, x, 2.0, temporal), test_utils=CHECKS[:3])
+    torch.library.opcheck(ops.attention.overload, (x.detach().requires_grad_(), 2.0, temporal), test_utils=CHECKS[:3])
+    torch.library.opcheck(ops.attention_backward.overload, (f, x, 2.0, temporal), test_utils=CHECKS[:3])
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -66,7 +66,7 @@ def test_opcheck_norm_lif(last, dtype, residual, constant):
         return None if tensor is None else tensor.detach().requires_grad_()
 
     def check(op, *arguments):
-        torch.library.opcheck(op, arguments, test_utils=CHECKS[:3])
+        torch.library.opcheck(op.overload, arguments, test_utils=CHECKS[:3])
 
     check(ops.norm_statistics, y)
     check(ops.norm_lif, leaf(y), leaf(r), None, statistics, leaf(weight), leaf(bias), None, 70, *stateless)
@@ -88,14 +88,14 @@ def test_opcheck_norm_lif(last, dtype, residual, constant):
 @pytest.mark.usefixtures("cpu_only")
 def test_opcheck_traced():
     x = torch.randn(4, 63, requires_grad=True)
-    torch.library.opcheck(ops.lif, lif_arguments(x), test_utils=CHECKS)
+    torch.library.opcheck(ops.lif.overload, lif_arguments(x), test_utils=CHECKS)
     y, v0 = torch.randn(8, 3, 5, 7, requires_grad=True), torch.randn(2, 3, 5, 7, requires_grad=True)
     statistics = ops.norm_statistics(y.detach())
     timesteps, *dynamics = lif_arguments(x)[3:]
     for state in (None, v0):
         given = (y, None, state, statistics, None, None, None, 70, 1e-5, timesteps, False, state is not None)
-        torch.library.opcheck(ops.norm_lif, (*given, *dynamics))
-    torch.library.opcheck(ops.attention, (torch.randn(2, 3, 4, 5, 6).requires_grad_(), 2.0, "rate"))
+        torch.library.opcheck(ops.norm_lif.overload, (*given, *dynamics))
+    torch.library.opcheck(ops.attention.overload, (torch.randn(2, 3, 4, 5, 6).requires_grad_(), 2.0, "rate"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
