@@ -87,6 +87,8 @@ def run_command(arguments: list[str], folder: str, environment: dict[str, str], 
     for number, file in enumerate(files, start=1):
         os.dup2(file, number)
     sys.argv = ["lasnn", *arguments]
+    # As `python -m` has it.
+    sys.path[0] = folder
     runpy.run_module("lasnn", run_name="__main__", alter_sys=True)
 
 

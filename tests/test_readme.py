@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 SHORT = ["--set", "teacher.epochs=1", "--set", "distill.epochs=1"]
 # What shortens a command.
-SHORTER = {"distill": SHORT, "report": ["--converted", "none"]}
+SHORTER = {"distill": [*SHORT, "--set", 'plugins=["few"]'], "report": ["--converted", "none"]}
 TRAIN, TEST = 500, 200
 # Lets a process find fewer images in the place of those that ship.
 FEW = """
@@ -49,15 +49,13 @@ def few(tmp_path_factory):
 
 def test_commands(lasnn, few):
     """In their order, in one folder, with one epoch in place of several, and fewer images."""
-    plugin = lasnn.folder / "few.py"
-    plugin.write_text(few)
-    shorter = {**SHORTER, "distill": [*SHORT, "--set", f'plugins=["{plugin}"]']}
+    (lasnn.folder / "few.py").write_text(few)
     run = 0
     for words in commands():
         if words[0] == "make":
             continue
         assert words[0] == "lasnn"
-        out = lasnn(*words[1:], *shorter.get(words[1], [])).stdout
+        out = lasnn(*words[1:], *SHORTER.get(words[1], [])).stdout
         assert out.strip(), words
         run += 1
     assert run >= 6

@@ -18,6 +18,8 @@ from lasnn.recipe.schema import Recipe
 from lasnn.training.distill import distill
 
 TRAIN, TEST, BATCH = 100, 20, 50
+# Of Tiny ImageNet, with one image each.
+CLASSES = 40
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -52,8 +54,9 @@ def data(tmp_path_factory):
     root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     patch = pytest.MonkeyPatch()
     for kind in (Cifar10, Cifar100, FashionMnist, FashionMnistMini, TinyImageNet):
-        patch.setattr(kind, "train_size", 200 if kind is TinyImageNet else TRAIN)
-        patch.setattr(kind, "test_size", 200 if kind is TinyImageNet else TEST)
+        patch.setattr(kind, "train_size", CLASSES if kind is TinyImageNet else TRAIN)
+        patch.setattr(kind, "test_size", CLASSES if kind is TinyImageNet else TEST)
+    patch.setattr(TinyImageNet, "classes", tuple(map(str, range(CLASSES))))
     for kind in (Cifar10, Cifar100):
         known = getattr(published, kind.torchvision_name)
         (root / known.base_folder).mkdir()
@@ -74,7 +77,7 @@ def data(tmp_path_factory):
             write_idx(folder / f"{split}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 10)
     patch.setattr("lasnn.data.fashion_mnist.MINI", root / "mini")
     tiny = root / "tiny-imagenet-200"
-    wnids = [f"n{number:08}" for number in range(200)]
+    wnids = [f"n{number:08}" for number in range(CLASSES)]
     (tiny / "val/images").mkdir(parents=True)
     (tiny / "wnids.txt").write_text("\n".join(wnids))
     lines = []
@@ -93,7 +96,7 @@ def data(tmp_path_factory):
 def test_two_steps_of_training(name, data, tmp_path, monkeypatch):
     """Narrow networks, and one epoch of two steps for teacher and student each; all else as the recipe says."""
     monkeypatch.chdir(tmp_path)
-    size = 100 if "tinyimagenet" in name else BATCH
+    size = CLASSES // 2 if "tinyimagenet" in name else BATCH
     settings = [f"data.root={data}", f"data.batch_size={size}", "device=cpu", "precision=fp32"]
     for table in ("teacher", "student"):
         settings.append(f"{table}.width=4")

@@ -304,7 +304,7 @@ def default():
     attention("cuda90", "step", 2, True)
     for target in TARGETS:
         norm_lif(target, torch.bfloat16, 4, channels_last=True)
-    for timesteps, last in product((4, 8), (False, True)):
+    for timesteps, last in ((4, False), (8, True)):
         norm_lif("cuda90", torch.bfloat16, timesteps, last)
         norm_lif("cuda90", torch.bfloat16, timesteps, last, residual=True)
         norm_lif("cuda90", torch.bfloat16, timesteps, last, state=True)

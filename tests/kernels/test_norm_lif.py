@@ -163,7 +163,7 @@ def test_asking_for_the_state_changes_nothing_else(constant, last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("image", [(3, 1, 1), (40, 7, 7), (3, 33, 65)], ids=str)
+@pytest.mark.parametrize("image", [(3, 1, 1), (40, 7, 7), (3, 33, 35)], ids=str)
 def test_statistics_of_a_far_away_mean(image, last, dtype):
     torch.manual_seed(0)
     mean = 1000 if dtype == torch.float32 else 100

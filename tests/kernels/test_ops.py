@@ -297,6 +297,7 @@ def run(program: str) -> str:
     return result.stdout
 
 
+@pytest.mark.usefixtures("cpu_only")
 def test_the_cpu_path_needs_no_triton():
     program = """
 import sys
@@ -338,6 +339,7 @@ def test_a_triton_that_will_do(monkeypatch):
         ops.require_triton()
 
 
+@pytest.mark.usefixtures("cpu_only")
 def test_importing_a_launcher_leaves_the_function_and_triton_in_place():
     program = "import lasnn.kernels.triton.lif, triton; print(type(lasnn.kernels.lif), triton.__version__)"
     assert "function" in run(program)
