@@ -403,7 +403,8 @@ def bench_kernels(
     """Each op forward and backward: checked, then timed beside SpikingJelly where it is installed."""
     with json_alone(as_json) as answer:
         from lasnn.bench.kernels import Options, measure
-        from lasnn.bench.report import LEGEND, complain, conditions, save, table
+        from lasnn.bench.page import conditions
+        from lasnn.bench.report import LEGEND, complain, save, table
         from lasnn.console import print_bench, to_stderr, to_stdout
 
         options = Options.read(device, timesteps, dtype, op, quick, out, write)
@@ -415,6 +416,40 @@ def bench_kernels(
         notes = [LEGEND, *result["notes"], f"files: {', '.join(files)}"]
         print_bench(to_stdout(), conditions(result), *table(result), notes)
     complain(result)
+
+
+@bench.command("step")
+def bench_step(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    overrides: Overrides = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")] = 15,
+    neighbour: Annotated[bool, typer.Option("--neighbour", help="Measure it again beside a busy process.")] = False,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A whole training step, beside SpikingJelly's layers and beside its convolutions alone."""
+    steps = () if timesteps is None else parse_timesteps(timesteps)
+    # Before PyTorch is imported: its profiler prints what it does.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with json_alone(as_json) as answer:
+        from lasnn.bench.step import LEGEND, Options, head, kinds_said, measure, save, table
+        from lasnn.console import print_bench, to_stderr, to_stdout
+
+        options = Options.read(recipe, overrides or [], steps, rounds, neighbour, out, write)
+        with to_stderr().status("") as status:
+            result = measure(options, status.update)
+        files = [str(path) for path in save(result, options)]
+        answer.update({"files": files, **result})
+    if not as_json:
+        notes = [LEGEND, *kinds_said(result), *result["notes"], f"files: {', '.join(files)}"]
+        titles, lines = table(result)
+        print_bench(to_stdout(), head(result), titles, lines, notes, groups=0)
 
 
 @bench.command("memory")

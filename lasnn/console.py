@@ -356,17 +356,19 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
                 )
 
 
-def print_bench(console: Console, head: str, titles: list[str], lines: list[list[str]], notes: list[str]) -> None:
-    """A table of measurements: the first two cells of the lines are the headings of its groups."""
+def print_bench(
+    console: Console, head: str, titles: list[str], lines: list[list[str]], notes: list[str], groups: int = 2
+) -> None:
+    """A table of measurements; the first `groups` cells of the lines are the headings of its groups."""
     grid = Table(box=None, pad_edge=False)
-    for number, title in enumerate(titles[2:]):
+    for number, title in enumerate(titles[groups:]):
         grid.add_column(title, justify="right" if number else "left", no_wrap=True)
     group = None
     for line in lines:
-        if line[:2] != group:
-            group = line[:2]
+        if groups and line[:groups] != group:
+            group = line[:groups]
             grid.add_row(Text(" ".join(group), style="bold"))
-        grid.add_row(*map(Text, line[2:]))
+        grid.add_row(*map(Text, line[groups:]))
     console.print(head, markup=False, highlight=False, soft_wrap=True)
     print_table(console, grid)
     for note in notes:

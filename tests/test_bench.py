@@ -14,7 +14,8 @@ from common import ROOT
 from lasnn import kernels
 from lasnn.bench import timing
 from lasnn.bench.kernels import OPS, QUICK, Case, Options, bytes_per_element, check, fused, measure, spikingjelly
-from lasnn.bench.report import COLUMNS, complain, conditions, has_section, markdown, replaced, save, table
+from lasnn.bench.page import conditions, has_section, replaced
+from lasnn.bench.report import COLUMNS, complain, markdown, save, table
 from lasnn.bench.timing import kept_bytes, take_turns
 from lasnn.errors import MachineError, UserError
 
@@ -122,9 +123,9 @@ def test_spikingjelly_computes_the_same():
 
 def test_the_page_is_replaced_and_nothing_else(quick):
     section = markdown(quick)
-    once = replaced(PAGE, "cpu", section)
-    assert replaced(once, "cpu", section) == once
-    assert replaced(once, "cpu", "new").count("new") == 1
+    once = replaced(PAGE, "kernels-cpu", section)
+    assert replaced(once, "kernels-cpu", section) == once
+    assert replaced(once, "kernels-cpu", "new").count("new") == 1
     head, tail = PAGE.split("<!-- kernels-cpu -->\n<!-- /kernels-cpu -->")
     assert once.startswith(head)
     assert once.endswith(tail)
@@ -133,9 +134,9 @@ def test_the_page_is_replaced_and_nothing_else(quick):
 
 def test_the_docs_have_a_section_for_each_kind_of_device():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert has_section(page, "cpu")
-    assert has_section(page, "cuda")
-    assert not has_section("<!-- /kernels-cpu --> <!-- kernels-cpu -->", "cpu")
+    assert has_section(page, "kernels-cpu")
+    assert has_section(page, "kernels-cuda")
+    assert not has_section("<!-- /kernels-cpu --> <!-- kernels-cpu -->", "kernels-cpu")
 
 
 def test_a_gpu_is_waited_for(monkeypatch):

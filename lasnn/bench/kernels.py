@@ -4,7 +4,6 @@ Shapes: T time steps, B batch, C channels, H x W pixels; images are [T*B, C, H, 
 """
 
 import importlib.metadata
-import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lasnn import kernels
-from lasnn.bench.report import COLUMNS, has_section, markers
+from lasnn.bench.page import folder_problems, page_problems
+from lasnn.bench.report import COLUMNS, section
 from lasnn.bench.timing import Times, copy_gb_per_s, kept_bytes, take_turns
 from lasnn.errors import UserError, unknown
 from lasnn.factory import pick_device
@@ -102,19 +102,9 @@ class Options:
         problems += [f"--dtype: {unknown('dtype', name, DTYPES)}" for name in dtypes if name not in DTYPES]
         ops = items(op or ",".join(OPS))
         problems += [f"--op: {unknown('op', name, OPS)}" for name in ops if name not in OPS]
-        there = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not there.is_dir():
-            problems.append(f"--out {out}: {there} is a file; name a folder")
-        elif not os.access(there, os.W_OK):
-            problems.append(f"--out {out}: {there} cannot be written")
+        problems += folder_problems(out)
         if write is not None and where is not None:
-            try:
-                if not has_section(write.read_text(encoding="utf-8"), where.type):
-                    problems.append(
-                        f"--write {write}: it needs the lines {' and '.join(markers(where.type))}, once each"
-                    )
-            except (OSError, ValueError) as error:
-                problems.append(f"--write {write}: {getattr(error, 'strerror', None) or error}")
+            problems += page_problems(write, section(where.type))
         if problems:
             raise UserError(*problems)
         try:
@@ -414,16 +404,8 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
         lasnn's op is wrong or fails, its row says so in `status` and the case has no other.
     """
     device = options.device
-    found = importlib.metadata.version("spikingjelly") if has_spikingjelly() else None
-    peers, notes = False, []
-    if found is None:
-        notes.append("SpikingJelly is not installed, and left out: pip install 'lasnn[bench]'")
-    elif not found.startswith("2.0."):
-        notes.append(f"SpikingJelly {found} is left out: the comparison is written for 2.0")
-    elif torch.version.hip and device.type == "cuda":
-        notes.append("SpikingJelly is left out: it needs an NVIDIA GPU")
-    else:
-        peers = True
+    found, notes = spikingjelly_version(device)
+    peers = found is not None
     conditions = {**environment(device), "spikingjelly": found, **more_conditions(device)}
     cases = options.cases()
     rows: list[dict[str, Any]] = []
@@ -445,12 +427,18 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
     return {"environment": conditions, "copy_gb_per_s": bandwidth, "notes": notes, "rows": rows}
 
 
-def has_spikingjelly() -> bool:
+def spikingjelly_version(device: torch.device) -> tuple[str | None, list[str]]:
+    """SpikingJelly's version where it can be compared with on a device; otherwise None, and a note that says why."""
     try:
         import spikingjelly  # noqa: F401
     except ImportError:
-        return False
-    return True
+        return None, ["SpikingJelly is not installed, and left out: pip install 'lasnn[bench]'"]
+    found = importlib.metadata.version("spikingjelly")
+    if not found.startswith("2.0."):
+        return None, [f"SpikingJelly {found} is left out: the comparison is written for 2.0"]
+    if torch.version.hip and device.type == "cuda":
+        return None, ["SpikingJelly is left out: it needs an NVIDIA GPU"]
+    return found, []
 
 
 def more_conditions(device: torch.device) -> dict[str, Any]:

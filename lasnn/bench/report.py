@@ -1,14 +1,11 @@
 """What `lasnn bench kernels` leaves: a table, a CSV and a JSON file, and its section of a Markdown page."""
 
-import csv
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lasnn.bench import page
 from lasnn.errors import MachineError
-from lasnn.files import write as write_file
 
 # A row of the result, in the order of the CSV file.
 COLUMNS = (
@@ -92,20 +89,6 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def conditions(result: Mapping[str, Any]) -> str:
-    """The line that stands above the table: device, versions, date."""
-    known = result["environment"]
-    device = known["device_name"] if known.get("cuda") else known.get("processor") or known["device_name"]
-    parts = [f"{known['device']} ({device})"]
-    if known.get("cuda"):
-        parts += [f"CUDA {known['cuda']}", f"driver {known['driver'] or 'unknown'}"]
-    else:
-        parts += [f"{known['threads']} thread{'s' * (known['threads'] != 1)} on {known['cpus']} cores"]
-    names = ("lasnn", "torch", "triton", "spikingjelly", "python")
-    parts += [f"{name} {known[name]}" for name in names if known.get(name)]
-    return f"{', '.join(parts)}; copy {result['copy_gb_per_s']:.1f} GB/s; {known['date']}"
-
-
 def save(result: Mapping[str, Any], out: Path, write: Path | None = None) -> list[Path]:
     """Write `kernels-<device>.csv` and `.json` to `out`, and the section of this kind of device of the page `write`.
 
@@ -115,46 +98,19 @@ def save(result: Mapping[str, Any], out: Path, write: Path | None = None) -> lis
     Raises:
         MachineError: one cannot be written.
     """
-    kind = result["environment"]["device"].partition(":")[0]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, "image": "x".join(map(str, row["image"]))} for row in result["rows"])
-    files = {
-        out / f"kernels-{kind}.csv": text.getvalue(),
-        out / f"kernels-{kind}.json": json.dumps(result, indent=2) + "\n",
-    }
-    if write is not None:
-        files[write] = replaced(write.read_text(encoding="utf-8"), kind, markdown(result))
-    for path, content in files.items():
-        write_file(path, content)
-    return list(files)
+    rows = ({**row, "image": "x".join(map(str, row["image"]))} for row in result["rows"])
+    return page.save(section(result["environment"]["device"]), result, rows, COLUMNS, markdown(result), out, write)
 
 
-def markers(kind: str) -> tuple[str, str]:
-    """The lines between which the section of a kind of device stands in a Markdown page."""
-    return f"<!-- kernels-{kind} -->", f"<!-- /kernels-{kind} -->"
-
-
-def has_section(page: str, kind: str) -> bool:
-    """Whether both marks are there, once each and in their order."""
-    begin, end = markers(kind)
-    return page.count(begin) == page.count(end) == 1 and page.index(begin) < page.index(end)
-
-
-def replaced(page: str, kind: str, section: str) -> str:
-    """`page` with another section of a kind of device; all else stays."""
-    begin, end = markers(kind)
-    head, _, rest = page.partition(begin)
-    return f"{head}{begin}\n\n{section}\n{end}{rest.partition(end)[2]}"
+def section(device: str) -> str:
+    """The name of a device's section of a page, and of its files."""
+    return f"kernels-{device.partition(':')[0]}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Conditions, table and notes."""
-    titles, lines = table(result)
-    cells = [titles, ["---"] * len(titles), *lines]
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
-    return "\n".join([conditions(result) + ".", "", *rows, "", LEGEND, *result["notes"], ""])
+    rows = page.markdown_table(*table(result))
+    return "\n".join([page.conditions(result) + ".", "", *rows, "", LEGEND, *result["notes"], ""])
 
 
 def complain(result: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """How a step is timed on a CPU and on a GPU, how fast memory is copied, and what a forward pass keeps."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,11 +41,32 @@ def take_turns(
         for name, step in steps.items():
             samples[name].append(gpu_ms(step, number, host[name]) if device.type == "cuda" else cpu_ms(step, number))
         number += 1
-    quantiles = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
-    return {
-        name: Times(*torch.tensor(ms, dtype=torch.float64).quantile(quantiles).tolist(), number, host[name])
-        for name, ms in samples.items()
-    }
+    return {name: Times(*quantiles(ms), number, host[name]) for name, ms in samples.items()}
+
+
+def turns(steps: Mapping[str, Callable[[int], object]], device: torch.device, *, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of whole steps in each round, as a user waits for them: on a GPU its host's part too."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+
+    def waited(step: Callable[[int], object], number: int) -> None:
+        step(number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for number in range(-1, rounds):
+        for name, step in steps.items():
+            ms = cpu_ms(lambda number, step=step: waited(step, number), number + 1)
+            # The first round loads code.
+            if number >= 0:
+                samples[name].append(ms)
+    return samples
+
+
+def quantiles(ms: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10 % and 90 % quantile."""
+    wanted = torch.tensor([0.5, 0.1, 0.9], dtype=torch.float64)
+    middle, low, high = torch.tensor(ms, dtype=torch.float64).quantile(wanted).tolist()
+    return middle, low, high
 
 
 def cpu_ms(step: Callable[[int], object], number: int) -> float:
