@@ -144,6 +144,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_precision(recipe: Recipe, device: torch.device) -> str:
+    """The recipe's precision, "auto" decided by the device: "fp32", "bf16" or "fp16"."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    # PyTorch emulates it on a GPU that lacks it, slowly.
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_it else "fp32"
+
+
 def _named_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -42,12 +42,14 @@ def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> tor
     return student.encoder.part(images, recipe.student.timesteps, stop=steps)
 
 
-def training_memory(recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None) -> int:
+def training_memory(
+    recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None, half: bool = False
+) -> int:
     """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
 
-    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device; half
-    precision is counted as half of them. With time in chunks they are those of one chunk, and the voltages before each.
-    Workspaces of the convolutions are not in it.
+    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device, half of
+    them where the training is in `half` precision. With time in chunks they are those of one chunk, and the voltages
+    before each. Workspaces of the convolutions are not in it.
     """
     saved: dict[int, int] = {}
     kept = []
@@ -66,7 +68,7 @@ def training_memory(recipe: Recipe, data: Dataset, student: Student, teacher: Te
     student.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         student.network(_encoded(recipe, data, student, timesteps), timesteps)
-    activations = sum(saved.values()) // (1 if recipe.precision == "fp32" else 2) + carried
+    activations = sum(saved.values()) // (2 if half else 1) + carried
     states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
     learnt = 4 * count_parameters(student.network) * (2 + states)
     frozen = 4 * count_parameters(teacher.network) if teacher else 0

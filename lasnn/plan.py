@@ -25,6 +25,7 @@ from lasnn.factory import (
     make_student,
     make_teacher,
     pick_device,
+    pick_precision,
 )
 from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
 from lasnn.memory import carried_voltages, count_parameters, training_memory
@@ -79,7 +80,7 @@ class Plan:
             "classes": len(self.data.classes),
             "notes": [*self.data.notes(), *self.notes],
             "device": str(self.device),
-            "precision": recipe.precision,
+            "precision": self.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
             "teacher_parameters": self.teacher_parameters,
             "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
@@ -104,6 +105,11 @@ class Plan:
             "student_steps": epochs * self.steps_per_epoch,
             "memory_bytes": self.memory_bytes,
         }
+
+    @property
+    def precision(self) -> str:
+        """Of the training: "fp32", "bf16" or "fp16"."""
+        return pick_precision(self.recipe, self.device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -178,8 +184,9 @@ def make_plan(recipe: Recipe) -> Plan:
             problems.attempt("teacher", lambda: try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
     if not problems.lines:
         beside = teacher.model if teacher else None
+        half = pick_precision(recipe, device) != "fp32"
         with on_meta():
-            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside))
+            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside, half))
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from common import TINY
 from lasnn import augmentations, losses
 from lasnn.errors import UserError
-from lasnn.factory import pick_device
+from lasnn.factory import pick_device, pick_precision
 from lasnn.network.staged import build
 from lasnn.network.units import ann_units
 from lasnn.plan import make_plan
@@ -231,3 +231,14 @@ def test_a_gpu_without_triton_is_refused_before_anything_runs(monkeypatch):
         with pytest.raises(UserError, match="lasnn's ops need Triton >= 3.4 on a GPU, found none: pip install"):
             pick_device(name)
     assert pick_device("cpu").type == "cpu"
+
+
+def test_a_precision_that_the_device_decides(plain, monkeypatch):
+    """bf16 on a GPU that has it, else fp32; the plan says which."""
+    assert make_plan(Recipe.load(plain, ["device=cpu"])).precision == "fp32"
+    assert make_plan(Recipe.load(plain, ["device=cpu"])).summary()["precision"] == "fp32"
+    cuda = torch.device("cuda")
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
+        assert pick_precision(Recipe.load(plain), cuda) == ("bf16" if has_it else "fp32")
+        assert pick_precision(Recipe.load(plain, ["precision=fp16"]), cuda) == "fp16"

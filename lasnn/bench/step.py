@@ -194,7 +194,7 @@ class Steps:
         recipe, device = plan.recipe, plan.device
         self.plan = plan
         self.context = TrainingContext(
-            recipe.precision,
+            plan.precision,
             device,
             Checkpoints(folder / STATE_FILE, recipe.save_minutes),
             StopRequest(),
@@ -328,7 +328,7 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
         "teacher": recipe.teacher.architecture if recipe.teacher else None,
         "image": [plan.data.channels, plan.data.height, plan.data.width],
         "batch_size": recipe.data.batch_size,
-        "precision": recipe.precision,
+        "precision": plan.precision,
         "encoder": recipe.student.encoder_table.name,
         "losses": {loss.name: loss.weight for loss in recipe.losses},
         "notes": notes,

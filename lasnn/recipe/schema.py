@@ -164,8 +164,9 @@ class Recipe(Section):
     """All random numbers are keyed by it."""
     device: str = "auto"
     """"auto" (CUDA if present), "cpu", "cuda" or "cuda:N"."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of convolutions and matrix products (autocast); fp16 uses a gradient scaler."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of convolutions and matrix products (autocast). "auto" is bf16 on a GPU that has it, else fp32; fp16
+    uses a gradient scaler."""
     deterministic: bool = False
     """Only operations that repeat to the last bit, on CUDA too; one that cannot is an error (docs/reliability.md)."""
     save_minutes: NonNegative = 10.0

@@ -479,7 +479,7 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
         ("input", f"{described(encoder.name, encoder.options)} encoding, T = {table.timesteps}"),
         ("objective", " + ".join(f"{loss.weight:g} × {described(loss.name, loss.options)}" for loss in recipe.losses)),
         ("training", how_trained(distill) + f", batches of {recipe.data.batch_size}"),
-        ("seed", f"{recipe.seed}, {recipe.precision}"),
+        ("seed", f"{recipe.seed}, {run.folder.read_json('env.json').get('precision', recipe.precision)}"),
     ]
     if teacher is not None:
         how = f"from {teacher.checkpoint}" if teacher.checkpoint else how_trained(teacher)

@@ -77,8 +77,7 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
                     "caches it; or set teacher.checkpoint"
                 )
             checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes)
-            precision = plan.recipe.precision
-            context = TrainingContext(precision, plan.device, checkpoints, StopRequest(), run, Callback())
+            context = TrainingContext(plan.precision, plan.device, checkpoints, StopRequest(), run, Callback())
             return Trainer(phase, context).fit()
 
         teacher = TeacherSource(plan, train, test, run, Callback()).get(train_now)

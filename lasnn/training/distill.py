@@ -89,14 +89,14 @@ def distill(
         if saved is None and resume:
             callback.note(f"nothing to resume in {run.path}; starting from the beginning")
         described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
-        paths = absolute_paths(plan.recipe)
-        run.write_json("env.json", {**environment(plan.device), "data": plan.data.source, **paths})
+        known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
+        run.write_json("env.json", {**environment(plan.device), **known})
         if plan.recipe.time_chunk and plan.device.type == "cpu":
             return_freed_memory()
         with training_environment(plan, detect_anomaly) as stop:
             checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes, saved)
             checkpoints.require("images", train.fingerprint())
-            context = TrainingContext(plan.recipe.precision, plan.device, checkpoints, stop, run, callback)
+            context = TrainingContext(plan.precision, plan.device, checkpoints, stop, run, callback)
             trainer = AnomalyTrainer if detect_anomaly else Trainer
             teacher = TeacherSource(plan, train, test, run, callback).get(lambda phase: trainer(phase, context).fit())
             if teacher is not None:
@@ -116,7 +116,7 @@ def saved_state(run: RunFolder) -> dict[str, Any] | None:
 def training_environment(plan: Plan, detect_anomaly: bool) -> Iterator[StopRequest]:
     """Set signal handlers, global generators and PyTorch's modes for the training, and restore them."""
     # A gradient that overflows under fp16's scaler is expected.
-    anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and plan.recipe.precision != "fp16")
+    anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and plan.precision != "fp16")
     with stop_on_signals() as stop, globals_kept(plan.device), deterministic(plan.recipe.deterministic), anomalies:
         yield stop
 

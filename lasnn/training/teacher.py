@@ -17,7 +17,7 @@ from lasnn.data import Images, Streamed
 from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
 from lasnn.evaluation.measure import teacher_accuracy
-from lasnn.factory import make_augmentation, make_teacher
+from lasnn.factory import make_augmentation, make_teacher, pick_precision
 from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan
@@ -213,5 +213,5 @@ def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed) 
     # Not where the images lie, but what they are.
     images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
-    defines = [__version__, recipe.seed, recipe.precision, device.type, data, images, teacher, plugins]
+    defines = [__version__, recipe.seed, pick_precision(recipe, device), device.type, data, images, teacher, plugins]
     return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]

@@ -84,7 +84,7 @@ class TrainingContext:
     """What the phases of a run share.
 
     Args:
-        precision: the recipe's.
+        precision: "fp32", "bf16" or "fp16".
         device: where the training runs.
         checkpoints: saves the state, and has the one to resume from.
         stop: whether a signal asks for the end.
