@@ -160,7 +160,7 @@ power = 0
         ("data.augment=[{size=3}]", "data.augment.0.name", "missing"),
         ("data.augment=[3]", "data.augment.0", "3 is not valid"),
         ("seed=-1", "seed", "(>= 0)"),
-        ("precision=fp8", "precision", 'it takes one of "fp32", "bf16", "fp16"'),
+        ("precision=fp8", "precision", 'it takes one of "auto", "fp32", "bf16", "fp16"'),
         ('losses=[{name="attention"}]', "losses", "no loss on the student's logits"),
         ('losses=[{name="cross-entropy"},{name="cross-entropy"}]', "losses", "stands there 2 times"),
         ("teacher.architecture=torchvison", "teacher.architecture", "did you mean 'torchvision'?"),
