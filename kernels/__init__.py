@@ -5,13 +5,14 @@ This package knows nothing of the rest of lasnn. README.md derives the formulas 
 
 from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
 from lasnn.kernels.checks import SURROGATES
-from lasnn.kernels.functional import attention_map, lif, norm_lif
+from lasnn.kernels.functional import attention_map, avg_pool2, lif, norm_lif
 
 __all__ = [
     "SURROGATES",
     "BatchNorm2d",
     "BatchStatistics",
     "attention_map",
+    "avg_pool2",
     "lif",
     "norm_lif",
     "pool_statistics",

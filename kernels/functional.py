@@ -22,7 +22,7 @@ from lasnn.kernels.checks import (
     unknown,
     whole_steps,
 )
-from lasnn.kernels.layout import state_dtype
+from lasnn.kernels.layout import memory_format, state_dtype
 
 TEMPORAL = ("rate", "step", "map")
 
@@ -277,3 +277,23 @@ def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: f
 
     f = ops.attention(x, power, temporal).flatten(-2)
     return f / torch.linalg.vector_norm(f, dim=-1, keepdim=True).clamp_min(eps)
+
+
+def avg_pool2(x: Tensor) -> Tensor:
+    """Average pooling over 2 x 2 pixels: what `torch.nn.functional.avg_pool2d(x, 2)` gives, to the last bit, several
+    times as fast on contiguous images on a CPU; on a GPU, and in channels_last, it is that function.
+
+    Args:
+        x: images [N, C, H, W]; fp32, bf16 or fp16; on the CPU also fp64.
+
+    Returns:
+        [N, C, H // 2, W // 2], in x's memory order; an odd last row or column is left out.
+
+    Raises:
+        TypeError: x is no tensor of a dtype that is taken.
+        ValueError: it is not four-dimensional, or a side is shorter than 2.
+    """
+    check_tensor("avg_pool2", x)
+    if x.dim() != 4 or min(x.shape[2:]) < 2:
+        raise ValueError(f"avg_pool2: x must be [N, C, H, W] with sides of at least 2, got {list(x.shape)}")
+    return ops.avg_pool2(x if memory_format(x) else x.contiguous())

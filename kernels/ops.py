@@ -11,7 +11,7 @@ from importlib import import_module
 
 import torch
 
-from lasnn.kernels import cpu, dynamics
+from lasnn.kernels import cpu, dynamics, pool
 from lasnn.kernels.layout import empty_images, empty_step, empty_steps, memory_format, segments, state_dtype
 
 
@@ -361,9 +361,51 @@ def attention_gradient(ctx, grad):
 attention.register_autograd(attention_gradient, setup_context=attention_setup_context)
 
 
+# The mean of each 2 x 2 pixels of x [N, C, H, W]: [N, C, H // 2, W // 2], in x's memory order.
+avg_pool2 = Op("avg_pool2(Tensor x) -> Tensor", cpu.pool.pool_forward, pool.pool_forward)
+
+# Gradient of x [N, C, height, width].
+avg_pool2_backward = Op(
+    "avg_pool2_backward(Tensor grad, SymInt height, SymInt width, bool channels_last) -> Tensor",
+    cpu.pool.pool_backward,
+    pool.pool_backward,
+)
+
+
+@avg_pool2.register_fake
+def _(x):
+    return pool.pool_forward(x)
+
+
+@avg_pool2_backward.register_fake
+def _(grad, height, width, channels_last):
+    return pool.pool_backward(grad, height, width, channels_last)
+
+
+def avg_pool2_setup_context(ctx, inputs, output):
+    (x,) = inputs
+    # Not x itself, which would be kept for its shape.
+    ctx.shape = (*x.shape[2:], memory_format(x) is torch.channels_last)
+
+
+def avg_pool2_gradient(ctx, grad):
+    return avg_pool2_backward(grad, *ctx.shape)
+
+
+avg_pool2.register_autograd(avg_pool2_gradient, setup_context=avg_pool2_setup_context)
+
+
 def no_second_gradient(ctx, *_):
     raise NotImplementedError("lasnn's ops have no second derivative: a gradient cannot be differentiated again")
 
 
-for op in (norm_statistics, lif_backward, norm_lif_sums, norm_lif_grad, norm_grad, attention_backward):
+for op in (
+    norm_statistics,
+    lif_backward,
+    norm_lif_sums,
+    norm_lif_grad,
+    norm_grad,
+    attention_backward,
+    avg_pool2_backward,
+):
     op.register_autograd(no_second_gradient)

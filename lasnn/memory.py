@@ -14,8 +14,11 @@ from lasnn.network.time_chunks import even_chunks
 from lasnn.recipe.schema import Recipe
 from lasnn.registry import neurons, translate_errors
 
-# From <malloc.h>.
-M_MMAP_THRESHOLD = -3
+# Options of glibc's mallopt, from <malloc.h>.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+# Freed memory stays in the heap, or goes back to the system.
+WHOLE = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+CHUNKS = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 64 * 2**10, M_TRIM_THRESHOLD: 128 * 2**10}
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -75,12 +78,14 @@ def training_memory(
     return activations + learnt + frozen
 
 
-def return_freed_memory() -> None:
-    """Let glibc give each block of 64 KiB and more back to the system when it is freed (elsewhere: nothing).
+def tune_allocator(chunks: bool) -> None:
+    """Set what glibc does with memory that is freed, for a training on a CPU (elsewhere: nothing).
 
-    Otherwise it keeps those of up to 32 MiB in its heap, which the voltages between the chunks of time then fragment:
-    the process grows several times beyond the tensors that it holds.
+    A step frees what the next one allocates: kept in the heap it is used again as it is, where the system would give
+    new pages, zeroed one by one. Not with time in `chunks`: the voltages between them fragment the heap, and the
+    process grows several times beyond the tensors that it holds. Each block of 64 KiB and more then goes back.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 64 * 2**10)
+        for option, value in (CHUNKS if chunks else WHOLE).items():
+            mallopt(option, value)

@@ -814,3 +814,46 @@ def energy_backward(first, last, numbers, power, like, scratch):
             for t in range(steps):
                 energy_slope(scratch, TOTAL, x, t * x_step + start, power, n)
                 copy(scratch, TOTAL, grad_x, t * size + start, n)
+
+
+halving = Accesses("halving")
+read_pixel, write_pixel = halving.read, halving.write
+
+
+@compiled
+def halve(first, last, numbers, like, scratch):
+    """The mean of each 2 x 2 pixels of some of the planes [height, width]; an odd last row or column is left out."""
+    height, width, x_at, out_at = numbers
+    x, out, quarter = at(like, x_at), at(like, out_at), scratch.dtype.type(0.25)
+    rows, columns = height // 2, width // 2
+    for plane in range(first, last):
+        for row in range(rows):
+            upper, to = (plane * height + 2 * row) * width, (plane * rows + row) * columns
+            lower = upper + width
+            for i in range(columns):
+                # In the order in which PyTorch adds them.
+                total = read_pixel(x, upper + 2 * i) + read_pixel(x, upper + 2 * i + 1)
+                total = total + read_pixel(x, lower + 2 * i)
+                write_pixel(out, to + i, (total + read_pixel(x, lower + 2 * i + 1)) * quarter)
+
+
+@compiled
+def halve_backward(first, last, numbers, like, scratch):
+    """The gradient of x; 0 in an odd last row or column."""
+    height, width, grad_at, grad_x_at = numbers
+    grad, grad_x = at(like, grad_at), at(like, grad_x_at)
+    quarter, zero = scratch.dtype.type(0.25), scratch.dtype.type(0)
+    rows, columns = height // 2, width // 2
+    for plane in range(first, last):
+        for row in range(rows):
+            start, to = (plane * rows + row) * columns, (plane * height + 2 * row) * width
+            for line in (to, to + width):
+                for i in range(columns):
+                    share = read_pixel(grad, start + i) * quarter
+                    write_pixel(grad_x, line + 2 * i, share)
+                    write_pixel(grad_x, line + 2 * i + 1, share)
+                if width % 2:
+                    write_pixel(grad_x, line + width - 1, zero)
+        if height % 2:
+            for i in range(width):
+                write_pixel(grad_x, (plane * height + height - 1) * width + i, zero)

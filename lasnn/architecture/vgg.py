@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
+from lasnn.network.pooling import AvgPool2d
 from lasnn.network.staged import Staged
 from lasnn.network.units import Act
 from lasnn.registry import architectures
@@ -33,7 +34,7 @@ def _vgg(depth: str, act: Act, in_channels: int, num_classes: int, width: int, p
     for number, multiples in enumerate(STAGES[depth], start=1):
         layers = []
         if number > 1:
-            layers.append(nn.AvgPool2d(2) if pool == "avg" else nn.MaxPool2d(2))
+            layers.append(AvgPool2d() if pool == "avg" else nn.MaxPool2d(2))
         for multiple in multiples:
             channels = multiple * width
             layers += [nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), act(channels)]

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import folded
+from lasnn.network.pooling import AvgPool2d
 from lasnn.network.staged import Staged
 from lasnn.network.units import NormSpike
 from lasnn.neuron import Neuron
@@ -127,7 +128,7 @@ class Tracer(fx.Tracer):
     """Takes lasnn's own modules for one each, like those of torch.nn."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (NormSpike, *NORMS)) or super().is_leaf_module(module, name)
+        return isinstance(module, (NormSpike, AvgPool2d, *NORMS)) or super().is_leaf_module(module, name)
 
 
 class Builder(fx.Interpreter):
@@ -175,7 +176,7 @@ class Builder(fx.Interpreter):
             return self._weigh(target, module.weight, module.bias, x, meta)
         if kind in NORMS:
             return self._normalise(target, module, x)
-        if kind in (nn.AvgPool2d, nn.AdaptiveAvgPool2d):
+        if kind in (AvgPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d):
             return self._pool(target, module, x, meta)
         if kind is nn.Flatten and meta.shape == x.meta.flatten(1).shape:
             return self._flatten(target, x, meta)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lasnn.kernels.functional import folded
+from lasnn.network.pooling import AvgPool2d
 from lasnn.network.student import Student
 from lasnn.network.time import TimeContext
 from lasnn.network.units import NormSpike
@@ -110,8 +111,12 @@ class Plain(nn.Module):
         for name, unit in list(self.network.named_modules(remove_duplicate=False)):
             if isinstance(unit, NormSpike):
                 plain = self.units.setdefault(unit.name, PlainUnit(unit, self.network.time, self.trace))
-                parent, _, attribute = name.rpartition(".")
-                setattr(self.network.get_submodule(parent), attribute, plain)
+            elif isinstance(unit, AvgPool2d):
+                plain = nn.AvgPool2d(2)
+            else:
+                continue
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.network.get_submodule(parent), attribute, plain)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from lasnn.data import DatasetDescription, Images, Streamed
 from lasnn.description import describe_student
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
-from lasnn.memory import return_freed_memory
+from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.open_run import bind, is_done, open_run
@@ -91,8 +91,8 @@ def distill(
         described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
         known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
         run.write_json("env.json", {**environment(plan.device), **known})
-        if plan.recipe.time_chunk and plan.device.type == "cpu":
-            return_freed_memory()
+        if plan.device.type == "cpu":
+            tune_allocator(chunks=plan.recipe.time_chunk > 0)
         with training_environment(plan, detect_anomaly) as stop:
             checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes, saved)
             checkpoints.require("images", train.fingerprint())
