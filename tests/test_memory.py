@@ -1,7 +1,10 @@
 """What trains in less memory trains the same: micro-batches, and time in chunks."""
 
+import platform
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -374,11 +377,25 @@ def test_other_errors_are_not_taken_for_it():
     assert out_of_memory(ValueError("out of memory")) is None
 
 
-def test_freed_blocks_are_given_back_where_time_is_in_chunks(tiny, monkeypatch):
-    asked = []
-    monkeypatch.setattr("lasnn.training.distill.return_freed_memory", lambda: asked.append(True))
-    settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", "distill.time_chunk=1"]
-    distill(tiny, overrides=settings)
-    assert asked
-    distill(tiny, overrides=[*settings, "student.timesteps=1"])
-    assert len(asked) == 1
+FAULTS = """
+import resource, sys, torch
+from lasnn import distill
+
+distill("tiny.toml", overrides=sys.argv[1:])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.zeros(2**20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_freed_memory_is_used_again_or_goes_back_where_time_is_in_chunks(chunk, tiny):
+    """Of a block of 4 MiB that is allocated and freed again and again, a training on a CPU behind it."""
+    settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", f"distill.time_chunk={chunk}"]
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, *settings], cwd=tiny.parent, check=True, capture_output=True, text=True
+    )
+    faults, pages = int(done.stdout.split()[-1]), 4 * 2**20 // resource.getpagesize()
+    assert faults >= pages if chunk else faults < pages / 4

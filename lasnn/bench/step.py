@@ -29,6 +29,7 @@ from lasnn.data import Images
 from lasnn.errors import UserError
 from lasnn.evaluation.speed import forget_peak, peak_memory
 from lasnn.factory import make_encoder, make_network, make_student, make_teacher
+from lasnn.memory import tune_allocator
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -193,6 +194,8 @@ class Steps:
     def __init__(self, plan: Plan, folder: Path):
         recipe, device = plan.recipe, plan.device
         self.plan = plan
+        if device.type == "cpu":
+            tune_allocator(chunks=recipe.time_chunk > 0)
         self.context = TrainingContext(
             plan.precision,
             device,
