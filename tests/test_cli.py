@@ -299,3 +299,16 @@ def test_a_users_architecture_learns_from_a_shipped_teacher(lasnn, tmp_path):
     (tmp_path / "my_nets.py").unlink()
     (tmp_path / "mine.toml").unlink()
     assert lasnn.json("evaluate")["accuracy"] == summary["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "3000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")],
+)
+def test_the_commands_wait_for_threads_briefly_unless_told_otherwise(given, wanted, lasnn):
+    (lasnn.folder / "says.py").write_text(
+        "import os\nprint(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))\n"
+    )
+    (lasnn.folder / "says.toml").write_text('plugins = ["says.py"]\n')
+    lasnn.environment.update(given)
+    assert lasnn("distill", "says.toml", "--dry-run", code=2).stdout.splitlines()[1] == wanted

@@ -118,6 +118,24 @@ def use():
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch comes with another OpenMP")
+def test_the_threads_are_those_of_pytorch():
+    """None but the caller's is Python's; and where OpenMP gives fewer than asked for, all parts are done."""
+    program = """
+import threading
+before = threading.active_count()
+torch.set_num_threads(2)
+from lasnn.kernels.cpu import threads
+def team():
+    seen = []
+    threads.run(lambda first, last: seen.append((first, last)), 7, 100 * threads.SHARE)
+    return sorted(seen)
+print(threads.openmp() is not None, team(), threading.active_count() - before)
+"""
+    assert run(USE + program) == "True [(0, 3), (3, 7)] 0\n"
+    assert run(USE + program, OMP_THREAD_LIMIT="1") == "True [(0, 7)] 0\n"
+
+
 def test_a_fork_after_use_has_threads_of_its_own():
     program = """
 use()
