@@ -325,10 +325,10 @@ def test_the_memory_estimate_follows_the_chunk(tiny):
     settings = ["student.encoder=poisson", "data.batch_size=400"]
     memory = {
         (t, chunk): read_plan(tiny, [*settings, f"student.timesteps={t}", f"distill.time_chunk={chunk}"]).memory_bytes
-        for t, chunk in ((8, 0), (100, 0), (100, 4))
+        for t, chunk in ((8, 0), (100, 0), (100, 8))
     }
     assert memory[100, 0] > 10 * memory[8, 0]
-    assert memory[100, 4] < 2 * memory[8, 0]
+    assert memory[100, 8] < 2.2 * memory[8, 0]
 
 
 # Out of memory
