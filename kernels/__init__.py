@@ -3,7 +3,13 @@
 This package knows nothing of the rest of lasnn. README.md derives the formulas and counts the bytes.
 """
 
-from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
+from lasnn.kernels.batch_norm import (
+    BatchNorm2d,
+    BatchStatistics,
+    normalised_mean,
+    pool_statistics,
+    update_running_statistics,
+)
 from lasnn.kernels.checks import SURROGATES
 from lasnn.kernels.functional import attention_map, lif, norm_lif
 
@@ -14,6 +20,7 @@ __all__ = [
     "attention_map",
     "lif",
     "norm_lif",
+    "normalised_mean",
     "pool_statistics",
     "update_running_statistics",
 ]

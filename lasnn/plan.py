@@ -26,7 +26,7 @@ from lasnn.factory import (
     make_teacher,
     pick_device,
 )
-from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
+from lasnn.loss import Pair
 from lasnn.memory import carried_voltages, count_parameters, training_memory
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -36,19 +36,21 @@ from lasnn.probe import (
     build_student,
     build_teacher,
     check_augmentation,
-    check_loss,
+    check_currents,
+    check_losses,
     check_maps,
+    empty_losses,
     on_meta,
     probe,
     real_values,
     student_entry,
     teacher_entry,
+    try_losses,
     try_student,
     try_teacher,
 )
 from lasnn.problems import Problems
 from lasnn.recipe.schema import Recipe
-from lasnn.registry import losses, translate_errors
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,7 @@ def make_plan(recipe: Recipe) -> Plan:
         with on_meta():
             problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
-        for index, loss in enumerate(recipe.losses):
-            call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)
-            problems.attempt(f"losses.{index}", call)
+        try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
     if not problems.lines:
         problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
         if teacher:
@@ -192,7 +192,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_checkpoint=checkpoint,
         teacher_frozen=frozen,
         memory_bytes=memory,
-        notes=tuple(real_values(student.network, student.probed)),
+        notes=(*real_values(student.network, student.probed), *empty_losses(recipe)),
     )
 
 
@@ -249,7 +249,7 @@ def _pair(
     if recipe.teacher is None:
         if recipe.distill.pairs:
             problems.report("distill.pairs", "there is no [teacher] to pair with")
-        _check_losses(recipe, [], [], problems)
+        check_losses(recipe, [], [], problems)
         return []
     stages = student.stages if student else _stages_alone(recipe, data, problems)
     if stages is None or teacher is None:
@@ -263,7 +263,8 @@ def _pair(
         for line in dict.fromkeys([*ours, *theirs]):
             problems.report("distill.pairs", line)
             wrong.append(line)
-    _check_losses(recipe, pairs, wrong, problems)
+    check_losses(recipe, pairs, wrong, problems)
+    check_currents(recipe, data, pairs, {"student": student, "teacher": teacher}, problems)
     if student and recipe.student.init == "teacher":
         problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     return pairs
@@ -274,26 +275,6 @@ def _stages_alone(recipe: Recipe, data: Dataset, problems: Problems) -> dict[str
     with torch.device("meta"):
         network = problems.attempt("student", lambda: make_network(recipe.student, ann_units(), data))
     return dict.fromkeys(network.stage_names, ()) if network else None
-
-
-def _check_losses(recipe: Recipe, pairs: list[Pair], wrong: list[str], problems: Problems) -> None:
-    """Whether each loss can work on the pairs, and on chunks of time; `wrong` pairs are reported already."""
-    for index, loss in enumerate(recipe.losses):
-        entry = losses[loss.name]
-        if "student_features" not in entry.inputs:
-            continue
-        if not pairs and not wrong:
-            problems.report(f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs")
-        with translate_errors(entry):
-            found = pair_problems(entry.function, pairs, loss.options)
-        for option, message in found:
-            problems.report(f"losses.{index}.{option}", message)
-        if recipe.time_chunk and reading_of(entry.function, loss.options) is None:
-            problems.report(
-                f"losses.{index}",
-                f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
-                f"set time_chunk = 0, or {reading_fix(entry.function)}",
-            )
 
 
 def _check_batches(

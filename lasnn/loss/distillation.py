@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lasnn.loss.interface import Readout
+from lasnn.loss.interface import Readout, at_one_step
 from lasnn.registry import losses
 
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -39,6 +39,7 @@ def logit_kd(
 
 
 @losses.register("ensemble-kd")
+@at_one_step("it is 0 for images that the student gets right, and only lowers its confidence in the others")
 def ensemble_kd(logits: Tensor, targets: Tensor, *, temperature: Temperature = 3.0) -> Tensor:
     """Self-distillation of each step from the mean logits of the steps that are right (ELKD's second term).
 
