@@ -334,6 +334,7 @@ def test_a_teachers_current_is_what_enters_its_relu():
         current = features["stage2.current"]
         assert current.min() < 0
         assert torch.equal(current.relu(), features["stage2"])
+        assert not any(part.requires_grad for part in teacher.classifier)
 
 
 def test_currents_in_chunks_of_time_are_the_same():

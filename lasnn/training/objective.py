@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lasnn import processes
 from lasnn.loss import BoundLoss, reading_of
 from lasnn.network.staged import CURRENT
 from lasnn.network.student import Student
@@ -176,10 +177,14 @@ class DistillationObjective(Objective):
         for loss in wanted:
             bound = self.bound[loss.name]
             if len(given["targets"]):
-                values[loss.name] = bound(inputs)
+                value = bound(inputs)
             else:
-                values[loss.name] = zero_loss([students[name] for name in bound.inputs if name in students])
-                values[loss.name] += without_images(bound, inputs)
+                value = zero_loss([students[name] for name in bound.inputs if name in students])
+                value = value + without_images(bound, inputs)
+            if processes.world_size() > 1 and "student_currents" in bound.inputs:
+                # Their backward passes exchange statistics: all processes run those of all stages, or none does.
+                value = value + 0.0 * zero_loss(students["student_currents"])
+            values[loss.name] = value
         return values
 
     def _terms_in_chunks(
