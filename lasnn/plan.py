@@ -43,6 +43,7 @@ from lasnn.probe import (
     on_meta,
     probe,
     real_values,
+    scheduled_losses,
     student_entry,
     teacher_entry,
     try_losses,
@@ -192,7 +193,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_checkpoint=checkpoint,
         teacher_frozen=frozen,
         memory_bytes=memory,
-        notes=(*real_values(student.network, student.probed), *empty_losses(recipe)),
+        notes=(*real_values(student.network, student.probed), *scheduled_losses(recipe), *empty_losses(recipe)),
     )
 
 

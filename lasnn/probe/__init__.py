@@ -24,7 +24,7 @@ from lasnn.probe.built import (
     try_student,
     try_teacher,
 )
-from lasnn.probe.losses import check_currents, check_losses, empty_losses, try_losses
+from lasnn.probe.losses import check_currents, check_losses, empty_losses, scheduled_losses, try_losses
 from lasnn.probe.network import Probed, check_maps, on_meta, probe, real_values
 from lasnn.probe.parts import check_augmentation
 
@@ -41,6 +41,7 @@ __all__ = [
     "on_meta",
     "probe",
     "real_values",
+    "scheduled_losses",
     "student_entry",
     "teacher_entry",
     "try_losses",

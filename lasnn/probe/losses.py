@@ -92,6 +92,15 @@ def check_currents(
             problems.report(f"losses.{index}", f"{name!r} compares currents; the {who}'s {line}: {fix}")
 
 
+def scheduled_losses(recipe: Recipe) -> Iterator[str]:
+    """A line for each loss whose weight does not stay."""
+    for loss in recipe.losses:
+        if loss.schedule == "cosine":
+            yield f"loss     {loss.name!r}: its weight falls to 0 along a cosine"
+        elif loss.schedule == "until":
+            yield f"loss     {loss.name!r}: its weight is 0 after {loss.until:.0%} of the training"
+
+
 def empty_losses(recipe: Recipe) -> Iterator[str]:
     """A line for each loss that compares time steps where there is one."""
     for loss in recipe.losses if recipe.student.timesteps == 1 else ():

@@ -141,7 +141,7 @@ def student_phase(
 ) -> Phase:
     """The student's training under its teacher."""
     recipe = plan.recipe
-    objective = DistillationObjective(student, teacher, plan)
+    objective = DistillationObjective(student, teacher, plan, len(train))
     return Phase(
         name="student",
         model=student,

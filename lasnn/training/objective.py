@@ -5,6 +5,7 @@ An objective runs networks without registering them as its own: its parameters a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Objective(nn.Module, ABC):
     Args:
         phase: "teacher" or "student", which keys the random numbers.
         seed: of the run.
-        weights: of the terms in the sum, in their order.
+        weights: of the terms in the sum, in their order; where they follow schedules, those of the first step.
     """
 
     def __init__(self, phase: str, seed: int, weights: dict[str, float]):
@@ -56,8 +57,12 @@ class Objective(nn.Module, ABC):
         with keyed(self.seed, self.phase, epoch, step, *([first] if first else [])):
             draws = generator(self.seed, "encode", epoch, step, device=images.device)
             terms = self.terms(images, targets, draws, {"first": first, "total": total})
-        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
+        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights_at(epoch, step).items())
         return terms
+
+    def weights_at(self, epoch: int, step: int) -> dict[str, float]:
+        """The weights of a step."""
+        return self.weights
 
     @abstractmethod
     def terms(
@@ -96,14 +101,20 @@ class DistillationObjective(Objective):
     """The recipe's losses of a student under its teacher.
 
     Its parameters are those of losses with learnt parts, which `losses` has by their number in the recipe.
+
+    Args:
+        student, teacher: on the run's device.
+        plan: the run's.
+        images: how many there are to train on: the weights' schedules count the steps.
     """
 
-    def __init__(self, student: Student, teacher: Teacher | None, plan: Plan):
+    def __init__(self, student: Student, teacher: Teacher | None, plan: Plan, images: int):
         recipe = plan.recipe
         super().__init__("student", recipe.seed, {loss.name: loss.weight for loss in recipe.losses})
         self.networks = (student, teacher)
         recipe.use_plugins()
         self.tables = recipe.losses
+        self.epochs, self.steps_per_epoch = recipe.distill.epochs, ceil(images / recipe.data.batch_size)
         self.time_chunk = recipe.time_chunk
         # Looked up once: a name may come to mean another version of its plugin.
         self.bound: dict[str, BoundLoss] = {}
@@ -127,6 +138,10 @@ class DistillationObjective(Objective):
                 ("teacher_currents", "teacher", CURRENT),
             )
         }
+
+    def weights_at(self, epoch: int, step: int) -> dict[str, float]:
+        done = (epoch * self.steps_per_epoch + step) / (self.epochs * self.steps_per_epoch)
+        return {loss.name: loss.weight_at(done) for loss in self.tables}
 
     @property
     def modules_by_name(self) -> dict[str, nn.Module]:
