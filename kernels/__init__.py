@@ -11,13 +11,14 @@ from lasnn.kernels.batch_norm import (
     update_running_statistics,
 )
 from lasnn.kernels.checks import SURROGATES
-from lasnn.kernels.functional import attention_map, lif, norm_lif
+from lasnn.kernels.functional import attention_map, energy_map, lif, norm_lif
 
 __all__ = [
     "SURROGATES",
     "BatchNorm2d",
     "BatchStatistics",
     "attention_map",
+    "energy_map",
     "lif",
     "norm_lif",
     "normalised_mean",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import isclass
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ from lasnn.probe import (
 )
 from lasnn.problems import Problems
 from lasnn.recipe.schema import Recipe
+from lasnn.registry import losses
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
 
 def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained_teacher: dict[str, Shape]) -> bool:
     """Whether batch norm has one value for each image somewhere: by the shapes of the stages."""
-    shapes = [*trained_teacher.values(), *(student.values() if recipe.student.timesteps == 1 else ())]
+    # A loss with learnt parts may have one of the student's features, averaged over time.
+    rates = recipe.student.timesteps == 1 or any(isclass(losses[loss.name].function) for loss in recipe.losses)
+    shapes = [*trained_teacher.values(), *(student.values() if rates else ())]
     return any(shape[1:] == (1, 1) for shape in shapes)
 
 

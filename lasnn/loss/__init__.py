@@ -32,9 +32,10 @@ What a loss may say of itself, by decorators:
     at_one_step     that it compares time steps: what is left of it at T = 1
 """
 
+from lasnn.loss.attention import attention, samd
 from lasnn.loss.cross_entropy import cross_entropy, entropy, tet
 from lasnn.loss.distillation import ensemble_kd, logit_kd
-from lasnn.loss.features import attention, feature_mse, same_size
+from lasnn.loss.features import FeatureRegressor, feature_mse
 from lasnn.loss.interface import (
     BoundLoss,
     Pair,
@@ -50,14 +51,18 @@ from lasnn.loss.interface import (
     reading_fix,
     reading_of,
 )
+from lasnn.loss.pairs import same_size
+from lasnn.loss.relations import cka, similarity
 
 __all__ = [
     "BoundLoss",
+    "FeatureRegressor",
     "Pair",
     "asks_for",
     "at_one_step",
     "attention",
     "check_pairs",
+    "cka",
     "couples_images",
     "cross_entropy",
     "does_couple_images",
@@ -71,6 +76,8 @@ __all__ = [
     "pair_problems",
     "reading_fix",
     "reading_of",
+    "samd",
     "same_size",
+    "similarity",
     "tet",
 ]
