@@ -1,5 +1,6 @@
 """A loss with learnt parts is trained, saved and resumed with the student; what losses can ask for beside features."""
 
+import re
 import signal
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 from torch import nn
 
+from common import ROOT
 from lasnn import architectures, build, distill, losses
 from lasnn.errors import UserError
 from lasnn.network.staged import build as build_network
@@ -21,6 +23,7 @@ from lasnn.registry import encoders
 from lasnn.training.stop import Stopped
 from lasnn.weights import load_state
 
+DOCS = ROOT / "docs" / "recipes.md"
 LOSS = """
 from torch import nn
 
@@ -192,6 +195,15 @@ def test_a_loss_that_couples_images_is_refused_with_parts_of_a_batch():
     assert line.startswith("recipe: losses.1.name: 'mine' compares the images of a batch with each other")
 
 
+def test_the_loss_of_the_docs_works():
+    [code] = re.findall(
+        r"```python\n(from torch import nn\nfrom lasnn import losses\n.*?)```", DOCS.read_text(), re.DOTALL
+    )
+    exec(code, {"__name__": "docs"})
+    plan("my-regressor")
+    plan("my-regressor", distill={"epochs": 1, "time_chunk": 1})
+
+
 # The classifier
 
 
@@ -229,6 +241,29 @@ def test_a_teacher_without_a_classifier():
 
     [line] = refused("mine", teacher={"architecture": "pooled", "epochs": 1})
     assert line == "recipe: losses.1: the teacher's head has no nn.Linear, so that it has no classifier"
+
+
+def test_samd_needs_the_classifier_of_the_last_stage():
+    plan("samd")
+    twice = {"architecture": "resnet19", "width": 2, "epochs": 1}
+    [line] = refused("samd", teacher=twice)
+    assert line == (
+        "recipe: losses.1: 'samd' weighs the channels of the teacher's last stage by its classifier: that has 8 "
+        "inputs, the last pair's stage 16 channels; name the last stage last in distill.pairs"
+    )
+    [line] = refused("samd", distill={"epochs": 1, "pairs": ["stage3", "stage1"]})
+    assert "that has 8 inputs, the last pair's stage 2 channels" in line
+
+
+def test_a_lone_image_whose_rates_are_one_pixel_is_refused_for_a_learnt_loss():
+    """The student has two steps for its own batch norms; a regressor's sees their mean."""
+    frozen = {"architecture": "vgg5", "width": 2, "epochs": 1}
+    student = {"architecture": "vgg11", "width": 2, "timesteps": 2}
+    batches = {"batch_size": plan("attention", student=student, teacher=frozen).data.train_size - 1}
+    options = {"student": student, "teacher": frozen, "data": batches}
+    plan("attention", **options)
+    [line] = refused("feature-regressor", **options)
+    assert line.startswith("recipe: data.batch_size: the last batch has one image, and a stage one pixel")
 
 
 # Currents
