@@ -3,9 +3,15 @@
 This package knows nothing of the rest of lasnn. README.md derives the formulas and counts the bytes.
 """
 
-from lasnn.kernels.batch_norm import BatchNorm2d, BatchStatistics, pool_statistics, update_running_statistics
+from lasnn.kernels.batch_norm import (
+    BatchNorm2d,
+    BatchStatistics,
+    normalised_mean,
+    pool_statistics,
+    update_running_statistics,
+)
 from lasnn.kernels.checks import SURROGATES
-from lasnn.kernels.functional import attention_map, avg_pool2, lif, norm_lif
+from lasnn.kernels.functional import attention_map, avg_pool2, energy_map, lif, norm_lif
 
 __all__ = [
     "SURROGATES",
@@ -13,8 +19,10 @@ __all__ = [
     "BatchStatistics",
     "attention_map",
     "avg_pool2",
+    "energy_map",
     "lif",
     "norm_lif",
+    "normalised_mean",
     "pool_statistics",
     "update_running_statistics",
 ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasnn.kernels import ops
-from lasnn.kernels.layout import memory_format
+from lasnn.kernels.layout import memory_format, state_dtype
 
 
 class BatchStatistics(NamedTuple):
@@ -108,6 +108,28 @@ def pool_over_group(batch: BatchStatistics, group: "dist.ProcessGroup") -> Batch
     return BatchStatistics(pooled.mean.to(dtype), pooled.variance.to(dtype), pooled.count)
 
 
+def normalised_mean(y: Tensor, norm: nn.BatchNorm2d, batch: BatchStatistics | None, timesteps: int) -> Tensor:
+    """The mean over time of what a batch norm makes of y, in the memory of one time step.
+
+    The norm is linear in y once its statistics are known, so that the mean is normalised in the place of each step.
+    Gradients are those of the mean of all normalised steps: through the statistics too, of all the group's processes.
+
+    Args:
+        y: [T*B, C, H, W] with time outermost; any strides.
+        norm: gives weight, bias, eps and, where there is no batch, the running statistics; it is only read.
+        batch: y's own statistics, as `norm_lif` returned them; None for the running ones.
+        timesteps: T.
+
+    Returns:
+        [B, C, H, W], in fp32 (fp64 for fp64).
+    """
+    state = state_dtype(y.dtype)
+    statistics = torch.stack((norm.running_mean, norm.running_var) if batch is None else batch[:2]).to(state)
+    weight, bias = (None if p is None else p.to(state) for p in (norm.weight, norm.bias))
+    group = None if batch is None else getattr(norm, "group", None)
+    return _NormalisedMean.apply(y, weight, bias, statistics, norm.eps, timesteps, batch is not None, group)
+
+
 def mean_over(sums: Tensor, count: int, group: "dist.ProcessGroup") -> Tensor:
     """The means of what all processes have summed over `count` elements each."""
     total = _counted(sums, count)
@@ -144,6 +166,36 @@ class _Normalise(torch.autograd.Function):
         grad_weight = None if weight is None else sums[1].to(weight.dtype)
         grad_bias = None if bias is None else sums[0].to(bias.dtype)
         return grad_y, grad_weight, grad_bias, None, None, None
+
+
+class _NormalisedMean(torch.autograd.Function):
+    """mean_t of (y[t] - mean) / sqrt(var + eps) * weight + bias; mean and variance are y's own where `of_batch`."""
+
+    @staticmethod
+    def forward(ctx, y, weight, bias, statistics, eps, timesteps, of_batch, group):
+        ctx.save_for_backward(y, weight, bias, statistics)
+        ctx.eps, ctx.timesteps, ctx.of_batch, ctx.group = eps, timesteps, of_batch, group
+        mean = y.unflatten(0, (timesteps, -1)).mean(0, dtype=statistics.dtype)
+        return F.batch_norm(mean, *statistics, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, weight, bias, statistics = ctx.saved_tensors
+        mean, var = statistics[:, :, None, None]
+        scale = (var + ctx.eps).rsqrt()
+        z = (y.unflatten(0, (ctx.timesteps, -1)).to(grad.dtype) - mean) * scale
+        sums = torch.stack([grad.sum((0, 2, 3)), (grad * z.mean(0)).sum((0, 2, 3))])
+        g = grad
+        if ctx.of_batch:
+            count = grad.numel() // grad.shape[1]
+            # Every process takes part in the exchange, whether it needs the result or not.
+            means = sums / max(count, 1) if ctx.group is None else mean_over(sums, count, ctx.group)
+            g = grad - means[0][:, None, None] - z * means[1][:, None, None]
+        scale = scale if weight is None else scale * weight[:, None, None]
+        grad_y = (g * (scale / ctx.timesteps)).expand_as(z).flatten(0, 1).to(y.dtype)
+        grad_weight = None if weight is None else sums[1]
+        grad_bias = None if bias is None else sums[0]
+        return grad_y, grad_weight, grad_bias, None, None, None, None, None
 
 
 class NormLif(torch.autograd.Function):

@@ -234,16 +234,47 @@ def folded(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float32) -> tuple[Te
     return mean[:, None, None], scale[:, None, None], bias[:, None, None]
 
 
+def energy_map(x: Tensor, power: float = 2, temporal: str = "rate") -> Tensor:
+    """How active a feature is at each pixel: f = sum over channels of |.|^power.
+
+    "rate" is f of the mean of x over time, "map" the mean over time of f[t], "step" f[t], step by step. For power 1 the
+    derivative of |.| at 0 is +1 by definition, so that silent neurons, whose value is never negative, get a gradient;
+    for a larger power they get none.
+
+    Args:
+        x: feature, [T, B, C, H, W]; fp32, bf16 or fp16; on the CPU also fp64. Any strides.
+        power: exponent, at least 1.
+        temporal: "rate", "step" or "map".
+
+    Returns:
+        [B, H, W], or [T, B, H, W] for "step", in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: x is no tensor of a dtype that is taken, or power no number.
+        ValueError: a shape, a device or an option does not fit.
+    """
+    check_tensor("energy_map", x)
+    if x.dim() != 5:
+        raise ValueError(
+            f"energy_map: x must be [T, B, C, H, W], got {list(x.shape)}; a feature without time is x.unsqueeze(0)"
+        )
+    if x.shape[0] < 1:
+        raise ValueError("energy_map: x has 0 time steps; T must be at least 1")
+    power = number("energy_map", "power", power)
+    if not power >= 1:
+        raise ValueError(f"energy_map: power must be at least 1, got {power}")
+    if temporal not in TEMPORAL:
+        raise ValueError(unknown("temporal", temporal, TEMPORAL))
+    return ops.attention(x, power, temporal)
+
+
 def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: float = 1e-3) -> Tensor:
     """Where a feature is active: its spatial attention map, of unit norm.
 
-    With the energy f = sum over channels of |.|^power and Q(f) = f / max(||f||_2, eps) over the H*W pixels:
-    "rate" is Q of the mean of x over time, "map" Q of the mean over time of f[t], "step" Q(f[t]), step by
-    step.
+    With `energy_map`'s f and Q(f) = f / max(||f||_2, eps) over the H*W pixels: "rate" is Q of the mean of x over time,
+    "map" Q of the mean over time of f[t], "step" Q(f[t]), step by step.
 
-    Where the norm is below eps, as for a map that is silent, Q is f / eps: its gradient stays within df/dx /
-    eps. For power 1 the derivative of |.| at 0 is +1 by definition, so that silent neurons, whose value is
-    never negative, get a gradient; for a larger power they get none.
+    Where the norm is below eps, as for a map that is silent, Q is f / eps: its gradient stays within df/dx / eps.
 
     Args:
         x: feature, [T, B, C, H, W]; fp32, bf16 or fp16; on the CPU also fp64. Any strides.
@@ -261,21 +292,8 @@ def attention_map(x: Tensor, power: float = 2, temporal: str = "rate", *, eps: f
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017; the readings over time
     and the bound on the norm are this library's.
     """
-    check_tensor("attention_map", x)
-    if x.dim() != 5:
-        raise ValueError(
-            f"attention_map: x must be [T, B, C, H, W], got {list(x.shape)}; a feature without time is x.unsqueeze(0)"
-        )
-    if x.shape[0] < 1:
-        raise ValueError("attention_map: x has 0 time steps; T must be at least 1")
-    power = number("attention_map", "power", power)
-    if not power >= 1:
-        raise ValueError(f"attention_map: power must be at least 1, got {power}")
-    if temporal not in TEMPORAL:
-        raise ValueError(unknown("temporal", temporal, TEMPORAL))
     eps = positive("attention_map", "eps", eps)
-
-    f = ops.attention(x, power, temporal).flatten(-2)
+    f = energy_map(x, power, temporal).flatten(-2)
     return f / torch.linalg.vector_norm(f, dim=-1, keepdim=True).clamp_min(eps)
 
 

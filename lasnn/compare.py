@@ -437,7 +437,8 @@ def needs_teacher(loss: str) -> bool:
 
 
 def entry(loss: LossTable) -> dict[str, Any]:
-    return loss.model_dump(exclude_none=True)
+    """A term as the recipe has it, without what it leaves out."""
+    return loss.model_dump(exclude_none=True, exclude_unset=True)
 
 
 def plan_all(recipe: str, arms: Iterable[Arm], seeds: Iterable[int]) -> dict[tuple[Arm, int], Plan]:

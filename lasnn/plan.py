@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import isclass
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from lasnn.factory import (
     pick_device,
     pick_precision,
 )
-from lasnn.loss import Pair, pair_problems, reading_fix, reading_of
+from lasnn.loss import Pair
 from lasnn.memory import carried_voltages, count_parameters, training_memory
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -37,19 +38,23 @@ from lasnn.probe import (
     build_student,
     build_teacher,
     check_augmentation,
-    check_loss,
+    check_currents,
+    check_losses,
     check_maps,
+    empty_losses,
     on_meta,
     probe,
     real_values,
+    scheduled_losses,
     student_entry,
     teacher_entry,
+    try_losses,
     try_student,
     try_teacher,
 )
 from lasnn.problems import Problems
 from lasnn.recipe.schema import Recipe
-from lasnn.registry import losses, translate_errors
+from lasnn.registry import losses
 
 
 @dataclass(frozen=True)
@@ -175,9 +180,7 @@ def make_plan(recipe: Recipe) -> Plan:
         with on_meta():
             problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
-        for index, loss in enumerate(recipe.losses):
-            call = partial(check_loss, loss, recipe, data, pairs, augmentation.mixes)
-            problems.attempt(f"losses.{index}", call)
+        try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
     if not problems.lines:
         problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
         if teacher:
@@ -199,7 +202,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_checkpoint=checkpoint,
         teacher_frozen=frozen,
         memory_bytes=memory,
-        notes=tuple(real_values(student.network, student.probed)),
+        notes=(*real_values(student.network, student.probed), *scheduled_losses(recipe), *empty_losses(recipe)),
     )
 
 
@@ -215,7 +218,9 @@ def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
 
 def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained_teacher: dict[str, Shape]) -> bool:
     """Whether batch norm has one value for each image somewhere: by the shapes of the stages."""
-    shapes = [*trained_teacher.values(), *(student.values() if recipe.student.timesteps == 1 else ())]
+    # A loss with learnt parts may have one of the student's features, averaged over time.
+    rates = recipe.student.timesteps == 1 or any(isclass(losses[loss.name].function) for loss in recipe.losses)
+    shapes = [*trained_teacher.values(), *(student.values() if rates else ())]
     return any(shape[1:] == (1, 1) for shape in shapes)
 
 
@@ -256,7 +261,7 @@ def _pair(
     if recipe.teacher is None:
         if recipe.distill.pairs:
             problems.report("distill.pairs", "there is no [teacher] to pair with")
-        _check_losses(recipe, [], [], problems)
+        check_losses(recipe, [], [], problems)
         return []
     stages = student.stages if student else _stages_alone(recipe, data, problems)
     if stages is None or teacher is None:
@@ -270,7 +275,8 @@ def _pair(
         for line in dict.fromkeys([*ours, *theirs]):
             problems.report("distill.pairs", line)
             wrong.append(line)
-    _check_losses(recipe, pairs, wrong, problems)
+    check_losses(recipe, pairs, wrong, problems)
+    check_currents(recipe, data, pairs, {"student": student, "teacher": teacher}, problems)
     if student and recipe.student.init == "teacher":
         problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     return pairs
@@ -281,26 +287,6 @@ def _stages_alone(recipe: Recipe, data: Dataset, problems: Problems) -> dict[str
     with torch.device("meta"):
         network = problems.attempt("student", lambda: make_network(recipe.student, ann_units(), data))
     return dict.fromkeys(network.stage_names, ()) if network else None
-
-
-def _check_losses(recipe: Recipe, pairs: list[Pair], wrong: list[str], problems: Problems) -> None:
-    """Whether each loss can work on the pairs, and on chunks of time; `wrong` pairs are reported already."""
-    for index, loss in enumerate(recipe.losses):
-        entry = losses[loss.name]
-        if "student_features" not in entry.inputs:
-            continue
-        if not pairs and not wrong:
-            problems.report(f"losses.{index}.name", f"{loss.name!r} needs pairs of stages; name some in distill.pairs")
-        with translate_errors(entry):
-            found = pair_problems(entry.function, pairs, loss.options)
-        for option, message in found:
-            problems.report(f"losses.{index}.{option}", message)
-        if recipe.time_chunk and reading_of(entry.function, loss.options) is None:
-            problems.report(
-                f"losses.{index}",
-                f"{loss.name!r} reads its features at all time steps together, which distill.time_chunk does not keep; "
-                f"set time_chunk = 0, or {reading_fix(entry.function)}",
-            )
 
 
 def _check_batches(

@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -47,13 +47,20 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered part."""
+    """One registered part.
+
+    Args:
+        inputs: what lasnn hands it, by name; of a loss that is a class, to its `forward`.
+        options: what a recipe may set.
+        sizes: what lasnn hands to the constructor of a loss that is a class, by name.
+    """
 
     kind: str
     name: str
     function: Callable
     inputs: tuple[str, ...]
     options: dict[str, Option]
+    sizes: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -119,10 +126,10 @@ class Registry:
     """The parts of one kind, by name.
 
     `home` is the module that registers the built-in ones; it is imported when the registry is first used, so that
-    importing lasnn stays light.
+    importing lasnn stays light. `check` is given a new part's entry, and returns the one that is kept.
     """
 
-    def __init__(self, kind: str, home: str, check: Callable[[Entry], None] | None = None):
+    def __init__(self, kind: str, home: str, check: Callable[[Entry], Entry] = lambda entry: entry):
         self.kind = kind
         self._home = home
         self._check = check
@@ -146,10 +153,8 @@ class Registry:
         self._load()
 
         def add(function: Callable) -> Callable:
-            entry = _entry(self.kind, name, function)
+            entry = self._check(_entry(self.kind, name, function))
             replaces = self._replaced_by(entry)
-            if self._check:
-                self._check(entry)
             if replaces:
                 log.warning("%s %r: the newer definition (%s) replaces the older", self.kind, name, entry.where)
             self.put(entry)
@@ -320,7 +325,7 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
     if not inspect.isclass(function):
         return list(inspect.signature(function, eval_str=True).parameters.values())
     own = next(one for one in function.__mro__ if "__init__" in vars(one))
-    if (own.__module__, own.__name__) == ("torch.nn.modules.module", "Module"):
+    if _is_nn_module(own):
         # It says *args, to refuse them in words of its own.
         return []
     parameters = list(inspect.signature(function, eval_str=True).parameters.values())
@@ -332,30 +337,69 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
     return parameters
 
 
-# What a loss may ask for, by the names of its positional parameters; everything is a tensor or a list of tensors.
-LOSS_INPUTS = ("logits", "targets", "teacher_logits", "student_features", "teacher_features")
+def _is_nn_module(one: type) -> bool:
+    """Whether a class is torch.nn.Module itself; PyTorch is not imported for the question."""
+    return (one.__module__, one.__name__) == ("torch.nn.modules.module", "Module")
 
 
-def _check_loss(entry: Entry) -> None:
+# What a loss may ask for, by the names of its positional parameters; `lasnn.loss` says what each is.
+LOSS_INPUTS = (
+    "logits",
+    "targets",
+    "teacher_logits",
+    "teacher_classifier",
+    "student_features",
+    "teacher_features",
+    "student_currents",
+    "teacher_currents",
+)
+# What the constructor of a loss that is a class may ask for, in the same way.
+LOSS_SIZES = ("student_shapes", "teacher_shapes", "num_classes")
+
+
+def _loss_entry(entry: Entry) -> Entry:
+    if inspect.isclass(entry.function):
+        entry = replace(entry, inputs=_forward_inputs(entry), sizes=entry.inputs)
+    if strange := [name for name in entry.sizes if name not in LOSS_SIZES]:
+        raise ValueError(
+            f"the constructor of loss {entry.name!r} asks for {', '.join(strange)}; its positional parameters are "
+            f"chosen from {', '.join(LOSS_SIZES)}, its options are keyword-only"
+        )
     strange = [name for name in entry.inputs if name not in LOSS_INPUTS]
     if strange or not entry.inputs:
         raise ValueError(
             f"loss {entry.name!r} asks for {', '.join(strange) or 'nothing'}; "
             f"its positional parameters are chosen from {', '.join(LOSS_INPUTS)}, its options are keyword-only"
         )
+    return entry
+
+
+def _forward_inputs(entry: Entry) -> tuple[str, ...]:
+    """The positional parameters of the `forward` of a loss that is a class."""
+    if not any(map(_is_nn_module, entry.function.__mro__)):
+        raise ValueError(f"loss {entry.name!r} is a class, but no nn.Module; what has no learnt parts is a function")
+    _, *parameters = inspect.signature(entry.function.forward).parameters.values()
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            raise ValueError(
+                f"forward() of loss {entry.name!r} takes {parameter.name}, which is not positional; options are "
+                "keyword-only parameters of the constructor"
+            )
+    return tuple(parameter.name for parameter in parameters)
 
 
 # What an augmentation may ask for, in the same way.
 AUGMENTATION_INPUTS = ("images", "targets", "mean", "generator")
 
 
-def _check_augmentation(entry: Entry) -> None:
+def _checked_augmentation(entry: Entry) -> Entry:
     strange = [name for name in entry.inputs if name not in AUGMENTATION_INPUTS]
     if strange or "images" not in entry.inputs:
         raise ValueError(
             f"augmentation {entry.name!r} asks for {', '.join(strange) or 'no images'}; its positional parameters are "
             f"images and others of {', '.join(AUGMENTATION_INPUTS)}, its options are keyword-only"
         )
+    return entry
 
 
 architectures = Registry("architecture", "lasnn.architecture")
@@ -363,9 +407,9 @@ architectures = Registry("architecture", "lasnn.architecture")
 teachers = Registry("teacher", "lasnn.architecture.torchvision")
 encoders = Registry("encoder", "lasnn.encoder")
 neurons = Registry("neuron", "lasnn.neuron")
-losses = Registry("loss", "lasnn.loss", check=_check_loss)
+losses = Registry("loss", "lasnn.loss", check=_loss_entry)
 datasets = Registry("data set", "lasnn.data")
-augmentations = Registry("augmentation", "lasnn.data.augment", check=_check_augmentation)
+augmentations = Registry("augmentation", "lasnn.data.augment", check=_checked_augmentation)
 exporters = Registry("format", "lasnn.export")
 callbacks = Registry("callback", "lasnn.callback")
 REGISTRIES = {

@@ -98,6 +98,11 @@ def more_epochs(change: Change, recipe: Recipe, begun: bool) -> str:
             "so that more of them change the rates of those that are done; with min_lr = lr, a constant rate, they do "
             "not"
         )
+    if falling := [loss.name for loss in recipe.losses if loss.schedule != "constant"]:
+        raise UserError(
+            f"{change}: the student's training has begun, and the weight of {falling[0]!r} follows a schedule over all "
+            "epochs, so that more of them change what is done"
+        )
     return f"{change}: the rate is constant, so that the epochs that are done stay as they are"
 
 

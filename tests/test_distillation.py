@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lasnn import build, distill, evaluate, load_run
+from lasnn import build, distill, evaluate, load_run, losses
 from lasnn.console import NoProgress
 from lasnn.data import Images
 from lasnn.errors import MachineError, UserError
@@ -127,15 +127,16 @@ def test_the_attention_loss_teaches(tiny):
     settings = ["distill.epochs=4", "data.augment=[]"]
     ends = []
     for weight in (0.0, 1000.0):
-        losses = f'losses=[{{name="cross-entropy"}},{{name="attention",weight={weight}}}]'
-        ends.append(distill(tiny, overrides=[*settings, losses]).metrics()[-1]["losses"]["attention"])
+        terms = f'losses=[{{name="cross-entropy"}},{{name="attention",weight={weight}}}]'
+        ends.append(distill(tiny, overrides=[*settings, terms]).metrics()[-1]["losses"]["attention"])
     assert ends[1] < 0.7 * ends[0]
 
 
-def test_every_loss_trains(tiny):
-    names = ["cross-entropy", "tet", "attention", "logit-kd", "feature-mse"]
-    terms = ",".join(f'{{name="{name}"}}' for name in names)
-    run = distill(tiny, overrides=[f"losses=[{terms}]", "distill.epochs=1", "teacher.epochs=1"])
+@pytest.mark.parametrize("settings", [[], ["precision=bf16"], ["distill.time_chunk=1"]], ids=str)
+def test_every_loss_trains(tiny, settings):
+    names = losses.names()
+    terms = ",".join(f'{{name="{name}",weight=0.1}}' for name in names)
+    run = distill(tiny, overrides=[f"losses=[{terms}]", "distill.epochs=1", "teacher.epochs=1", *settings])
     assert list(run.metrics()[-1]["losses"]) == names
     assert all(math.isfinite(value) for value in run.metrics()[-1]["losses"].values())
 

@@ -26,6 +26,8 @@ from torch import nn
 from lasnn import architectures, losses
 from lasnn.errors import UserError
 from lasnn.architecture.resnet import _resnet
+from lasnn.kernels import BatchNorm2d
+from lasnn.loss import couples_images
 
 
 @architectures.register("odd")
@@ -40,6 +42,26 @@ def odd(act, *, in_channels: int, num_classes: int):
 class First(nn.Sequential):
     def forward(self, x):
         return self[0](x)
+
+
+@losses.register("learnt")
+class Learnt(nn.Module):
+    """A convolution and a batch norm from the first pair's currents to the teacher's."""
+
+    def __init__(self, student_shapes, teacher_shapes):
+        super().__init__()
+        self.conv = nn.Conv2d(student_shapes[0][0], teacher_shapes[0][0], 3, bias=False)
+        self.norm = BatchNorm2d(teacher_shapes[0][0])
+
+    def forward(self, student_currents, teacher_currents):
+        return (self.norm(self.conv(student_currents[0][0])) - teacher_currents[0][..., 1:-1, 1:-1]).square().mean()
+
+
+@losses.register("coupled")
+@couples_images
+def coupled(logits):
+    """It compares images."""
+    return logits.var(1).mean()
 
 
 calls = 0
@@ -96,6 +118,9 @@ name = "cross-entropy"
 [[losses]]
 name = "attention"
 weight = 100.0
+
+[[losses]]
+name = "learnt"
 
 [[losses]]
 name = "fault"
@@ -160,6 +185,9 @@ def test_processes_train_what_one_trains(folder, tmp_path, count, settings):
         wanted, got = (load_weights(out / name)[0] for out in (one, several))
         assert {value.dtype for value in wanted.values()} == {torch.float64, torch.int64}
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+    wanted, got = (torch.load(out / "last.pt", weights_only=True)["objective"] for out in (one, several))
+    assert len(wanted) == 6, "convolution and batch norm of the learnt loss"
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
     for wanted, got in zip(metrics(one), metrics(several), strict=True):
         assert got["losses"] == pytest.approx(wanted["losses"], abs=1e-9)
         assert got["accuracy"] == wanted["accuracy"]
@@ -241,6 +269,15 @@ def test_what_one_process_fails_of_is_said_once(folder):
     assert "gloo" not in done.stderr
     # torchrun's report, at the end, has it too.
     assert "traceback : this image is torn" in done.stderr
+
+
+def test_a_loss_that_couples_images_is_refused(folder):
+    done = distill(
+        folder, folder / "coupled", '--set=losses=[{name="cross-entropy"},{name="coupled"}]', count=2, code=1
+    )
+    [line] = lines(done)
+    assert "losses.1.name: 'coupled' compares the images of a batch with each other, which 2 processes share" in line
+    assert not (folder / "coupled").exists()
 
 
 @pytest.mark.full

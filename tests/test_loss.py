@@ -7,47 +7,115 @@ import torch
 import torch.nn.functional as F
 
 from lasnn import losses
-from lasnn.loss import attention, cross_entropy, ensemble_kd, entropy, feature_mse, logit_kd, tet
+from lasnn.errors import UserError
+from lasnn.loss import (
+    BoundLoss,
+    FeatureRegressor,
+    Pair,
+    attention,
+    cka,
+    cross_entropy,
+    ensemble_kd,
+    entropy,
+    feature_mse,
+    logit_kd,
+    pair_problems,
+    reading_of,
+    samd,
+    similarity,
+    tet,
+)
+from lasnn.random import keyed
 
 T, B, K = 3, 4, 5
+
+
+SIZES = [(6, 8, 8), (8, 4, 4)]
+PAIRS = [Pair(f"stage{number}", f"stage{number}", size, size) for number, size in enumerate(SIZES, start=1)]
 
 
 @pytest.fixture
 def given():
     torch.manual_seed(0)
-    sizes = [(6, 8, 8), (8, 4, 4)]
     return {
         "logits": torch.randn(T, B, K, requires_grad=True),
         "targets": torch.randint(K, (B,)),
         "teacher_logits": torch.randn(B, K),
-        "student_features": [(torch.rand(T, B, *size) > 0.6).float().requires_grad_() for size in sizes],
-        "teacher_features": [torch.rand(B, *size) for size in sizes],
+        "teacher_classifier": (torch.randn(K, SIZES[-1][0]), torch.randn(K)),
+        "student_features": [(torch.rand(T, B, *size) > 0.6).float().requires_grad_() for size in SIZES],
+        "teacher_features": [torch.rand(B, *size) for size in SIZES],
+        "student_currents": [torch.randn(1, B, *size, requires_grad=True) for size in SIZES],
+        "teacher_currents": [torch.randn(B, *size) for size in SIZES],
     }
 
 
-@pytest.mark.parametrize("name", losses.names())
-def test_every_loss_is_one_finite_scalar_with_a_gradient(name, given):
-    entry = losses[name]
-    loss = entry.function(*(given[tensor] for tensor in entry.inputs))
+# Every loss as it stands in the registry, and attention in its forms.
+FORMS = [
+    *((name, {}) for name in losses.names()),
+    *(
+        ("attention", {"normalize": normalize, "measure": measure, "temporal": temporal, **pool})
+        for normalize in ("l2", "softmax", "z-score", "max", "none")
+        for measure, temporal, pool in (("mse", "step", {"pool": 2}), ("cosine", "rate", {}), ("cosine", "map", {}))
+    ),
+    ("attention", {"normalize": "softmax", "measure": "kl", "temperature": 0.25}),
+    ("attention", {"tap": "current", "measure": "cosine", "normalize": "z-score", "pool": 3}),
+    ("logit-kd", {"standardize": True, "readout": "step"}),
+    ("logit-kd", {"noise": 0.1}),
+    ("cka", {"temporal": "rate"}),
+]
+
+
+def bound(name, options):
+    torch.manual_seed(1)
+    return BoundLoss(losses[name], options, PAIRS, K)
+
+
+def learnt_by(loss, given):
+    """The first of the student's tensors that a loss reads."""
+    name = next(name for name in loss.inputs if name in ("logits", "student_features", "student_currents"))
+    return given[name] if name == "logits" else given[name][-1]
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_every_loss_is_one_finite_scalar_with_a_gradient(name, options, given):
+    function = bound(name, options)
+    loss = function(given)
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     loss.backward()
-    learnt = given["logits"] if "logits" in entry.inputs else given["student_features"][0]
+    learnt = learnt_by(function, given)
     assert learnt.grad.isfinite().all()
     assert learnt.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", losses.names())
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_a_silent_student_has_a_finite_gradient(name, options, given):
+    """Logits that are all equal, features of zeros."""
+    for tensor in (given["logits"], *given["student_features"], *given["student_currents"]):
+        tensor.data.zero_()
+    function = bound(name, options)
+    function(given).backward()
+    gradient = learnt_by(function, given).grad
+    assert gradient is None or gradient.abs().max() < 1e4
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_loss_computes_in_single_precision(name, dtype, given):
-    entry = losses[name]
-    half = {
-        key: [item.to(dtype) for item in value] if isinstance(value, list) else value.to(dtype)
-        for key, value in given.items()
-        if key != "targets"
-    } | {"targets": given["targets"]}
-    assert entry.function(*(half[tensor] for tensor in entry.inputs)).dtype == torch.float32
+def test_every_loss_computes_in_single_precision(name, options, dtype, given):
+    """Of half-precision tensors, under autocast: what it is of the same values in fp32."""
+
+    def cast(value, to):
+        return [cast(one, to) for one in value] if isinstance(value, list | tuple) else value.detach().to(to)
+
+    half = {key: value if key == "targets" else cast(value, dtype) for key, value in given.items()}
+    single = {key: value if key == "targets" else cast(value, torch.float32) for key, value in half.items()}
+    function, other = bound(name, options), bound(name, options)
+    with torch.autocast("cpu", torch.bfloat16), keyed("noise"):
+        loss = function(half)
+    assert loss.dtype == torch.float32
+    with keyed("noise"):
+        assert loss.item() == pytest.approx(other(single).item(), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in losses if "targets" in losses[name].inputs])
@@ -60,6 +128,21 @@ def test_targets_may_be_probabilities(name, given):
     loss = entry.function(*(mixed[tensor] for tensor in entry.inputs))
     assert loss.shape == ()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS, ids=str)
+def test_a_loss_reads_time_as_it_says(name, options, given):
+    """What time chunks rest on: the mean of the features is enough, or the mean of the steps' losses is the loss."""
+    reading = reading_of(losses[name].function, options)
+    if reading is None:
+        return
+    function, whole = bound(name, options), bound(name, options)(given)
+    features = given["student_features"]
+    if reading == "mean":
+        found = function(given | {"student_features": [one.mean(0, keepdim=True) for one in features]})
+    else:
+        found = sum(function(given | {"student_features": [one[t : t + 1] for one in features]}) for t in range(T)) / T
+    torch.testing.assert_close(found, whole)
 
 
 def test_cross_entropy_of_mixed_labels():
@@ -221,3 +304,158 @@ def test_equal_maps_have_no_distance():
 def test_feature_mse_by_hand():
     student = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
     assert feature_mse([student], [torch.full((1, 1, 1, 1), 2.0)], pair_weights=[3.0]).item() == pytest.approx(6.75)
+
+
+# Two images' maps of 1 x 2 pixels, student and teacher: energies (9, 16) and (16, 9) at power 2.
+OURS = torch.tensor([3.0, 4.0]).view(1, 1, 1, 1, 2)
+THEIRS = torch.tensor([4.0, 3.0]).view(1, 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        # Unit maps (9, 16)/sqrt(337) and (16, 9)/sqrt(337): differences of 7/sqrt(337), cosine 288/337.
+        ({}, 49 / 337),
+        ({"measure": "cosine"}, 49 / 337),
+        ({"normalize": "max", "measure": "cosine"}, 49 / 337),
+        # (9/16, 1) and (1, 9/16).
+        ({"normalize": "max"}, (7 / 16) ** 2),
+        ({"normalize": "none"}, 49.0),
+        # (-1, 1) and (1, -1).
+        ({"normalize": "z-score"}, 4.0),
+        ({"normalize": "z-score", "measure": "cosine"}, 2.0),
+        # Scaled to (0, 1) and (1, 0); softmax at temperature 1/ln 3: (1/4, 3/4) and (3/4, 1/4).
+        ({"normalize": "softmax", "temperature": 1 / math.log(3)}, 0.25),
+        ({"normalize": "softmax", "temperature": 1 / math.log(3), "measure": "cosine"}, 1 - 6 / 10),
+        ({"normalize": "softmax", "temperature": 1 / math.log(3), "measure": "kl"}, math.log(3) / 2),
+        # At power 1 (3, 4) and (4, 3).
+        ({"power": 1.0, "normalize": "none"}, 1.0),
+        # One pixel: the mean energy is 12.5 in both.
+        ({"normalize": "none", "pool": 1}, 0.0),
+        ({"normalize": "none", "pool": 2}, 49.0),
+    ],
+    ids=str,
+)
+def test_attention_by_hand(options, wanted):
+    assert attention([OURS], [THEIRS], **options).item() == pytest.approx(wanted, abs=1e-6)
+    assert attention([OURS] * 2, [THEIRS] * 2, pair_weights=[1.0, 2.0], **options).item() == pytest.approx(
+        3 * wanted, abs=1e-5
+    )
+
+
+def test_the_kl_is_of_the_teacher_from_the_student():
+    """Teacher (3/4, 1/4), student uniform: 3/4 ln 1.5 + 1/4 ln 0.5; the other way round it is ln(2/sqrt(3))."""
+    options = {"normalize": "softmax", "measure": "kl", "temperature": 1 / math.log(3)}
+    equal = torch.ones(1, 1, 1, 1, 2)
+    assert attention([equal], [THEIRS], **options).item() == pytest.approx(0.130812, abs=1e-6)
+
+
+def test_the_cosine_weighs_stages_alike_whatever_their_size():
+    """A map of four times as many pixels, each repeated: the mean of squares falls to a quarter, the cosine stays."""
+    large = [F.interpolate(one.flatten(0, -4), scale_factor=2).view(*one.shape[:-2], 2, 4) for one in (OURS, THEIRS)]
+    ours, theirs = ([one] for one in large)
+    assert attention(ours, theirs).item() == pytest.approx(49 / 337 / 4)
+    assert attention(ours, theirs, measure="cosine").item() == pytest.approx(49 / 337)
+
+
+def test_coarse_maps_are_means_of_the_fine_ones(given):
+    student, teacher = given["student_features"][0], given["teacher_features"][0]
+    maps = [F.avg_pool2d(one.square().sum(1), 4).flatten(1) for one in (student.mean(0), teacher)]
+    ours, theirs = (one / one.norm(dim=1, keepdim=True) for one in maps)
+    torch.testing.assert_close(attention([student], [teacher], pool=2), (ours - theirs).square().mean())
+    torch.testing.assert_close(attention([student], [teacher], pool=99), attention([student], [teacher]))
+
+
+def test_attention_to_currents_reads_no_spikes(given):
+    currents = [given["student_currents"], given["teacher_currents"]]
+    found = bound("attention", {"tap": "current"})({"student_currents": currents[0], "teacher_currents": currents[1]})
+    torch.testing.assert_close(found, attention(*currents))
+    assert bound("attention", {}).inputs == ("student_features", "teacher_features")
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "said"),
+    [
+        ({"measure": "kl"}, "measure", 'set normalize = "softmax"'),
+        ({"temperature": 2.0, "normalize": "max"}, "temperature", 'has no effect with normalize = "max"'),
+        ({"tap": "current", "temporal": "step"}, "temporal", "the mean over time alone"),
+        ({"pair_weights": [1.0]}, "pair_weights", "1 weights for 2 pairs"),
+    ],
+)
+def test_options_of_attention_that_contradict_each_other(options, key, said):
+    [(option, message)] = pair_problems(attention, PAIRS, options)
+    assert option == key
+    assert said in message
+
+
+def test_samd_by_hand():
+    """The teacher decides for class 1, whose weights are (1, -1): its map is ReLU((3, 2, 1) - (1, 4, 1)) = (2, 0, 0),
+    scaled to (1, 0, 0). The student's rates, summed over channels, are (0.5, 1.5, 0.5), scaled to (0, 1, 0). At
+    temperature 1/ln 3 that is (3, 1, 1)/5 against (1, 3, 1)/5, whose divergence is (3/5 - 1/5) ln 3.
+    """
+    steps = [[0.0, 1.0, 0.0], [0.0, 1.0, 1.0]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    student = torch.tensor(steps).view(2, 1, 2, 1, 3)
+    teacher = torch.tensor([[3.0, 2.0, 1.0], [1.0, 4.0, 1.0]]).view(1, 2, 1, 3)
+    classifier = torch.tensor([[9.0, 9.0], [1.0, -1.0]]), torch.zeros(2)
+    other = torch.zeros(2, 1, 3, 4, 4), torch.zeros(1, 5, 4, 4)
+    given = torch.tensor([[0.0, 1.0]]), classifier
+    loss = samd([other[0], student], [other[1], teacher], *given, temperature=1 / math.log(3))
+    assert loss.item() == pytest.approx(0.4 * math.log(3), abs=1e-6)
+    with pytest.raises(UserError, match="that has 2 inputs, the last pair's stage 5 channels; name the last stage"):
+        samd([student, other[0]], [teacher, other[1]], *given)
+
+
+def test_standardised_logits_by_hand():
+    """(2, 0) and (30, 10) are both (1, -1)/sqrt(2): no distance; so is (0, 1) reversed, whose odds are e^-sqrt(2)."""
+    teacher = torch.tensor([[30.0, 10.0]])
+    assert logit_kd(torch.tensor([[[2.0, 0.0]]]), teacher, standardize=True).item() == pytest.approx(0, abs=1e-6)
+    p = 1 / (1 + math.exp(-math.sqrt(2) / 2))
+    wanted = 4 * (2 * p - 1) * math.log(p / (1 - p))
+    found = logit_kd(torch.tensor([[[0.0, 1.0]]]), teacher, standardize=True, temperature=2.0).item()
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_noise_smoothed_logits_by_hand():
+    """z' = z + 0.5 deviation * n with the numbers n that the global generator gives."""
+    logits, teacher = torch.tensor([[[1.0, 3.0]]], requires_grad=True), torch.tensor([[0.0, 2.0]])
+    with keyed("noise"):
+        found = logit_kd(logits, teacher, noise=0.5, temperature=2.0)
+    with keyed("noise"):
+        drawn = torch.randn(1, 1, 2)
+    smooth = logits.detach() + 0.5 * math.sqrt(2) * drawn
+    torch.testing.assert_close(found, logit_kd(smooth, teacher, temperature=2.0))
+    found.backward()
+    # The noise is a constant of the gradient, temperature (q - p).
+    q, p = (smooth[0] / 2).softmax(-1), (teacher / 2).softmax(-1)
+    torch.testing.assert_close(logits.grad[0], 2.0 * (q - p))
+
+
+def test_the_feature_regressor_by_hand():
+    """The convolution's centre is 2, so that it gives 2 and 0 of rates 1 and 0; normalised these are 1 and -1."""
+    regressor = FeatureRegressor([(1, 1, 1)], [(1, 1, 1)], pair_weights=[3.0])
+    [[convolution, norm]] = regressor.regressors
+    torch.nn.init.zeros_(convolution.weight)
+    convolution.weight.data[0, 0, 1, 1] = 2.0
+    student, teacher = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1), torch.tensor([0.0, 2.0]).view(2, 1, 1, 1)
+    assert regressor([student], [teacher]).item() == pytest.approx(3 * (1 + 9) / 2, rel=1e-4)
+    assert norm.num_batches_tracked == 1
+    assert convolution.bias is None
+
+
+def test_similarity_by_hand():
+    """Images (1, 0) and (1, 1): rows (1, 1)/sqrt(2) and (1, 2)/sqrt(5). The teacher's images are orthogonal: the
+    identity. Differences: 1 - 1/sqrt(2), 1/sqrt(2), 1/sqrt(5), 1 - 2/sqrt(5).
+    """
+    student, teacher = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).view(1, 2, 2, 1, 1), 5 * torch.eye(2).view(2, 2, 1, 1)
+    a, b = 1 / math.sqrt(2), 1 / math.sqrt(5)
+    wanted = ((1 - a) ** 2 + a**2 + b**2 + (1 - 2 * b) ** 2) / 4
+    assert similarity([student], [teacher], pair_weights=[2.0]).item() == pytest.approx(2 * wanted, rel=1e-5)
+
+
+def test_cka_by_hand():
+    """Of three images with one value each the Gram matrices are x x^T, centred: CKA is their correlation squared."""
+    steps = torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 1.0]]).view(2, 3, 1, 1, 1)
+    teacher = torch.tensor([10.0, 12.0, 14.0]).view(3, 1, 1, 1)
+    # Correlations 1 and 1/2; of the mean (0, 1.5, 1.5): sqrt(3)/2.
+    assert cka([steps], [teacher]).item() == pytest.approx((0 + 0.75) / 2, abs=1e-6)
+    assert cka([steps], [teacher], temporal="rate", pair_weights=[2.0]).item() == pytest.approx(0.5, abs=1e-6)

@@ -292,7 +292,8 @@ def test_losses_that_need_all_steps_are_refused(tiny):
 def test_every_loss_of_features_says_how_it_reads_them():
     entries = [losses[name] for name in losses if "student_features" in losses[name].inputs]
     readings = {entry.name: reading_of(entry.function, {}) for entry in entries}
-    assert readings == {"attention": "mean", "feature-mse": "mean"}
+    assert readings.pop("cka") == "steps"
+    assert readings == dict.fromkeys(["attention", "feature-mse", "feature-regressor", "samd", "similarity"], "mean")
 
 
 NEURON = """

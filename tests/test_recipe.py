@@ -167,6 +167,19 @@ power = 0
         ("distill.warmup_epochs=9", "distill.warmup_epochs", "longer than the 2 epochs"),
         ("distill.min_lr=9", "distill.min_lr", "above lr"),
         ('losses=[{name="cross-entropy",weight=0}]', "losses", "no loss on the student's logits"),
+        ('losses=[{name="cross-entropy",schedule="until",until=0.5}]', "losses", "(with a weight above 0 to the end)"),
+        (
+            'losses=[{name="cross-entropy"},{name="tet",schedule="until"}]',
+            "losses.1.until",
+            'missing; schedule = "until"',
+        ),
+        ('losses=[{name="cross-entropy",until=0.5}]', "losses.0.until", 'has no effect with schedule = "constant"'),
+        ('losses=[{name="cross-entropy"},{name="tet",schedule="until",until=1}]', "losses.1.until", "(> 0 and < 1)"),
+        (
+            'losses=[{name="cross-entropy",schedule="cosin"}]',
+            "losses.0.schedule",
+            'one of "constant", "cosine", "until"',
+        ),
         ("student.in_channels=3", "student.in_channels", "unknown key"),
     ],
 )

@@ -1,14 +1,16 @@
 """`--resume` takes what leaves the result as it is, and names everything else that has changed."""
 
+import signal
 from pathlib import Path
 
 import pytest
-from test_distillation import Notes, digest
+from test_distillation import Notes, StopAt, digest
 from test_reliability import SHORT, stopped
 
 from lasnn import distill
 from lasnn.errors import UserError
 from lasnn.resume import changes_between
+from lasnn.training.stop import Stopped
 
 BEFORE = 'seed = 0\n[data]\nroot = "a"\n[[losses]]\nname = "cross-entropy"\nweight = 1.0\n'
 
@@ -118,3 +120,14 @@ def test_epochs_before_the_student_has_begun(tiny):
     stopped(tiny, phase="teacher", epoch=0)
     run = distill(tiny, "out", overrides=["teacher.epochs=1", "distill.epochs=1"], resume=True)
     assert run.read_json("summary.json")["epochs"] == 1
+
+
+def test_more_epochs_under_a_schedule_of_a_term_are_refused(tiny):
+    terms = 'losses=[{name="cross-entropy"},{name="logit-kd",schedule="cosine"}]'
+    constant = ["teacher.epochs=1", "distill.min_lr=0.05", terms]
+    with pytest.raises(Stopped):
+        distill(tiny, "out", overrides=constant, progress=StopAt("student", 1, signal.SIGTERM))
+    with pytest.raises(
+        UserError, match=r"distill.epochs: was 2, now 3: .* the weight of 'logit-kd' follows a schedule"
+    ):
+        distill(tiny, "out", overrides=[*constant, "distill.epochs=3"], resume=True)

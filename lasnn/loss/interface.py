@@ -1,8 +1,14 @@
-"""What a loss may say of itself besides its signature, and what it is told of the stages that it compares."""
+"""What a loss may say of itself besides its signature, what it is told of the stages that it compares, and its call."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lasnn.registry import Entry, translate_errors
 
 Readout = Literal["mean", "step"]
 # "mean": the features only by their mean over time, so that it may be given that, [1, B, C, H, W], in their place;
@@ -63,3 +69,87 @@ def check_pairs(check: PairCheck) -> Callable[[Callable], Callable]:
 def pair_problems(loss: Callable, pairs: Sequence[Pair], options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(option, message) of what a loss with these options cannot do with the pairs."""
     return list(getattr(loss, "check_pairs", lambda *_: ())(pairs, options))
+
+
+def asks_for(inputs: Callable[[Mapping[str, Any]], Iterable[str]]) -> Callable[[Callable], Callable]:
+    """Decorator of a loss that needs only some of its inputs: from its options to their names. The others, which are
+    not computed for it, are None.
+    """
+
+    def mark(function: Callable) -> Callable:
+        function.asks_for = inputs
+        return function
+
+    return mark
+
+
+def inputs_of(entry: Entry, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The inputs that a loss needs with these options."""
+    asked = getattr(entry.function, "asks_for", None)
+    return entry.inputs if asked is None else tuple(asked(options))
+
+
+def couples_images(loss: Callable) -> Callable:
+    """Decorator of a loss that compares the images of a batch with each other, so that its parts do not add up: it is
+    refused where a batch is computed in parts (`data.accumulate`, several processes).
+    """
+    loss.couples_images = True
+    return loss
+
+
+def does_couple_images(loss: Callable) -> bool:
+    """Whether a loss compares the images of a batch with each other."""
+    return getattr(loss, "couples_images", False)
+
+
+def at_one_step(what: str) -> Callable[[Callable], Callable]:
+    """Decorator of a loss that compares time steps: what is left of it at T = 1, for the plan's notes."""
+
+    def mark(function: Callable) -> Callable:
+        function.at_one_step = what
+        return function
+
+    return mark
+
+
+def left_at_one_step(loss: Callable) -> str | None:
+    """What is left at T = 1 of a loss that compares time steps; None of others."""
+    return getattr(loss, "at_one_step", None)
+
+
+class BoundLoss:
+    """A registered loss with a recipe's options, ready to be called with its inputs.
+
+    Args:
+        entry: of the loss.
+        options: the recipe's.
+        pairs: the stages that are compared, whose shapes a class may ask for.
+        num_classes: K.
+
+    Attributes:
+        inputs: the names of what it needs.
+        module: of a loss that is a class; it has drawn its weights from the global generators. None of a function.
+
+    Raises:
+        UserError: its constructor fails.
+    """
+
+    def __init__(self, entry: Entry, options: dict[str, Any], pairs: Sequence[Pair], num_classes: int):
+        self.entry = entry
+        self.inputs = inputs_of(entry, options)
+        self.module: nn.Module | None = None
+        if not inspect.isclass(entry.function):
+            self._function = partial(entry.function, **options)
+            return
+        sizes = {
+            "student_shapes": [pair.student_shape for pair in pairs],
+            "teacher_shapes": [pair.teacher_shape for pair in pairs],
+            "num_classes": num_classes,
+        }
+        with translate_errors(entry):
+            self._function = self.module = entry.function(*(sizes[name] for name in entry.sizes), **options)
+
+    def __call__(self, given: Mapping[str, Any]) -> Tensor:
+        """The loss of the inputs, by name; those that it does not need may be missing."""
+        with translate_errors(self.entry):
+            return self._function(*(given[name] if name in self.inputs else None for name in self.entry.inputs))

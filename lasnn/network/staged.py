@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lasnn.errors import UserError
 from lasnn.network.time import TimeContext
-from lasnn.network.units import Act, NormSpike
+from lasnn.network.units import Act, NormSpike, run_with_current
 from lasnn.registry import architectures
+
+# What makes a stage's name the tap of its current.
+CURRENT = ".current"
 
 
 class Staged(nn.Module):
@@ -56,13 +59,16 @@ class Staged(nn.Module):
         Args:
             x: [T, B, C, H, W], or [1, B, C, H, W] where the input is constant in time.
             timesteps: T.
-            taps: names of stages whose outputs are wanted.
+            taps: names of stages whose outputs are wanted; "<stage>.current" is the mean over time of what enters
+                the activation of the unit that ends the stage: its norm plus the residual.
 
         Returns:
-            Logits of each step [T, B, K] and {stage: feature [T, B, C, H, W]}; T is 1 for an ANN.
+            Logits of each step [T, B, K] and {tap: feature [T, B, C, H, W]}; T is 1 for an ANN. A current is
+            [1, B, C, H, W].
 
         Raises:
             ValueError: the leading dimension of `x` is neither 1 nor T.
+            UserError: a current is wanted of a stage that does not end in a unit.
         """
         if x.shape[0] not in (1, timesteps):
             raise ValueError(f"the input has {x.shape[0]} time steps; expected {timesteps}, or 1 if constant in time")
@@ -70,7 +76,13 @@ class Staged(nn.Module):
         x = self.stem(rearrange(x, "t b c h w -> (t b) c h w"))
         features = {}
         for name in self.stage_names:
-            x = getattr(self, name)(x)
+            if name + CURRENT in taps:
+                x, current = run_with_current(getattr(self, name), x)
+                if current is None:
+                    raise UserError(f"{name} does not end in a unit that act() made, so that it has no current")
+                features[name + CURRENT] = current[None]
+            else:
+                x = getattr(self, name)(x)
             if name in taps:
                 features[name] = self.time.unfold(x)
         return self.time.unfold(self.head(x)), features

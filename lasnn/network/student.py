@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lasnn.encoder import check_images
 from lasnn.kernels.layout import state_dtype
-from lasnn.network.staged import Staged
+from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.time_chunks import even_chunks, pool_running_statistics, recompute
 from lasnn.network.units import NormSpike
 
@@ -57,15 +57,21 @@ class Student(nn.Module):
         not grow with T; the spikes are the same.
         """
         if self.timesteps > TIME_CHUNK and self._can_pause():
-            pieces, voltages = [], {}
+            pieces, voltages, features = [], {}, {}
             for start in range(0, self.timesteps, TIME_CHUNK):
                 stop = min(start + TIME_CHUNK, self.timesteps)
                 place = {"first": first, "total": total, "start": start, "stop": stop}
                 with self.network.time.carry_state(voltages, start) as voltages:
                     encoded = self.encoder.part(images, self.timesteps, generator, **place)
-                    pieces.append(self.network(encoded, stop - start, taps))
-            logits, features = zip(*pieces, strict=True)
-            return torch.cat(logits), {name: torch.cat([piece[name] for piece in features]) for name in features[0]}
+                    logits, tapped = self.network(encoded, stop - start, taps)
+                pieces.append(logits)
+                for name, value in tapped.items():
+                    # A current is already the mean over the chunk.
+                    features.setdefault(name, []).append(value.expand(stop - start, *value.shape[1:]))
+            joined = {name: torch.cat(values) for name, values in features.items()}
+            return torch.cat(pieces), {
+                name: value.mean(0, keepdim=True) if name.endswith(CURRENT) else value for name, value in joined.items()
+            }
         if total in (None, len(images)):
             encoded = self.encoder(images, self.timesteps, generator)
         else:
@@ -114,7 +120,13 @@ class Student(nn.Module):
             encoded = self.encoder.part(images, self.timesteps, draws, **place)
             with self.network.time.carry_state(voltages, start) as after:
                 logits, features = self.network(encoded, stop - start, taps)
-            sums = {name: feature.to(state_dtype(feature.dtype)).sum(0) for name, feature in features.items()}
+            sums = {
+                # A current is already the mean over the chunk.
+                name: (stop - start) * feature[0]
+                if name.endswith(CURRENT)
+                else feature.to(state_dtype(feature.dtype)).sum(0)
+                for name, feature in features.items()
+            }
             found = None if of_steps is None else (stop - start) * of_steps(logits, features)
             return logits, sums, found, after, None if draws is None else draws.get_state()
 

@@ -1,10 +1,12 @@
 """The ANN with its normalisation."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lasnn.errors import UserError
 from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate
 
@@ -13,6 +15,13 @@ def without_activations(teacher: Staged) -> dict[str, Tensor]:
     """A teacher's state dict without what its activations have learnt: what it shares with its student."""
     units = tuple(f"{name}.activation." for name, unit in teacher.named_modules() if isinstance(unit, NormActivate))
     return {name: value for name, value in teacher.state_dict().items() if not name.startswith(units)}
+
+
+class Classifier(NamedTuple):
+    """A network's last linear layer: weight [K, D] and bias [K], zeros where it has none."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 class Teacher(nn.Module):
@@ -37,3 +46,16 @@ class Teacher(nn.Module):
         """Images [B, C, H, W] in [0, 1] -> logits [B, K] and the tapped features [B, C, H, W]."""
         logits, features = self.network(((images - self.mean) / self.std)[None], taps=taps)
         return logits[0], {name: feature[0] for name, feature in features.items()}
+
+    @property
+    def classifier(self) -> Classifier:
+        """The last nn.Linear of the head, without gradient.
+
+        Raises:
+            UserError: there is none.
+        """
+        layers = [layer for layer in self.network.head.modules() if isinstance(layer, nn.Linear)]
+        if not layers:
+            raise UserError("the teacher's head has no nn.Linear, so that it has no classifier")
+        weight, bias = layers[-1].weight.detach(), layers[-1].bias
+        return Classifier(weight, weight.new_zeros(len(weight)) if bias is None else bias.detach())

@@ -1,18 +1,34 @@
 """The units that make a network an ANN or an SNN: normalise, add a residual, activate."""
 
 from collections.abc import Callable
+from functools import partial
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from lasnn.activation import QCFS
-from lasnn.kernels import BatchNorm2d
+from lasnn.kernels import BatchNorm2d, BatchStatistics, normalised_mean
+from lasnn.kernels.layout import state_dtype
 from lasnn.network.time import TimeContext
 from lasnn.neuron import Neuron
 from lasnn.registry import neurons
 
 
-class NormActivate(nn.Module):
+class Unit(nn.Module):
+    """What the units of ANNs and SNNs share."""
+
+    # Where it is set, it is told of each call: the output, and a function that computes the unit's current, the mean
+    # over time of what entered its activation, [B, C, H, W].
+    on_call: Callable[[Tensor, Callable[[], Tensor]], None] | None = None
+
+    def _tell(self, output: Tensor, current: Callable[[], Tensor]) -> Tensor:
+        """The output, of which whoever listens is told."""
+        if self.on_call is not None:
+            self.on_call(output, current)
+        return output
+
+
+class NormActivate(Unit):
     """Batch normalisation, an optional residual, an activation (ReLU unless given): the unit of an ANN.
 
     `channels=None` leaves the normalisation out. Input and output are [N, C, H, W] (or [N, F] without it).
@@ -25,10 +41,11 @@ class NormActivate(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = self.norm(x)
-        return self.activation(x if residual is None else x + residual)
+        x = x if residual is None else x + residual
+        return self._tell(self.activation(x), lambda: x)
 
 
-class NormSpike(nn.Module):
+class NormSpike(Unit):
     """Batch normalisation, an optional residual, a spiking neuron: the unit of an SNN, in one kernel.
 
     `channels=None` leaves the normalisation out. Input [T*B, C, H, W], or [B, C, H, W] where it is constant in time
@@ -65,7 +82,15 @@ class NormSpike(nn.Module):
         options = {"timesteps": steps, "constant": constant, "return_state": bool(state), **state}
         spikes, *v_last, batch = self.neuron.after_norm(x, self.norm, residual, **options)
         self.time.update_statistics(self.norm, batch)
+        self._tell(spikes, partial(self._mean_current, x, residual, batch, 1 if constant else steps))
         return spikes, v_last[0] if v_last else None
+
+    def _mean_current(self, x: Tensor, residual: Tensor | None, batch: BatchStatistics | None, steps: int) -> Tensor:
+        """The mean over time of the normalised x, which has so many steps, plus the residual: [B, C, H, W]."""
+        current = normalised_mean(x, self.norm, batch, steps)
+        if residual is not None:
+            current = current + self.time.unfold(residual).mean(0, dtype=current.dtype)
+        return current
 
     def _in_turn(self, x: Tensor, residual: Tensor | None, **state: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same for what is not one kernel."""
@@ -73,7 +98,9 @@ class NormSpike(nn.Module):
         if residual is not None:
             current = current + self.time.unfold(residual)
         spikes, v_last = self.neuron(current, timesteps=self.time.steps, **state)
-        return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ..."), v_last
+        spikes = rearrange(spikes.to(x.dtype), "t b ... -> (t b) ...")
+        self._tell(spikes, lambda: current.mean(0, dtype=state_dtype(current.dtype)))
+        return spikes, v_last
 
 
 def fuses(neuron: type[nn.Module]) -> bool:
@@ -84,6 +111,24 @@ def fuses(neuron: type[nn.Module]) -> bool:
         for name in ("forward", "after_norm")
     )
     return after_norm <= forward and issubclass(neuron, Neuron)
+
+
+def run_with_current(stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A stage's output, and the current of the unit that ends it (see `Unit.on_call`); None where none does."""
+    units = [unit for unit in stage.modules() if isinstance(unit, Unit)]
+    last: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def remember(output: Tensor, current: Callable[[], Tensor]) -> None:
+        last[:] = [(output, current)]
+
+    for unit in units:
+        unit.on_call = remember
+    try:
+        output = stage(x)
+    finally:
+        for unit in units:
+            del unit.on_call
+    return output, last[0][1]() if last and last[0][0] is output else None
 
 
 # Makes the units of one network; an architecture calls it as `act(channels)`, or `act()` for no normalisation.

@@ -24,8 +24,9 @@ from lasnn.probe.built import (
     try_student,
     try_teacher,
 )
+from lasnn.probe.losses import check_currents, check_losses, empty_losses, scheduled_losses, try_losses
 from lasnn.probe.network import Probed, check_maps, on_meta, probe, real_values
-from lasnn.probe.parts import check_augmentation, check_loss
+from lasnn.probe.parts import check_augmentation
 
 __all__ = [
     "Built",
@@ -33,13 +34,17 @@ __all__ = [
     "build_student",
     "build_teacher",
     "check_augmentation",
-    "check_loss",
+    "check_currents",
+    "check_losses",
     "check_maps",
+    "empty_losses",
     "on_meta",
     "probe",
     "real_values",
+    "scheduled_losses",
     "student_entry",
     "teacher_entry",
+    "try_losses",
     "try_student",
     "try_teacher",
 ]

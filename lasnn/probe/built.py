@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 from lasnn.compatibility import Shape
 from lasnn.data import Dataset
 from lasnn.factory import make_encoder, make_student, make_teacher
-from lasnn.loss import Pair
-from lasnn.network.staged import Staged
+from lasnn.loss import Pair, inputs_of
+from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.probe.answers import STEPS
@@ -112,8 +112,10 @@ def try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: l
     if not entry.own:
         return
     image, steps = (data.channels, data.height, data.width), recipe.student.timesteps
-    compared = any("student_features" in losses[loss.name].inputs for loss in recipe.losses)
-    check_gradients(student.network, image, steps, [pair.student for pair in pairs if compared], entry)
+    asked = {name for loss in recipe.losses for name in inputs_of(losses[loss.name], loss.options)}
+    compared = [suffix for name, suffix in (("student_features", ""), ("student_currents", CURRENT)) if name in asked]
+    taps = [pair.student + suffix for suffix in compared for pair in pairs]
+    check_gradients(student.network, image, steps, taps, entry)
     with keyed(recipe.seed, "probe"):
         model = make_student(recipe, data)
     model.timesteps = min(steps, STEPS)

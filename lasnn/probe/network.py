@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lasnn.compatibility import Shape
 from lasnn.data import Dataset
 from lasnn.errors import UserError
-from lasnn.network.staged import Staged
+from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormSpike
@@ -205,6 +205,19 @@ def check_maps(stages: Iterable[str], probed: Probed, entry: Entry) -> Iterator[
                 f"{entry.said}: {stage} returns {what}; a paired stage returns a map [N, C, H, W]: return {fix}, or "
                 "leave it out of distill.pairs (pairs = [] compares none)"
             )
+
+
+def stages_without_current(network: Staged, image: tuple[int, int, int], stages: Iterable[str]) -> Iterator[str]:
+    """A line for each of the stages of a network on the meta device that does not end in a unit, and has no current."""
+    mode = network.training
+    network.eval()
+    for stage in dict.fromkeys(stages):
+        try:
+            with torch.no_grad(), on_meta():
+                network(torch.empty(1, IMAGES, *image), taps=[stage + CURRENT])
+        except UserError as error:
+            yield str(error)
+    network.train(mode)
 
 
 class Calls:

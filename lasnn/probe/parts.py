@@ -1,7 +1,6 @@
-"""Whether a user's own neuron, encoder, loss and augmentation do what a run asks of them, on small random inputs."""
+"""Whether a user's own neuron, encoder and augmentation do what a run asks of them, on small random inputs."""
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 from lasnn.data import Augmentation, Dataset
 from lasnn.errors import UserError
 from lasnn.factory import make_encoder
-from lasnn.loss import Pair
 from lasnn.probe.answers import IMAGES, STEPS, random_images, said, same, two_answers
 from lasnn.random import generator, keyed
-from lasnn.recipe.schema import LossTable, Recipe
-from lasnn.registry import Entry, encoders, losses, neurons, translate_errors
+from lasnn.recipe.schema import Recipe
+from lasnn.registry import Entry, encoders, neurons, translate_errors
 
 # Numbers that a part is tried on at the run's batch size; where it would be more, two images must do.
 LARGEST = 2**22
@@ -107,50 +105,6 @@ def check_encoder(recipe: Recipe, data: Dataset) -> None:
                 raise UserError(f"{entry.said} gives two answers to one question: {why}")
 
 
-def check_loss(loss: LossTable, recipe: Recipe, data: Dataset, pairs: Sequence[Pair], mixed: bool) -> None:
-    """Call a loss on random tensors of the run's shapes: of two images and, where it is the user's, of a batch.
-
-    Raises:
-        UserError: it fails, or does not return one finite number that has a gradient.
-    """
-    entry, draws = losses[loss.name], generator("try", loss.name)
-    classes, steps = len(data.classes), recipe.student.timesteps
-    an_image = steps * (classes + sum(map(torch.Size.numel, (torch.Size(pair.student_shape) for pair in pairs))))
-    for images in _batches(recipe, an_image, entry.own):
-        learnt = {
-            "logits": torch.randn(steps, images, classes, generator=draws),
-            "student_features": [torch.rand(steps, images, *pair.student_shape, generator=draws) for pair in pairs],
-        }
-        features = [feature.requires_grad_().clone() for feature in learnt["student_features"]]
-        given = {
-            "logits": learnt["logits"].requires_grad_().clone(),
-            "targets": torch.full((images, classes), 1 / classes) if mixed else torch.arange(images) % classes,
-            "teacher_logits": torch.randn(images, classes, generator=draws),
-            "student_features": features,
-            "teacher_features": [torch.rand(images, *pair.teacher_shape, generator=draws) for pair in pairs],
-        }
-        with translate_errors(entry), warnings.catch_warnings():
-            # What it returns says so, too.
-            warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad=True to a scalar")
-            value = entry.function(*(given[name] for name in entry.inputs), **loss.options)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            what = list(value.shape) if isinstance(value, Tensor) else said(value)
-            raise UserError(f"{entry.said} must return one number, a tensor []; it returned {what}")
-        if not entry.own:
-            return
-        if not value.isfinite():
-            raise UserError(
-                f"{entry.said} is {value.item()} on {images} random images: a logarithm or a division by 0?"
-            )
-        if loss.weight > 0 and not value.requires_grad:
-            fix = "compute it from the logits or the student's features without detach(), item(), argmax or float()"
-            raise UserError(f"{entry.said} has no gradient, so that nothing learns from it: {fix}")
-        if value.requires_grad:
-            with translate_errors(entry):
-                leaves = [learnt["logits"], *learnt["student_features"]]
-                torch.autograd.grad(value, leaves, allow_unused=True)
-
-
 def check_augmentation(augmentation: Augmentation, recipe: Recipe, data: Dataset) -> None:
     """Augment random images of the data's shape: two and, where a step is the user's, a batch.
 
@@ -159,7 +113,7 @@ def check_augmentation(augmentation: Augmentation, recipe: Recipe, data: Dataset
     """
     draws, classes = generator("try", "augment"), len(data.classes)
     own = any(entry.own for entry, _ in augmentation.steps)
-    for count in _batches(recipe, data.channels * data.height * data.width, own):
+    for count in batches_to_try(recipe, data.channels * data.height * data.width, own):
         images = torch.rand(count, data.channels, data.height, data.width, generator=draws)
         found, targets = augmentation(images, torch.arange(count) % classes, draws)
         for what, tensor, shape in (("images", found, images.shape), ("targets", targets, (count, classes))):
@@ -173,7 +127,7 @@ def check_augmentation(augmentation: Augmentation, recipe: Recipe, data: Dataset
                 raise UserError(f"its {what} are {said_of}; they must be {wanted[0]} {wanted[1]}")
 
 
-def _batches(recipe: Recipe, an_image: int, own: bool) -> list[int]:
+def batches_to_try(recipe: Recipe, an_image: int, own: bool) -> list[int]:
     """Numbers of images that a part is tried on: two, and those of a whole batch where that is cheap."""
     batch = recipe.data.batch_size
     return [IMAGES, *([batch] if own and batch != IMAGES and batch * an_image <= LARGEST else [])]

@@ -233,14 +233,26 @@ class Form:
         entries = entries if isinstance(entries, list) else []
         names = [self.values(("losses", number)).get("name") for number in range(len(entries))]
         known = [name for name in names if isinstance(name, str) and name in losses]
-        weights = [self.values(("losses", number)).get("weight", 1.0) for number in range(len(entries))]
+        terms = [self.values(("losses", number)) for number in range(len(entries))]
         felt = [
-            losses[name].inputs for name, weight in zip(names, weights, strict=True) if name in known and weight > 0
+            losses[name].inputs
+            for name, term in zip(names, terms, strict=True)
+            if name in known and term.get("weight", 1.0) > 0 and term.get("schedule") != "until"
         ]
         if names and len(known) == len(names) and not any("logits" in inputs for inputs in felt):
             with_logits = ", ".join(name for name in losses if "logits" in losses[name].inputs)
-            message = f"no loss on the student's logits (with a weight above 0); add one of: {with_logits}"
+            above = "above 0 to the end" if any(term.get("schedule") == "until" for term in terms) else "above 0"
+            message = f"no loss on the student's logits (with a weight {above}); add one of: {with_logits}"
             yield ("losses",), message
+        for number, term in enumerate(terms):
+            # What is wrong by itself is not there.
+            if "schedule" not in term or "until" not in term:
+                continue
+            schedule, until, place = term["schedule"], term["until"], ("losses", number, "until")
+            if schedule == "until" and until is None:
+                yield place, 'missing; schedule = "until" needs the share of the training after which the weight is 0'
+            elif schedule != "until" and until is not None:
+                yield place, f'has no effect with schedule = "{schedule}"; leave it out, or set schedule = "until"'
         for number, name in enumerate(names):
             needs_teacher = name in known and any("teacher" in needed for needed in losses[name].inputs)
             if needs_teacher and self.at(("teacher",)) is None:

@@ -5,6 +5,7 @@ listed here, in `[data]`, `[teacher]`, `[student]`, `[student.neuron]`, the enco
 an option of the registered part that the table names, and is checked against that part's signature.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -155,6 +156,20 @@ class LossTable(Part):
     """A registered loss."""
     weight: NonNegative = 1.0
     """Its factor in the sum."""
+    schedule: Literal["constant", "cosine", "until"] = "constant"
+    """How the weight goes on: "cosine" falls to 0 over the training; "until" a share of the training, then it is 0."""
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the training after which the weight is 0; for schedule = "until"."""
+
+    def weight_at(self, done: float) -> float:
+        """The weight after a share of the training, from 0 at its first step to below 1 at its last."""
+        if self.schedule == "cosine":
+            return self.weight * (1 + math.cos(math.pi * done)) / 2
+        return 0.0 if self.until is not None and done >= self.until else self.weight
+
+    def weight_in(self, epoch: int, epochs: int) -> float:
+        """The weight in the middle of an epoch, which counts from 1."""
+        return self.weight_at((epoch - 0.5) / epochs)
 
 
 class Recipe(Section):

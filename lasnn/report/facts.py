@@ -28,6 +28,7 @@ from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate
 from lasnn.plan import pair_stages
 from lasnn.random import generator
+from lasnn.recipe.schema import LossTable
 from lasnn.run import environment
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
@@ -421,22 +422,25 @@ def mistakes(test: Any, student: dict[str, Any], teacher: dict[str, Any] | None)
 def training(run: Run) -> dict[str, Any]:
     """The epochs of both phases, with each term times its weight, and why a phase has none."""
     epochs = run.folder.metrics()
-    weights = {"student": {loss.name: loss.weight for loss in run.recipe.losses}}
-    found: dict[str, Any] = {}
+    recipe, found = run.recipe, {}
+
+    def weight(name: str, epoch: dict[str, Any]) -> float:
+        losses = recipe.losses if epoch["phase"] == "student" else ()
+        return next(
+            (loss.weight_in(epoch["epoch"], recipe.distill.epochs) for loss in losses if loss.name == name), 1.0
+        )
+
     for phase in ("teacher", "student"):
         found[phase] = [
             {
                 **epoch,
-                "terms": {
-                    name: weights.get(phase, {}).get(name, 1.0) * value
-                    for name, value in epoch.get("losses", {}).items()
-                },
+                "terms": {name: weight(name, epoch) * value for name, value in epoch.get("losses", {}).items()},
             }
             for epoch in epochs
             if epoch["phase"] == phase
         ]
-    found["weights"] = weights["student"]
-    teacher = run.recipe.teacher
+    found["weights"] = {loss.name: loss.weight for loss in recipe.losses}
+    teacher = recipe.teacher
     found["why_no_teacher"] = (
         "there is no teacher"
         if teacher is None
@@ -477,7 +481,10 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
         ),
         ("neuron", described(table.neuron.name, table.neuron.options)),
         ("input", f"{described(encoder.name, encoder.options)} encoding, T = {table.timesteps}"),
-        ("objective", " + ".join(f"{loss.weight:g} × {described(loss.name, loss.options)}" for loss in recipe.losses)),
+        (
+            "objective",
+            " + ".join(f"{loss.weight:g} × {described(loss.name, scheduled(loss))}" for loss in recipe.losses),
+        ),
         ("training", how_trained(distill) + f", batches of {recipe.data.batch_size}"),
         ("seed", f"{recipe.seed}, {run.folder.read_json('env.json').get('precision', recipe.precision)}"),
     ]
@@ -495,6 +502,11 @@ def described(name: str, options: dict[str, Any]) -> str:
     """A part with its options."""
     said = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
     return f"{name} ({said})" if said else name
+
+
+def scheduled(loss: LossTable) -> dict[str, Any]:
+    """A term's options, and its schedule where the weight does not stay."""
+    return loss.options | ({} if loss.schedule == "constant" else {"schedule": loss.schedule, "until": loss.until})
 
 
 def how_trained(table: Any) -> str:

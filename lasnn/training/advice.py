@@ -49,6 +49,6 @@ def drowned_labels(recipe: Recipe, epoch: Mapping[str, Any]) -> Iterable[str]:
     for number, loss in enumerate(recipe.losses):
         if "targets" in losses[loss.name].inputs or not epoch["loss"] > 0:
             continue
-        share = loss.weight * epoch["losses"][loss.name] / epoch["loss"]
+        share = loss.weight_in(epoch["epoch"], recipe.distill.epochs) * epoch["losses"][loss.name] / epoch["loss"]
         if share > MOST:
             yield f"lower losses.{number}.weight ({loss.weight:g}): {loss.name!r} makes up {share:.0%} of the loss"

@@ -28,7 +28,8 @@ class Built:
 
     `teacher` is frozen and in evaluation mode (None where the recipe has none), `student` is as it is before the first
     step. `objective(images, targets, epoch=0, step=0)` returns {"<term>": ..., "loss": ...}, scalars, where "loss" is
-    the recipe's weighted sum; epoch and step key every random number. Its own parameters are those of its losses alone.
+    the recipe's weighted sum; epoch and step key every random number, and the weights' schedules follow them. Its own
+    parameters are those of its losses with learnt parts, which an optimiser must be given beside the student's.
     """
 
     plan: Plan
@@ -49,7 +50,8 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
     """Make a recipe's parts; `distill` trains with the same.
 
         built = build("quickstart", train_teacher=True)
-        optimizer = torch.optim.SGD(built.student.parameters(), lr=0.1, momentum=0.9)
+        learnt = [*built.student.parameters(), *built.objective.parameters()]
+        optimizer = torch.optim.SGD(learnt, lr=0.1, momentum=0.9)
         for epoch in range(10):
             for step, (images, targets) in enumerate(built.batches(epoch)):
                 optimizer.zero_grad()
@@ -82,4 +84,5 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
 
         teacher = TeacherSource(plan, train, test, run, Callback()).get(train_now)
     student = new_student(plan, teacher)
-    return Built(plan, teacher, student, DistillationObjective(student, teacher, plan), train, test)
+    objective = DistillationObjective(student, teacher, plan, len(train))
+    return Built(plan, teacher, student, objective, train, test)

@@ -21,17 +21,17 @@ MADE_WITH = {"images": "the training images", "teacher": "the weights in {folder
 
 
 class Buffers:
-    """A model's buffers before a step: batch norm updates its statistics in the forward pass, so that a step that fails
-    later would leave them ahead of the weights.
+    """The buffers of what is trained before a step: batch norm updates its statistics in the forward pass, so that a
+    step that fails later would leave them ahead of the weights.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, learnt: nn.Module):
+        self.learnt = learnt
 
     @contextmanager
     def restored_at_failure(self) -> Iterator[None]:
         """If the block fails, set the buffers back."""
-        buffers = list(self.model.buffers())
+        buffers = list(self.learnt.buffers())
         kept = [buffer.clone() for buffer in buffers]
         try:
             yield
@@ -74,6 +74,7 @@ class Checkpoints:
         self,
         progress: Progress,
         model: nn.Module,
+        objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         *,
@@ -83,7 +84,7 @@ class Checkpoints:
         """Load what was saved of a training; False where nothing was saved of its phase.
 
         Args:
-            progress, model, optimizer, precision: get their saved states.
+            progress, model, objective, optimizer, precision: get their saved states.
             epochs, steps: how many epochs the training has, and how many steps an epoch has.
 
         Raises:
@@ -95,19 +96,26 @@ class Checkpoints:
         self._check_identity(saved)
         with self._translate_errors():
             model.load_state_dict(saved["module"])
+            objective.load_state_dict(saved["objective"])
             optimizer.load_state_dict(saved["optimizer"])
             precision.scaler.load_state_dict(saved["scaler"])
             progress.load(saved, epochs, steps)
         return True
 
     def save(
-        self, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision
+        self,
+        progress: Progress,
+        model: nn.Module,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
     ) -> None:
         """Write the full state: the main process does, and every process returns once the file is on the disk."""
         state = {
             **self._identity,
             **progress.as_dict(),
             "module": model.state_dict(),
+            "objective": objective.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(),
         }

@@ -141,11 +141,12 @@ def student_phase(
 ) -> Phase:
     """The student's training under its teacher."""
     recipe = plan.recipe
+    objective = DistillationObjective(student, teacher, plan, len(train))
     return Phase(
         name="student",
         model=student,
-        objective=DistillationObjective(student, teacher, plan),
-        networks={"student": student} | ({"teacher": teacher} if teacher else {}),
+        objective=objective,
+        networks={"student": student} | ({"teacher": teacher} if teacher else {}) | objective.modules_by_name,
         config=recipe.distill,
         images=train,
         batch_size=recipe.data.batch_size,

@@ -108,13 +108,13 @@ def nonfinite_error(
     )
 
 
-def check_weights(model: nn.Module, progress: Progress, hint: str) -> None:
-    """Check that a model's weights are finite.
+def check_weights(modules: Iterable[nn.Module], progress: Progress, hint: str) -> None:
+    """Check that the weights of what is trained are finite.
 
     Raises:
         MachineError: they are not.
     """
-    states = model.state_dict().items()
+    states = [item for module in modules for item in module.state_dict().items()]
     broken = [name for name, value in states if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise MachineError(

@@ -5,18 +5,22 @@ An objective runs networks without registering them as its own: its parameters a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lasnn.loss import reading_of
+from lasnn import processes
+from lasnn.loss import BoundLoss, reading_of
+from lasnn.network.staged import CURRENT
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan
 from lasnn.random import generator, keyed
 from lasnn.recipe.schema import LossTable, Recipe
-from lasnn.registry import losses, translate_errors
+from lasnn.registry import losses
 
 
 class Objective(nn.Module, ABC):
@@ -30,7 +34,7 @@ class Objective(nn.Module, ABC):
     Args:
         phase: "teacher" or "student", which keys the random numbers.
         seed: of the run.
-        weights: of the terms in the sum, in their order.
+        weights: of the terms in the sum, in their order; where they follow schedules, those of the first step.
     """
 
     def __init__(self, phase: str, seed: int, weights: dict[str, float]):
@@ -53,8 +57,12 @@ class Objective(nn.Module, ABC):
         with keyed(self.seed, self.phase, epoch, step, *([first] if first else [])):
             draws = generator(self.seed, "encode", epoch, step, device=images.device)
             terms = self.terms(images, targets, draws, {"first": first, "total": total})
-        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights.items())
+        terms["loss"] = sum(weight * terms[name] for name, weight in self.weights_at(epoch, step).items())
         return terms
+
+    def weights_at(self, epoch: int, step: int) -> dict[str, float]:
+        """The weights of a step."""
+        return self.weights
 
     @abstractmethod
     def terms(
@@ -90,22 +98,55 @@ class TeacherObjective(Objective):
 
 
 class DistillationObjective(Objective):
-    """The recipe's losses of a student under its teacher."""
+    """The recipe's losses of a student under its teacher.
 
-    def __init__(self, student: Student, teacher: Teacher | None, plan: Plan):
+    Its parameters are those of losses with learnt parts, which `losses` has by their number in the recipe.
+
+    Args:
+        student, teacher: on the run's device.
+        plan: the run's.
+        images: how many there are to train on: the weights' schedules count the steps.
+    """
+
+    def __init__(self, student: Student, teacher: Teacher | None, plan: Plan, images: int):
         recipe = plan.recipe
         super().__init__("student", recipe.seed, {loss.name: loss.weight for loss in recipe.losses})
         self.networks = (student, teacher)
         recipe.use_plugins()
-        self.losses = recipe.losses
-        # Looked up once: a name may come to mean another version of its plugin.
-        self.entries = {loss.name: losses[loss.name] for loss in self.losses}
+        self.tables = recipe.losses
+        self.epochs, self.steps_per_epoch = recipe.distill.epochs, ceil(images / recipe.data.batch_size)
         self.time_chunk = recipe.time_chunk
-        inputs = {name for entry in self.entries.values() for name in entry.inputs}
-        self.needs_teacher = bool(inputs & {"teacher_logits", "teacher_features"})
-        pairs = plan.pairs if "student_features" in inputs else ()
-        self.student_taps = [pair.student for pair in pairs]
-        self.teacher_taps = [pair.teacher for pair in pairs]
+        # Looked up once: a name may come to mean another version of its plugin.
+        self.bound: dict[str, BoundLoss] = {}
+        for loss in self.tables:
+            with keyed(recipe.seed, "loss", loss.name):
+                bound = BoundLoss(losses[loss.name], loss.options, plan.pairs, len(plan.data.classes))
+            self.bound[loss.name] = bound
+        modules = {str(number): self.bound[loss.name].module for number, loss in enumerate(self.tables)}
+        self.losses = nn.ModuleDict({number: module for number, module in modules.items() if module is not None})
+        self.losses.to(plan.device)
+        asked = {name for bound in self.bound.values() for name in bound.inputs}
+        self.asks_teacher = any(name.startswith("teacher_") for name in asked)
+        self.asks_classifier = "teacher_classifier" in asked
+        # What is tapped of each pair for an input of this name.
+        self.taps = {
+            name: [getattr(pair, who) + suffix for pair in plan.pairs] if name in asked else []
+            for name, who, suffix in (
+                ("student_features", "student", ""),
+                ("student_currents", "student", CURRENT),
+                ("teacher_features", "teacher", ""),
+                ("teacher_currents", "teacher", CURRENT),
+            )
+        }
+
+    def weights_at(self, epoch: int, step: int) -> dict[str, float]:
+        done = (epoch * self.steps_per_epoch + step) / (self.epochs * self.steps_per_epoch)
+        return {loss.name: loss.weight_at(done) for loss in self.tables}
+
+    @property
+    def modules_by_name(self) -> dict[str, nn.Module]:
+        """The losses with learnt parts, `loss <name>` each."""
+        return {f"loss {name}": bound.module for name, bound in self.bound.items() if bound.module is not None}
 
     def terms(
         self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]
@@ -115,16 +156,25 @@ class DistillationObjective(Objective):
         if self.time_chunk:
             return self._terms_in_chunks(images, given, draws, position)
         logits, features = student.steps(images, self.student_taps, draws, **position)
-        return self._values(self.losses, given, logits, features)
+        return self._values(self.tables, given, logits, features)
+
+    @property
+    def student_taps(self) -> list[str]:
+        """What is tapped of the student."""
+        return self.taps["student_features"] + self.taps["student_currents"]
 
     def from_teacher(self, images: Tensor) -> dict[str, Any]:
-        """The teacher's logits and features, without gradient; nothing where no loss asks for them."""
-        if not self.needs_teacher:
+        """The teacher's inputs of the losses, without gradient; nothing where no loss asks for any."""
+        if not self.asks_teacher:
             return {}
         _, teacher = self.networks
+        names = ("teacher_features", "teacher_currents")
         with torch.no_grad():
-            logits, features = teacher.taps(images, self.teacher_taps)
-        return {"teacher_logits": logits, "teacher_features": [features[tap] for tap in self.teacher_taps]}
+            logits, features = teacher.taps(images, [tap for name in names for tap in self.taps[name]])
+        found = {name: [features[tap] for tap in self.taps[name]] for name in names}
+        if self.asks_classifier:
+            found["teacher_classifier"] = teacher.classifier
+        return {"teacher_logits": logits, **found}
 
     def _values(
         self, wanted: Sequence[LossTable], given: dict[str, Any], logits: Tensor, features: dict[str, Tensor]
@@ -135,15 +185,21 @@ class DistillationObjective(Objective):
             given: the losses' inputs that are not the student's.
             logits, features: the student's, of all time steps or of a chunk.
         """
-        students = {"logits": logits, "student_features": [features[tap] for tap in self.student_taps]}
+        students = {"logits": logits}
+        for name in ("student_features", "student_currents"):
+            students[name] = [features[tap] for tap in self.taps[name]]
         inputs, values = {**given, **students}, {}
         for loss in wanted:
-            entry = self.entries[loss.name]
+            bound = self.bound[loss.name]
             if len(given["targets"]):
-                with translate_errors(entry):
-                    values[loss.name] = entry.function(*(inputs[name] for name in entry.inputs), **loss.options)
+                value = bound(inputs)
             else:
-                values[loss.name] = zero_loss([students[name] for name in entry.inputs if name in students])
+                value = zero_loss([students[name] for name in bound.inputs if name in students])
+                value = value + without_images(bound, inputs)
+            if processes.world_size() > 1 and "student_currents" in bound.inputs:
+                # Their backward passes exchange statistics: all processes run those of all stages, or none does.
+                value = value + 0.0 * zero_loss(students["student_currents"])
+            values[loss.name] = value
         return values
 
     def _terms_in_chunks(
@@ -155,7 +211,7 @@ class DistillationObjective(Objective):
         """
         student, _ = self.networks
         by_step = [
-            loss for loss in self.losses if reading_of(self.entries[loss.name].function, loss.options) == "steps"
+            loss for loss in self.tables if reading_of(self.bound[loss.name].entry.function, loss.options) == "steps"
         ]
         options = dict(position)
         if by_step:
@@ -164,8 +220,8 @@ class DistillationObjective(Objective):
             )
         logits, features, means = student.in_chunks(images, self.time_chunk, self.student_taps, draws, **options)
         found = dict(zip([loss.name for loss in by_step], means if by_step else (), strict=True))
-        found |= self._values([loss for loss in self.losses if loss not in by_step], given, logits, features)
-        return {loss.name: found[loss.name] for loss in self.losses}
+        found |= self._values([loss for loss in self.tables if loss not in by_step], given, logits, features)
+        return {loss.name: found[loss.name] for loss in self.tables}
 
 
 def zero_loss(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
@@ -174,3 +230,14 @@ def zero_loss(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
     """
     tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
     return torch.stack([tensor.sum().float() for tensor in tensors]).sum()
+
+
+def without_images(bound: BoundLoss, inputs: dict[str, Any]) -> Tensor | float:
+    """0 of a loss's learnt parts, in the same way; its batch norms take part in the other processes' statistics."""
+    if bound.module is None:
+        return 0.0
+    zero = sum(0.0 * parameter.sum().float() for parameter in bound.module.parameters())
+    if any(isinstance(part, _BatchNorm) for part in bound.module.modules()):
+        # A mean over no images is not a number.
+        zero = zero + 0.0 * bound(inputs).nan_to_num(0.0)
+    return zero

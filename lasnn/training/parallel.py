@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lasnn import processes
 from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d
+from lasnn.loss import does_couple_images
 from lasnn.plan import micro_batches
 from lasnn.recipe.schema import Recipe
+from lasnn.registry import losses
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ class Parallel:
         statistics of all processes' images.
 
         Raises:
-            UserError: the model has batch norms whose statistics would stay each process's own.
+            UserError: model or losses have batch norms whose statistics would stay each process's own.
         """
         if processes.world_size() == 1:
             return objective
         share_batch_norms(model)
+        share_batch_norms(objective)
         with warnings.catch_warnings():
             # The buffers agree anyway; torch 2.14 deprecates `broadcast_buffers`.
             warnings.simplefilter("ignore", FutureWarning)
@@ -168,5 +171,12 @@ def check_processes(recipe: Recipe) -> None:
         problems.append(recipe.line("data.batch_size", f"{batch} images cannot be shared by {count} processes"))
     if count > 1 and ":" in recipe.device:
         problems.append(recipe.line("device", f'one GPU for {count} processes; with "cuda" each takes its own'))
+    coupled = [number for number, loss in enumerate(recipe.losses) if does_couple_images(losses[loss.name].function)]
+    for number in coupled if count > 1 else ():
+        name = recipe.losses[number].name
+        why = (
+            f"{name!r} compares the images of a batch with each other, which {count} processes share out; train in one"
+        )
+        problems.append(recipe.line(f"losses.{number}.name", f"{why}; train in one"))
     if problems:
         raise UserError(*problems)

@@ -42,7 +42,7 @@ class Phase:
     Args:
         name: "teacher" or "student".
         model: what is trained.
-        objective: what it minimises.
+        objective: what it minimises; its own parameters, those of the losses, are trained with the model.
         networks: all that run in the objective, by name: where a number that is not finite is looked for.
         config: epochs, optimiser and schedule.
         images: the training images, on the device or streamed to it.
@@ -113,13 +113,15 @@ class Trainer:
         self.run = context.run
         self.callbacks = context.callbacks
         self.precision = Precision(context.precision, context.device)
+        # The losses may have learnt parts.
+        self.learnt = nn.ModuleList([phase.model, phase.objective])
         self.monitor = NonFiniteMonitor.of(phase.objective, self.precision, every_step=self.checks_every_step)
         # Where a number is not finite, a fused optimiser skips its step on the device. Not so in fp16: its scaler skips
         # steps too, and goes on, but PyTorch's fused SGD would then read the momentum that its first step never wrote.
-        self.optimizer = make_optimizer(phase.model, phase.config, fused=not self.precision.uses_scaler)
+        self.optimizer = make_optimizer(self.learnt, phase.config, fused=not self.precision.uses_scaler)
         self.objective = self.parallel.distribute(phase.model, phase.objective)
         self.progress = Progress(phase.name, tuple(phase.objective.weights))
-        self.buffers = Buffers(phase.model)
+        self.buffers = Buffers(self.learnt)
 
     def fit(self) -> dict[str, float]:
         """Train; returns the last accuracy, the seconds and the throughput."""
@@ -137,7 +139,7 @@ class Trainer:
 
     def fit_epoch(self, epoch: int) -> None:
         """Run the epoch's remaining steps."""
-        self.phase.model.train()
+        self.learnt.train()
         self.callbacks.epoch(self.phase.name, epoch, self.phase.config.epochs, self.phase.steps_per_epoch)
         self.monitor.begin_epoch()
         self.progress.begin_epoch(epoch)
@@ -152,8 +154,8 @@ class Trainer:
         """One update of the weights; returns the sums of the terms over the batch's images, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.parallel.sum(self.forward_backward(batch))
-        self.monitor.update(batch.step, sums, self.phase.model)
-        self.precision.step(self.optimizer, self.phase.model, self.phase.config.clip_norm, self.monitor.found_inf())
+        self.monitor.update(batch.step, sums, self.learnt)
+        self.precision.step(self.optimizer, self.learnt, self.phase.config.clip_norm, self.monitor.found_inf())
         return sums
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
@@ -216,7 +218,7 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the saved state of this phase, if there is one."""
         progress, steps = self.progress, self.phase.steps_per_epoch
-        states = (progress, self.phase.model, self.optimizer, self.precision)
+        states = (progress, *self.learnt, self.optimizer, self.precision)
         if self.checkpoints.restore(*states, epochs=self.phase.config.epochs, steps=steps):
             self.callbacks.note(
                 f"resuming the {progress.phase} at epoch {progress.epoch + 1}, step {progress.step + 1}"
@@ -237,7 +239,7 @@ class Trainer:
     def save(self) -> None:
         """Save the full state."""
         self.check_weights()
-        self.checkpoints.save(self.progress, self.phase.model, self.optimizer, self.precision)
+        self.checkpoints.save(self.progress, *self.learnt, self.optimizer, self.precision)
 
     def stop_if_asked(self) -> None:
         """Raises Stopped where a signal has come to any process."""
@@ -250,7 +252,7 @@ class Trainer:
         Raises:
             MachineError: they are not.
         """
-        check_weights(self.phase.model, self.progress, self.checkpoints.hint)
+        check_weights(self.learnt, self.progress, self.checkpoints.hint)
 
     def raise_if_nonfinite(self, batch: Batch) -> None:
         """Stop a training whose numbers are no longer finite, and name the layer where that began.
@@ -263,7 +265,7 @@ class Trainer:
             self.precision.check_scale(self.phase.name, batch.epoch, batch.step, self.checkpoints.hint)
             return
         step, names = found
-        self.phase.model.train()
+        self.learnt.train()
         failed = next(self.phase.batches(batch.epoch, start=step))
         layers = find_layers(self.phase.networks, self.forward, self.parallel.slices(failed))
         raise nonfinite_error(self.phase.name, batch.epoch, step, names, layers, self.checkpoints.hint)
