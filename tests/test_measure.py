@@ -76,6 +76,43 @@ def test_operations_against_brute_force(encoder):
     assert total > 0
 
 
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+@pytest.mark.parametrize("style", ["sew", "membrane"])
+def test_operations_of_residual_styles_against_brute_force(style, encoder):
+    """A sum of spikes costs what its spikes cost; what reads a current multiplies, once where it is constant."""
+    torch.manual_seed(0)
+    network = build("resnet20", snn_units(threshold=0.3), in_channels=2, num_classes=3, width=4, residual=style)
+    student, data = Student(network, encoders.build(encoder, (0.5, 0.5), (0.25, 0.25)), 3).eval(), images()
+    additions, multiply, largest = 0.0, 0.0, 0.0
+
+    def count(layer, inputs, output):
+        nonlocal additions, multiply, largest
+        [x] = inputs
+        if isinstance(layer, nn.Linear):
+            # The mean of 3 x 3 spikes.
+            additions += float((9 * x).round().sum()) * 3
+        elif torch.equal(x, x.round()):
+            largest = max(largest, float(x.max()))
+            additions += connections(layer, x)
+        else:
+            multiply += output.numel() * layer.weight[0].numel()
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in network.modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    with torch.no_grad(), OperationCounter(student, 3) as counter:
+        student.steps(data.pixels.float() / 255, generator=torch.Generator().manual_seed(5))
+    for hook in hooks:
+        hook.remove()
+    found = counter.after(3)["operations"]
+    assert found["additions"] * 6 == pytest.approx(additions)
+    assert found["multiply_additions"] * 6 == pytest.approx(multiply)
+    assert (multiply > 0) == (style == "membrane" or encoder == "direct")
+    assert (largest > 1) == (style == "sew")
+
+
 def test_a_real_valued_layer_at_every_step_costs_t_times():
     act = snn_units()
     stages = {"stage1": nn.Sequential(act(2), nn.Sigmoid(), nn.Conv2d(2, 4, 1, bias=False), act(4))}

@@ -76,6 +76,19 @@ class NormSpike(nn.Module):
         return rearrange(spikes.to(x.dtype), "t b ... -> (t b) ..."), v_last
 
 
+class Add(nn.Module):
+    """The sum of two tensors of a network [T*B, ...]; one that is constant in time, [B, ...], is added at each step.
+
+    As a module it is seen by the counter of operations, to which a sum of spikes is spikes.
+    """
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[0] == y.shape[0]:
+            return x + y
+        longer, constant = (x, y) if x.shape[0] > y.shape[0] else (y, x)
+        return (rearrange(longer, "(t b) ... -> t b ...", b=constant.shape[0]) + constant).flatten(0, 1)
+
+
 def fuses(neuron: type[nn.Module]) -> bool:
     """Whether a neuron's `after_norm` is what its `forward` does: one that overrides the second only is not fused."""
     ancestry = neuron.__mro__
