@@ -4,9 +4,11 @@ from lasnn.network.staged import Staged, StagedView, build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Add, NormActivate, NormSpike, ann_units, snn_units
+from lasnn.network.whole import HookedView
 
 __all__ = [
     "Add",
+    "HookedView",
     "NormActivate",
     "NormSpike",
     "Staged",
