@@ -1,4 +1,4 @@
-"""The built-in architectures, each written once and built as teacher or student; `torchvision` only teaches."""
+"""The built-in architectures, each written once and built as teacher or student; those of `foreign` only teach."""
 
 from lasnn.architecture import resnet, vgg
 
