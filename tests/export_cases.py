@@ -15,7 +15,7 @@ NEURONS = {
     "decay": {"name": "lif", "tau": 1.5, "decay_input": True, "v_reset": -0.1, "threshold": 0.7},
 }
 # A ResNet in another residual style than its default is `NAME-STYLE`.
-ARCHITECTURES = ("vgg5", "vgg9", "resnet19", "resnet20", "resnet20-sew", "resnet20-membrane")
+ARCHITECTURES = ("vgg5", "vgg9", "resnet19", "resnet20", "resnet20-sew", "resnet20-membrane", "spikformer")
 ENCODERS = ("direct", "rate", "poisson")
 
 
@@ -32,6 +32,8 @@ def make_run(
     architecture, _, residual = architecture.partition("-")
     if residual:
         student["residual"] = residual
+    # Its stem has an eighth of the width.
+    width = 2 * width if architecture == "spikformer" else width
     tables = {
         "plugins": ["tiny_clothes.py", *plugins],
         "data": {"name": "tiny-clothes", "batch_size": 50},

@@ -17,7 +17,7 @@ from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.time import TimeContext
-from lasnn.network.units import Add, NormActivate, NormSpike, ann_units, snn_units
+from lasnn.network.units import Add, NormActivate, NormSpike, Product, ann_units, snn_units
 from lasnn.neuron import LIF
 from lasnn.probe import probe
 from lasnn.random import generator
@@ -39,8 +39,11 @@ PARAMETERS = {
     ("vgg16", 10): 14_728_266 - 4_224,
     ("vgg19", 10): 20_040_522 - 5_504,
     ("resnet18", 100): 11_220_132,
+    # Spikformer-4-256: 4.15 M in the paper; here less 9,216 biases before batch norms, and 4 batch norms (2,048) more.
+    ("spikformer", 10): 4_148_010,
 }
-NARROW = {name: {"width": 4} for name in architectures}
+# The stem of a transformer has an eighth of its width.
+NARROW = {name: {"width": 8 if "heads" in architectures[name].options else 4} for name in architectures}
 # Every architecture in every residual style that it takes, `resnet18-sew`; the default has the bare name.
 STYLES = get_args(Residual)
 NETWORKS = [
@@ -125,7 +128,7 @@ def test_teacher_and_student_share_their_keys(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_width_scales_every_stage(name):
     with torch.device("meta"):
-        shapes = [probe(make(name, ann_units(), width=width), (3, 32, 32)).shapes for width in (4, 8)]
+        shapes = [probe(make(name, ann_units(), width=width), (3, 32, 32)).shapes for width in (8, 16)]
     for stage in shapes[0]:
         assert shapes[1][stage][0] == 2 * shapes[0][stage][0]
         assert shapes[1][stage][1:] == shapes[0][stage][1:]
@@ -145,7 +148,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     values = set(features["stage2"].unique().tolist())
     if name.endswith("-membrane"):
         assert any(value != round(value) for value in values), "a tap is a current"
-    elif name.endswith("-sew"):
+    elif name.endswith("-sew") or name == "spikformer":
         assert values <= set(range(20)), "a tap is a number of spikes"
         assert max(values) > 1
     else:
@@ -271,6 +274,29 @@ def test_the_blocks_are_those_of_the_papers(style):
     torch.testing.assert_close(logits[0], network.head[-1](pooled))
 
 
+def test_attention_is_the_product_in_any_order():
+    """Of each head by itself, Q K^T V as the paper writes it; with spikes to the bit."""
+    heads, (queries, keys, values) = 2, ((torch.rand(3, 6, 4, 5) < 0.4).float() for _ in range(3))
+    wanted = torch.zeros_like(values)
+    for head in (slice(0, 3), slice(3, 6)):
+        q, k, v = (x[:, head].flatten(2).transpose(1, 2) for x in (queries, keys, values))
+        wanted[:, head] = (q @ k.transpose(1, 2) @ v).transpose(1, 2).unflatten(2, (4, 5))
+    assert torch.equal(Product(heads)(queries, keys, values), wanted)
+
+
+@pytest.mark.parametrize(("width", "heads", "millions"), [(128, 8, 1.04), (256, 8, 4.15), (384, 12, 9.31)])
+def test_the_transformers_sizes(width, heads, millions):
+    with torch.device("meta"):
+        network = build("spikformer", ann_units(), in_channels=3, num_classes=10, width=width, heads=heads)
+    assert round(count(network) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("options", [{"width": 20}, {"width": 64, "heads": 5}])
+def test_a_width_that_cannot_be_shared_out(options):
+    with torch.device("meta"), pytest.raises(UserError, match="must be a multiple of 8, for the stem, and of heads = "):
+        build("spikformer", ann_units(), in_channels=3, num_classes=10, **options)
+
+
 class Recorder(TorchDispatchMode):
     """Every op that reaches the dispatcher, with the shapes and types of its tensors."""
 
@@ -339,7 +365,7 @@ def test_the_fused_unit_is_batch_norm_then_neuron():
         torch.testing.assert_close(unit.norm.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", ["vgg5", "resnet20", "resnet20-sew", "resnet20-membrane"])
+@pytest.mark.parametrize("name", ["vgg5", "resnet20", "resnet20-sew", "resnet20-membrane", "spikformer"])
 def test_a_student_compiles_without_a_graph_break(name):
     student = make(name, snn_units("plif"))
     images = torch.rand(1, 2, 3, 32, 32)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lasnn import processes
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import Add, NormSpike
+from lasnn.network.units import Add, NormSpike, Product
 
 # Energy of one 32-bit operation in a 45 nm process, in pJ (Horowitz, ISSCC 2014), as SNN papers count it.
 PJ_ADD = 0.9
@@ -28,9 +28,10 @@ class OperationCounter:
 
     A layer fed by spikes costs one addition for each connection that a spike meets; connections that end in the
     padding do not exist. An average pool is linear: a spike that enters it costs what it would cost in the layer
-    behind the pool. A sum of spikes, where a shortcut adds them, is so many spikes. A layer fed by anything else costs
-    its multiply-additions, once where its input is constant in time and T times where it is not; currents that a
-    shortcut carries and adds cost nothing until a layer reads them.
+    behind the pool. A sum of spikes, where a shortcut adds them, is so many spikes. In a product of queries, keys and
+    values a key's spike costs one for each value's spike of its head and pixel, a query's one for each of the head's
+    channels. A layer fed by anything else costs its multiply-additions, once where its input is constant in time and T
+    times where it is not; currents that a shortcut carries and adds cost nothing until a layer reads them.
     """
 
     def __init__(self, student: Student, timesteps: int):
@@ -64,6 +65,8 @@ class OperationCounter:
                 hook = self._pass_on
             elif isinstance(module, Add):
                 hook = self._add
+            elif isinstance(module, Product):
+                hook = self._count_product(name)
             else:
                 continue
             self._hooks.append(module.register_forward_hook(hook))
@@ -151,6 +154,27 @@ class OperationCounter:
                 count[self._now] += multiply_additions / context.steps
             elif context.start == 0:
                 count[0] += multiply_additions
+
+        return hook
+
+    def _count_product(self, name: str):
+        def hook(module: Product, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+            known = [self._spikes_in(x) for x in inputs]
+            if any(found is None for found in known):
+                # Two products of matrices.
+                count = 2 * output.numel() * output.shape[1] // module.heads
+                self._count(self.multiply_additions, name)[self._now] += count / self.student.network.time.steps
+                return
+            # Spikes of each head at each pixel, [T, B, heads, pixels].
+            queries, keys, values = (
+                scale * self.student.network.time.unfold(x).unflatten(2, (module.heads, -1)).sum(3, dtype=torch.float64)
+                for x, scale in known
+            )
+            # A spike of a key is added up for each value's that it meets, then a row of them for each query's.
+            met = (keys * values).flatten(2).sum(2) + queries.flatten(2).sum(2) * (output.shape[1] // module.heads)
+            by_image = met.cpu()
+            self.batch_additions[self._now] += by_image
+            self._count(self.additions, name)[self._now] += by_image.sum(1)
 
         return hook
 

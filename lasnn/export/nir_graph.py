@@ -25,7 +25,7 @@ from lasnn.errors import UserError
 from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import folded
 from lasnn.network.staged import Staged
-from lasnn.network.units import Add, NormSpike
+from lasnn.network.units import Add, NormSpike, Product
 from lasnn.neuron import Neuron
 
 # One time step, in seconds; snnTorch knows no other.
@@ -128,7 +128,7 @@ class Tracer(fx.Tracer):
     """Takes lasnn's own modules for one each, like those of torch.nn."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (NormSpike, Add, *NORMS)) or super().is_leaf_module(module, name)
+        return isinstance(module, (NormSpike, Add, Product, *NORMS)) or super().is_leaf_module(module, name)
 
 
 class Builder(fx.Interpreter):
@@ -315,6 +315,7 @@ class Builder(fx.Interpreter):
 
 UNSAID = {
     nn.MaxPool2d: 'NIR has no max-pooling; train with pool = "avg"',
+    Product: "NIR has no product of two signals, as attention makes; export to onnx or pt2",
     nn.Linear: "a linear layer on pictures; put nn.Flatten() before it",
 }
 

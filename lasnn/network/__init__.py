@@ -3,7 +3,7 @@
 from lasnn.network.staged import Staged, StagedView, build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import Add, NormActivate, NormSpike, ann_units, snn_units
+from lasnn.network.units import Add, NormActivate, NormSpike, Product, ann_units, snn_units
 from lasnn.network.whole import HookedView
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HookedView",
     "NormActivate",
     "NormSpike",
+    "Product",
     "Staged",
     "StagedView",
     "Student",

@@ -1,4 +1,4 @@
-"""Residual styles as a user meets them: in a recipe, trained, evaluated, reported, converted; and their mistakes."""
+"""Residual styles and the transformer as a user meets them: in a recipe, trained, evaluated, reported; mistakes."""
 
 import pytest
 
@@ -38,6 +38,26 @@ def test_a_whole_run(style, tiny):
     assert page["attention_distance"].keys() == {"stage1", "stage2", "stage3"}
     assert [row["timesteps"] for row in page["converted"]["results"]] == [1, 2, 4]
     assert f"residual {style}" in (path / "report.html").read_text()
+
+
+def test_a_transformer_is_distilled_from_its_ann_twin(tiny):
+    both = [f"{table}.{key}" for table in ("teacher", "student") for key in ("architecture=spikformer", "width=16")]
+    losses = 'losses=[{name="cross-entropy"},{name="attention",weight=10.0}]'
+    path = distill(
+        tiny, "run", overrides=[*both, *SHORT, losses, "student.init=teacher", "student.neuron.threshold=0.1"]
+    )
+    run = load_run(path.path)
+    assert [pair["student_shape"] for pair in make_plan(run.recipe).summary()["pairs"]] == [
+        [8, 14, 14],
+        [16, 7, 7],
+        [16, 7, 7],
+    ]
+    found = {result["timesteps"]: result for result in evaluate(path.path, [1, 5])}
+    assert found[5]["operations"]["additions"] > found[1]["operations"]["additions"] > 0
+    assert found[1]["energy_uj_by_layer"]["stage2.3.0.inner.product"] > 0
+    page = report(run, timesteps=[2])
+    assert page["attention_distance"].keys() == {"stage1", "stage2", "stage3"}
+    assert "bmm is not linear" in page["converted"]["reason"]
 
 
 @pytest.mark.parametrize("style", STYLES)
