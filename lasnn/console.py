@@ -129,6 +129,8 @@ def print_plan(console: Console, plan: Any) -> None:
         how = f"{facts['teacher_steps']:,} steps unless cached"
         how = "frozen by its own code, not trained" if facts["teacher_frozen"] else facts["teacher_checkpoint"] or how
         say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")
+        if facts["teacher_stages"]:
+            say("stages   " + ", ".join(f"{name} = {path}" for name, path in facts["teacher_stages"].items()))
     else:
         say("teacher  none: the student trains alone")
     say(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lasnn.data import Augmentation, Dataset, Images, Streamed
 from lasnn.data.description import DatasetDescription
@@ -18,6 +19,7 @@ from lasnn.network.staged import Staged, StagedView, build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Act, ann_units, snn_units
+from lasnn.network.whole import HookedView, WholeView, children_of
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
 from lasnn.registry import Entry, architectures, datasets, encoders, teachers, translate_errors
 
@@ -108,19 +110,43 @@ def make_student(recipe: Recipe, data: Dataset | DatasetDescription) -> Student:
     return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
 
 
-def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription) -> Teacher:
-    """The teacher on the current default device, with the layers' own initialisation."""
+def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription, *, weights: bool = True) -> Teacher:
+    """The teacher on the current default device, with the layers' own initialisation, or the weights that it brings.
+
+    Args:
+        weights: False where the caller loads them: what has the option `pretrained` then need not fetch any.
+
+    Raises:
+        UserError: it cannot be built, or `teacher.stages` does not suit it.
+    """
     recipe.use_plugins()
     table = recipe.teacher
     act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
     if table.architecture in architectures:
+        _check_no_stages(table)
         return Teacher(make_network(table, act, data), data.mean, data.std)
     shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
-    network = teachers.build(table.architecture, **shape, **table.options)
-    if not isinstance(network, StagedView):
-        where = teachers[table.architecture].where
-        raise UserError(f"teacher {table.architecture!r} ({where}) must be a lasnn.network.staged.StagedView")
+    entry = teachers[table.architecture]
+    options = table.options
+    if not weights and "pretrained" in entry.options:
+        options["pretrained"] = False
+    network = teachers.build(table.architecture, **shape, **options)
+    if isinstance(network, (StagedView, WholeView)):
+        _check_no_stages(table)
+    elif isinstance(network, nn.Module) and not isinstance(network, Staged):
+        if table.stages is None:
+            what = f"stages: {entry.said} returns a {type(network).__name__}, whose stages are not known"
+            fix = 'name its modules, as stages = { stage1 = "..." }'
+            raise UserError(f"{what}: {fix}; {children_of(network, '')}")
+        network = HookedView(network, table.stages)
+    else:
+        raise UserError(f"{entry.said} returned a {type(network).__name__}; it returns an nn.Module or a StagedView")
     return Teacher(network, *(network.normalisation or (data.mean, data.std)))
+
+
+def _check_no_stages(table: TeacherTable) -> None:
+    if table.stages is not None:
+        raise UserError(f"stages: {table.architecture!r} has stages of its own; leave teacher.stages out")
 
 
 def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset | DatasetDescription) -> Staged:

@@ -78,7 +78,7 @@ class Run:
         path = self.folder / "teacher.safetensors"
         if self.recipe.teacher is None or not path.is_file():
             return None
-        teacher = make_teacher(self.recipe, self.description)
+        teacher = make_teacher(self.recipe, self.description, weights=False)
         load_into(teacher.network, path, describe_teacher(self.recipe, self.description, teacher.network))
         return teacher.to(self.device).eval()
 

@@ -15,6 +15,8 @@ def describe_type(annotation: Any) -> str:
         return "one of " + ", ".join(json.dumps(value) for value in inner)
     if origin in (list, tuple):
         return f"a list ({describe_type(inner[0])} each)" if inner else "a list"
+    if origin is dict:
+        return f"a table ({describe_type(inner[1])} each)"
     if origin is Annotated:
         said = describe_type(inner[0])
         if length := exact_length(annotation.__metadata__):

@@ -71,6 +71,8 @@ class Plan:
     # All its parameters are frozen by its own code, as those of a plugin that loads it: it is used as it is.
     teacher_frozen: bool
     memory_bytes: int
+    # Of a network from elsewhere that is called as a whole: the path of the module that each stage is; else nothing.
+    teacher_stages: dict[str, str]
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict:
@@ -90,6 +92,7 @@ class Plan:
             "teacher_parameters": self.teacher_parameters,
             "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
             "teacher_frozen": self.teacher_frozen,
+            "teacher_stages": self.teacher_stages,
             "student": recipe.student.architecture,
             "student_parameters": self.student_parameters,
             "timesteps": recipe.student.timesteps,
@@ -202,6 +205,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_checkpoint=checkpoint,
         teacher_frozen=frozen,
         memory_bytes=memory,
+        teacher_stages=dict(getattr(teacher.network, "paths", {})) if teacher else {},
         notes=(*real_values(student.network, student.probed), *scheduled_losses(recipe), *empty_losses(recipe)),
     )
 

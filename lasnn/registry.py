@@ -404,7 +404,7 @@ def _checked_augmentation(entry: Entry) -> Entry:
 
 architectures = Registry("architecture", "lasnn.architecture")
 # Networks that can only teach: they are not built from `act` units.
-teachers = Registry("teacher", "lasnn.architecture.torchvision")
+teachers = Registry("teacher", "lasnn.architecture.foreign")
 encoders = Registry("encoder", "lasnn.encoder")
 neurons = Registry("neuron", "lasnn.neuron")
 losses = Registry("loss", "lasnn.loss", check=_loss_entry)

@@ -14,7 +14,8 @@ NEURONS = {
     "soft": {"name": "lif", "tau": 3.0, "reset": "soft", "threshold": 0.9},
     "decay": {"name": "lif", "tau": 1.5, "decay_input": True, "v_reset": -0.1, "threshold": 0.7},
 }
-ARCHITECTURES = ("vgg5", "vgg9", "resnet19", "resnet20")
+# A ResNet in another residual style than its default is `NAME-STYLE`.
+ARCHITECTURES = ("vgg5", "vgg9", "resnet19", "resnet20", "resnet20-sew", "resnet20-membrane", "spikformer")
 ENCODERS = ("direct", "rate", "poisson")
 
 
@@ -28,6 +29,11 @@ def make_run(
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny_clothes.py").write_text(TINY_DATA)
+    architecture, _, residual = architecture.partition("-")
+    if residual:
+        student["residual"] = residual
+    # Its stem has an eighth of the width.
+    width = 2 * width if architecture == "spikformer" else width
     tables = {
         "plugins": ["tiny_clothes.py", *plugins],
         "data": {"name": "tiny-clothes", "batch_size": 50},

@@ -244,6 +244,21 @@ def test_a_stream_gives_the_spikes_of_the_run(runs, encoder):
     assert torch.equal(again, logits)
 
 
+@pytest.mark.parametrize("style", ["sew", "membrane"])
+def test_a_stream_of_a_residual_style_gives_the_logits_of_the_run(style):
+    torch.manual_seed(0)
+    network = build("resnet20", snn_units(threshold=0.3), in_channels=2, num_classes=10, width=4, residual=style)
+    student = Student(network, encoders.build("direct", (0.5, 0.5), (0.25, 0.25)), 5).eval()
+    batch, voltages, steps = images(4).pixels.float() / 255, None, []
+    with torch.no_grad():
+        logits, _ = student.steps(batch)
+    for _ in range(5):
+        step, voltages = student.step(batch, voltages)
+        steps.append(step)
+    assert logits.std() > 0
+    torch.testing.assert_close(torch.stack(steps), logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_stream_needs_a_causal_encoder_in_eval_mode():
     batch = torch.rand(2, 2, 12, 12)
     with pytest.raises(ValueError, match="needs a causal one"):

@@ -27,6 +27,9 @@ CASES = [
     ("vgg5", "poisson", "decay", 2),
     ("vgg5", "direct", "soft", 1),
     ("resnet20", "direct", "if", 2),
+    ("resnet20-sew", "direct", "lif", 2),
+    ("resnet20-membrane", "direct", "lif", 2),
+    ("spikformer", "direct", "lif", 2),
 ]
 GRID = [
     pytest.param(a, e, n, 3, marks=pytest.mark.full)

@@ -108,13 +108,18 @@ def test_the_attention_loss_is_in_fp32_under_autocast(temporal, dtype):
 
 def student(encoder, architecture="vgg5", neuron="lif", timesteps=10, **options):
     torch.manual_seed(0)
-    options = options or ({"width": 4} if architecture == "vgg5" else {})
+    architecture, _, residual = architecture.partition("-")
+    options = options or ({"width": 4} if architecture == "vgg5" or residual else {})
+    options |= {"residual": residual} if residual else {}
     network = build(architecture, snn_units(neuron), in_channels=1, num_classes=10, **options)
     return Student(network, encoders.build(encoder, (0.3,), (0.3,)), timesteps).double().train()
 
 
 IMAGES = torch.rand(3, 1, 8, 8, dtype=torch.float64, generator=generator("images"))
 TAPS = ("stage1", "stage3")
+
+
+CHUNKED = [("vgg5", "plif"), ("resnet20", "lif"), ("resnet20-sew", "lif"), ("resnet20-membrane", "lif")]
 
 
 def gradients(net, chunk, of_steps=None):
@@ -144,7 +149,7 @@ def keep_everything(monkeypatch):
 
 
 @pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
-@pytest.mark.parametrize(("architecture", "neuron"), [("vgg5", "plif"), ("resnet20", "lif")])
+@pytest.mark.parametrize(("architecture", "neuron"), CHUNKED)
 def test_chunks_have_the_gradient_of_the_chunked_network(encoder, architecture, neuron, monkeypatch):
     """Against all chunks under plain autograd: nothing computed again, the neuron by its definition."""
 

@@ -8,10 +8,11 @@ import nir_reference
 import numpy as np
 import pytest
 import torch
+from test_network import NETWORKS, make
 from torch import nn
 
 from common import ROOT, TINY, TINY_DATA
-from lasnn import Staged, __version__, architectures, distill, load_run, neurons
+from lasnn import Staged, __version__, distill, load_run, neurons
 from lasnn.errors import UserError
 from lasnn.export import Disagreement, export, nir_graph
 from lasnn.export.nir_graph import DT
@@ -73,9 +74,9 @@ def compare(network, tmp_path, size=28, exact=True):
         assert read_logits.mean(0).argmax(1).equal(logits.mean(0).argmax(1))
 
 
-@pytest.mark.parametrize("name", architectures.names())
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "spikformer"])
 def test_every_architecture(name, tmp_path):
-    network = ready(build(name, snn_units(), in_channels=1, num_classes=K, width=4), size=16)
+    network = ready(make(name, snn_units(), in_channels=1, num_classes=K), size=16)
     compare(network, tmp_path, size=16, exact=name in ("vgg5", "vgg9"))
 
 
@@ -194,12 +195,33 @@ def test_the_graph_of_a_small_network():
     assert nodes["head_0"].bias.tolist() == [0.25] * 3
 
 
-def test_a_residual_is_a_second_edge():
-    network = ready(build("resnet20", snn_units(), in_channels=1, num_classes=K, width=4))
+EDGES = {
+    "resnet20": {
+        "stage1_0_act2": {"stage1_0_conv2", "stem_1"},
+        "stage2_0_act2": {"stage2_0_conv2", "stage2_0_shortcut_0"},
+    },
+    # Each convolution sums the spikes of all blocks before it.
+    "resnet20-sew": {
+        "stage1_1_conv1": {"stem_1", "stage1_0_act2"},
+        "stage1_2_conv1": {"stem_1", "stage1_0_act2", "stage1_1_act2"},
+        "stage2_1_conv1": {"stage2_0_act2", "stage2_0_shortcut_1"},
+    },
+    # Each neuron sums their currents.
+    "resnet20-membrane": {
+        "stage1_0_act1": {"stem_0"},
+        "stage1_1_act1": {"stem_0", "stage1_0_conv2"},
+        "stage2_0_shortcut_0": {"stem_0", "stage1_0_conv2", "stage1_1_conv2", "stage1_2_conv2"},
+        "stage2_1_act1": {"stage2_0_conv2", "stage2_0_shortcut_0"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_a_residual_is_a_second_edge(name):
+    network = ready(make(name, snn_units(), in_channels=1, num_classes=K))
     graph, _ = to_nir(network, (1, 28, 28))
     into = {name: {before for before, after in graph.edges if after == name} for name in graph.nodes}
-    assert into["stage1_0_act2"] == {"stage1_0_conv2", "stem_1"}
-    assert into["stage2_0_act2"] == {"stage2_0_conv2", "stage2_0_shortcut_0"}
+    assert {node: into[node] for node in EDGES[name]} == EDGES[name]
 
 
 class Own(LIF):
@@ -234,6 +256,13 @@ def refused(network):
 def test_max_pools_are_refused_by_name():
     network = build("vgg9", snn_units(), in_channels=1, num_classes=K, width=4, pool="max").eval()
     assert refused(network) == ('stage2.0, stage3.0: NIR has no max-pooling; train with pool = "avg"',)
+
+
+def test_attention_is_refused():
+    network = make("spikformer", snn_units(), in_channels=1).eval()
+    (problem,) = refused(network)
+    where = "stage2.3.0.inner.product, stage2.4.0.inner.product, stage3.0.0.inner.product and 1 more: "
+    assert problem == f"{where}NIR has no product of two signals, as attention makes; export to onnx or pt2"
 
 
 def test_a_soft_reset_is_refused():

@@ -20,7 +20,7 @@ PLAIN_SHORTCUTS = """
 from torch import nn
 
 from lasnn import Staged, architectures
-from lasnn.architecture.resnet import Block
+from lasnn.architecture.resnet import Block, basic
 
 
 @architectures.register("plain-shortcuts")
@@ -31,13 +31,20 @@ def plain_shortcuts(act, *, in_channels: int, num_classes: int, width: int = 8):
 
 
 def blocks(act, width):
-    return nn.Conv2d(width, width, 1, bias=False), act(width), Block(act, width, width, 1), Block(act, width, width, 1)
+    return nn.Conv2d(width, width, 1, bias=False), act(width), *(Block(act, width, basic(width, 1)) for _ in range(2))
 """
 STUDENTS = {
     "vgg9": ["student.architecture=vgg9", "student.width=8"],
     "vgg9-rate": ["student.architecture=vgg9", "student.width=8", "student.encoder=rate"],
     "vgg5-if": ["student.neuron.name=if"],
     "resnet20": ["student.architecture=resnet20", "student.width=8"],
+    "resnet20-sew": [
+        "student.architecture=resnet20",
+        "student.width=8",
+        "student.residual=sew",
+        "student.neuron.threshold=0.5",
+    ],
+    "resnet20-membrane": ["student.architecture=resnet20", "student.width=8", "student.residual=membrane"],
     "resnet19-plif": [
         "student.architecture=resnet19",
         "student.width=4",

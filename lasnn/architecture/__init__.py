@@ -1,5 +1,5 @@
-"""The built-in architectures, each written once and built as teacher or student; `torchvision` only teaches."""
+"""The built-in architectures, each written once and built as teacher or student; those of `foreign` only teach."""
 
-from lasnn.architecture import resnet, vgg
+from lasnn.architecture import resnet, spikformer, vgg
 
-__all__ = ["resnet", "vgg"]
+__all__ = ["resnet", "spikformer", "vgg"]

@@ -4,18 +4,15 @@ A weights file keeps torchvision's keys. Stages are named as everywhere: a ResNe
 stage4, a VGG's stages are the runs of layers between its max-pools. Nothing is downloaded.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
+from lasnn.architecture.images import Colour, Deviation, Fit, Pixels, check_normalisation
 from lasnn.errors import UserError
 from lasnn.network.staged import StagedView
 from lasnn.registry import teachers
 
-Colour = list[Annotated[float, Field(ge=0, le=1)]] | None
-Deviation = list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
 Model = Literal[
     "resnet18",
     "resnet34",
@@ -38,22 +35,6 @@ Model = Literal[
 ]
 
 
-class Fit(nn.Module):
-    """Images as the network wants them: [N, C, H, W] -> [N, channels, size, size], one channel repeated to all."""
-
-    def __init__(self, channels: int, size: int | None):
-        super().__init__()
-        self.channels = channels
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] == 1:
-            x = x.expand(-1, self.channels, -1, -1)
-        if self.size is not None:
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        return x
-
-
 @teachers.register("torchvision")
 def torchvision(
     *,
@@ -61,7 +42,7 @@ def torchvision(
     num_classes: int,
     model: Model,
     stem: Literal["imagenet", "small"] = "imagenet",
-    resize: Annotated[int, Field(ge=1)] | None = None,
+    resize: Pixels | None = None,
     repeat_grey: bool = True,
     mean: Colour = None,
     std: Deviation = None,
@@ -79,15 +60,18 @@ def torchvision(
     from torchvision.models import get_model
 
     channels = 3 if in_channels == 1 and repeat_grey else in_channels
-    if (mean is None) != (std is None):
-        raise UserError("mean and std go together; give both or neither")
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (in_channels, channels):
-            raise UserError(f"{name} has {len(values)} values; the images have {in_channels} channels")
+    check_normalisation(mean, std, (in_channels, channels))
     network = get_model(model, weights=None, num_classes=num_classes)
     family = _vgg if model.startswith("vgg") else _resnet
     first, stages, head = family(network, model, channels, stem)
-    return StagedView(network, stages, head, nn.Sequential(Fit(channels, resize), *first), mean=mean, std=std)
+    return StagedView(
+        network,
+        stages,
+        head,
+        nn.Sequential(Fit(channels, (resize, resize) if resize else None), *first),
+        mean=mean,
+        std=std,
+    )
 
 
 def _resnet(network: nn.Module, model: str, channels: int, stem: str) -> tuple[list, dict[str, nn.Module], nn.Module]:

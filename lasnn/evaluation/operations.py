@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lasnn import processes
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import NormSpike
+from lasnn.network.units import Add, NormSpike, Product
 
 # Energy of one 32-bit operation in a 45 nm process, in pJ (Horowitz, ISSCC 2014), as SNN papers count it.
 PJ_ADD = 0.9
@@ -28,8 +28,10 @@ class OperationCounter:
 
     A layer fed by spikes costs one addition for each connection that a spike meets; connections that end in the
     padding do not exist. An average pool is linear: a spike that enters it costs what it would cost in the layer
-    behind the pool. A layer fed by anything else costs its multiply-additions, once where its input is constant in
-    time and T times where it is not.
+    behind the pool. A sum of spikes, where a shortcut adds them, is so many spikes. In a product of queries, keys and
+    values a key's spike costs one for each value's spike of its head and pixel, a query's one for each of the head's
+    channels. A layer fed by anything else costs its multiply-additions, once where its input is constant in time and T
+    times where it is not; currents that a shortcut carries and adds cost nothing until a layer reads them.
     """
 
     def __init__(self, student: Student, timesteps: int):
@@ -44,9 +46,10 @@ class OperationCounter:
         self.multiply_additions: dict[str, Tensor] = {}
         # Additions of all layers for each step and image of the current batch, [T, B].
         self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
-        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass. The reference
-        # is weak, so that features are freed as ever; it also tells a tensor from a later one with the same identity.
-        self._marked: dict[int, tuple[float, weakref.ref]] = {}
+        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass; where that is not
+        # the same for all values, the number of spikes of each. The reference is weak, so that features are freed as
+        # ever; it also tells a tensor from a later one with the same identity.
+        self._marked: dict[int, tuple[weakref.ref, float, Tensor | None]] = {}
         self._fanout: dict[tuple, Tensor] = {}
         self._hooks: list = []
 
@@ -60,6 +63,10 @@ class OperationCounter:
                 hook = self._count_operations(name)
             elif isinstance(module, (*POOLS, *SAME)):
                 hook = self._pass_on
+            elif isinstance(module, Add):
+                hook = self._add
+            elif isinstance(module, Product):
+                hook = self._count_product(name)
             else:
                 continue
             self._hooks.append(module.register_forward_hook(hook))
@@ -79,13 +86,15 @@ class OperationCounter:
         if getattr(self.student.encoder, "spiking", False):
             self._mark(inputs[0], 1.0)
 
-    def _mark(self, x: Tensor, spikes_per_one: float) -> None:
-        self._marked[id(x)] = (spikes_per_one, weakref.ref(x))
+    def _mark(self, x: Tensor, spikes_per_one: float, numbers: Tensor | None = None) -> None:
+        self._marked[id(x)] = (weakref.ref(x), spikes_per_one, numbers)
 
-    def _spikes_per_one(self, x: Tensor) -> float | None:
-        """How many spikes a value of 1 in `x` stands for; None where `x` is not made of spikes."""
-        scale, reference = self._marked.get(id(x), (None, None))
-        return scale if reference is not None and reference() is x else None
+    def _spikes_in(self, x: Tensor) -> tuple[Tensor, float] | None:
+        """Numbers of x's shape, and how many spikes a 1 of them stands for; None where x is not made of spikes."""
+        reference, scale, numbers = self._marked.get(id(x), (None, 0.0, None))
+        if reference is None or reference() is not x:
+            return None
+        return x if numbers is None else numbers, scale
 
     def _count_spikes(self, name: str):
         def hook(unit: NormSpike, _: object, spikes: Tensor) -> None:
@@ -101,28 +110,41 @@ class OperationCounter:
         return hook
 
     def _pass_on(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        scale = self._spikes_per_one(inputs[0])
-        if scale is None:
+        found = self._spikes_in(inputs[0])
+        if found is None:
             return
+        numbers, scale = found
         if isinstance(module, nn.AvgPool2d):
             size = module.kernel_size
             scale *= size * size if isinstance(size, int) else size[0] * size[1]
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
-        self._mark(output, scale)
+        self._mark(output, scale, None if numbers is inputs[0] else module.forward(numbers))
+
+    def _add(self, module: Add, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        known = [self._spikes_in(x) for x in inputs]
+        if any(found is None for found in known):
+            return
+        (x, x_scale), (y, y_scale) = known
+        if x is inputs[0] and y is inputs[1] and x_scale == y_scale:
+            self._mark(output, x_scale)
+        else:
+            # As where a converted network's layers each have a value of their own.
+            self._mark(output, 1.0, module.forward(x * x_scale, y * y_scale))
 
     def _count_operations(self, name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0]
             context = self.student.network.time
-            spikes = self._spikes_per_one(x)
-            if spikes is not None:
+            found = self._spikes_in(x)
+            if found is not None:
+                numbers, scale = found
                 fanout = self._fanout_of(layer, x, output)
                 # Summed over channels first, so that nothing of the feature's size is made.
-                by_pixel = context.unfold(x).sum(2, dtype=torch.float64)
+                by_pixel = context.unfold(numbers).sum(2, dtype=torch.float64)
                 if by_pixel.ndim == 2:
                     by_pixel = by_pixel[..., None]
-                by_image = spikes * (by_pixel * fanout).flatten(2).sum(2).cpu()
+                by_image = scale * (by_pixel * fanout).flatten(2).sum(2).cpu()
                 self.batch_additions[self._now] += by_image
                 self._count(self.additions, name)[self._now] += by_image.sum(1)
                 return
@@ -132,6 +154,27 @@ class OperationCounter:
                 count[self._now] += multiply_additions / context.steps
             elif context.start == 0:
                 count[0] += multiply_additions
+
+        return hook
+
+    def _count_product(self, name: str):
+        def hook(module: Product, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+            known = [self._spikes_in(x) for x in inputs]
+            if any(found is None for found in known):
+                # Two products of matrices.
+                count = 2 * output.numel() * output.shape[1] // module.heads
+                self._count(self.multiply_additions, name)[self._now] += count / self.student.network.time.steps
+                return
+            # Spikes of each head at each pixel, [T, B, heads, pixels].
+            queries, keys, values = (
+                scale * self.student.network.time.unfold(x).unflatten(2, (module.heads, -1)).sum(3, dtype=torch.float64)
+                for x, scale in known
+            )
+            # A spike of a key is added up for each value's that it meets, then a row of them for each query's.
+            met = (keys * values).flatten(2).sum(2) + queries.flatten(2).sum(2) * (output.shape[1] // module.heads)
+            by_image = met.cpu()
+            self.batch_additions[self._now] += by_image
+            self._count(self.additions, name)[self._now] += by_image.sum(1)
 
         return hook
 

@@ -26,7 +26,7 @@ from lasnn.kernels import BatchNorm2d
 from lasnn.kernels.functional import folded
 from lasnn.network.pooling import AvgPool2d
 from lasnn.network.staged import Staged
-from lasnn.network.units import NormSpike
+from lasnn.network.units import Add, NormSpike, Product
 from lasnn.neuron import Neuron
 
 # One time step, in seconds; snnTorch knows no other.
@@ -41,7 +41,8 @@ def build(network: Staged, image: tuple[int, int, int]) -> tuple[nir.NIRGraph, d
     """A spiking network in eval mode as a NIR graph.
 
     A batch norm becomes part of the convolution before it. Average pooling becomes sum pooling; the next layer's
-    weights (or the next neuron's voltage) take the division up. A residual is a second edge into the neuron.
+    weights (or the next neuron's voltage) take the division up. A residual is a second edge into the neuron; a sum, of
+    spikes or of currents, is an edge of each summand into what reads it.
 
     Args:
         image: C, H, W of what the encoder returns.
@@ -128,7 +129,8 @@ class Tracer(fx.Tracer):
     """Takes lasnn's own modules for one each, like those of torch.nn."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (NormSpike, AvgPool2d, *NORMS)) or super().is_leaf_module(module, name)
+        own = (NormSpike, AvgPool2d, Add, Product, *NORMS)
+        return isinstance(module, own) or super().is_leaf_module(module, name)
 
 
 class Builder(fx.Interpreter):
@@ -166,6 +168,8 @@ class Builder(fx.Interpreter):
         module = self.path.get_submodule(target)
         if isinstance(module, NormSpike):
             return self._spike(target, module, *args, **kwargs)
+        if isinstance(module, Add):
+            return args[0].plus(args[1])
         meta = self.on_meta.get_submodule(target)(*_metas(args), **_metas(kwargs))
         x, kind = (*args, *kwargs.values())[0], type(module)
         if kind in (nn.Identity, nn.Dropout, nn.Dropout2d):
@@ -313,6 +317,7 @@ class Builder(fx.Interpreter):
 
 UNSAID = {
     nn.MaxPool2d: 'NIR has no max-pooling; train with pool = "avg"',
+    Product: "NIR has no product of two signals, as attention makes; export to onnx or pt2",
     nn.Linear: "a linear layer on pictures; put nn.Flatten() before it",
 }
 

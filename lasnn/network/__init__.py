@@ -3,6 +3,20 @@
 from lasnn.network.staged import Staged, StagedView, build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
+from lasnn.network.units import Add, NormActivate, NormSpike, Product, ann_units, snn_units
+from lasnn.network.whole import HookedView
 
-__all__ = ["NormActivate", "NormSpike", "Staged", "StagedView", "Student", "Teacher", "ann_units", "build", "snn_units"]
+__all__ = [
+    "Add",
+    "HookedView",
+    "NormActivate",
+    "NormSpike",
+    "Product",
+    "Staged",
+    "StagedView",
+    "Student",
+    "Teacher",
+    "ann_units",
+    "build",
+    "snn_units",
+]

@@ -87,6 +87,11 @@ class Staged(nn.Module):
                 features[name] = self.time.unfold(x)
         return self.time.unfold(self.head(x)), features
 
+    def modules_by_part(self) -> dict[str, dict[str, nn.Module]]:
+        """The modules of stem, stages and head, each under the name of its part: {"stage1": {"stage1.0": ...}}."""
+        names = ("stem", *self.stage_names, "head")
+        return {name: dict(getattr(self, name).named_modules(prefix=name)) for name in names}
+
 
 class StagedView(Staged):
     """A network from elsewhere, seen as stages: it can only teach, and its state dict keeps its own keys.

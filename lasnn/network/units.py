@@ -103,6 +103,41 @@ class NormSpike(Unit):
         return spikes, v_last
 
 
+class Add(nn.Module):
+    """The sum of two tensors of a network [T*B, ...]; one that is constant in time, [B, ...], is added at each step.
+
+    As a module it is seen by the counter of operations, to which a sum of spikes is spikes.
+    """
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[0] == y.shape[0]:
+            return x + y
+        longer, constant = (x, y) if x.shape[0] > y.shape[0] else (y, x)
+        return (rearrange(longer, "(t b) ... -> t b ...", b=constant.shape[0]) + constant).flatten(0, 1)
+
+
+class Product(nn.Module):
+    """Attention without softmax, Q (K^T V) of each head, over the pixels of maps [N, C, H, W].
+
+    The brackets are free where there is no softmax: so set, the cost grows with the pixels, not with their square. As a
+    module it is seen by the counter of operations.
+    """
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.heads = heads
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        height = queries.shape[2]
+        q, k, v = (rearrange(x, "n (h c) y x -> n h c (y x)", h=self.heads) for x in (queries, keys, values))
+        # [N, heads, C of the values, C of the keys]
+        attended = v @ k.transpose(-2, -1)
+        return rearrange(attended @ q, "n h c (y x) -> n (h c) y x", y=height)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+
 def fuses(neuron: type[nn.Module]) -> bool:
     """Whether a neuron's `after_norm` is what its `forward` does: one that overrides the second only is not fused."""
     ancestry = neuron.__mro__

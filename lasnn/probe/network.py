@@ -19,6 +19,7 @@ from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormSpike
+from lasnn.network.whole import WholeView
 from lasnn.probe.answers import IMAGES, kind, random_images, said, same, two_answers
 from lasnn.random import generator, keyed
 from lasnn.recipe.schema import Recipe
@@ -114,21 +115,15 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
     channels, height, width = image
     network.time.steps, network.time.batch = timesteps, IMAGES
     x: Any = torch.empty(IMAGES, channels, height, width, device="meta")
+    if isinstance(network, WholeView):
+        with _at_size("", image, x, who):
+            logits, features = network.outputs(x, network.stage_names)
+        yield from features.items()
+        yield "head", logits
+        return
     for name in ("stem", *network.stage_names, "head"):
-        given = x
-        try:
-            with torch.no_grad():
-                x = getattr(network, name)(x)
-        except UserError:
-            raise
-        except Exception as error:
-            # What is not the size's fault is a bug, unless it is the user's code.
-            if not who and not isinstance(error, (RuntimeError, ValueError)):
-                raise
-            reason = str(error).partition("\n")[0]
-            reason = reason if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {reason}"
-            at = f"{reason}{raised_at(error) if who else ''}{_hint(name, given, reason)}"
-            raise UserError(f"{who}the network cannot run on {height} x {width} images ({name}: {at})") from error
+        with _at_size(name, image, x, who):
+            x = getattr(network, name)(x)
         if isinstance(x, Tensor) and (x.ndim == 0 or len(x) not in (IMAGES, timesteps * IMAGES)):
             raise UserError(
                 f"{who}{name} returns {list(x.shape)} for {IMAGES} images x {timesteps} steps: its first dimension "
@@ -139,12 +134,32 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
         yield name, x
 
 
+@contextmanager
+def _at_size(name: str, image: tuple[int, int, int], given: Any, who: str) -> Iterator[None]:
+    """Say of what fails within the block that the network cannot run on such images, in which part and why."""
+    try:
+        with torch.no_grad():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        # What is not the size's fault is a bug, unless it is the user's code.
+        of_the_size = isinstance(error, (RuntimeError, ValueError, AssertionError))
+        if not who and not of_the_size:
+            raise
+        reason = str(error).partition("\n")[0]
+        reason = reason if of_the_size and reason else f"{type(error).__name__}: {reason}".removesuffix(": ")
+        at = f"{f'{name}: ' if name else ''}{reason}{raised_at(error) if who else ''}{_hint(name, given, reason)}"
+        raise UserError(f"{who}the network cannot run on {image[1]} x {image[2]} images ({at})") from error
+
+
 def _hint(name: str, given: Any, reason: str) -> str:
     """The likeliest fix of what PyTorch says of shapes and devices."""
     shape = f"[N, {', '.join(map(str, given.shape[1:]))}]" if isinstance(given, Tensor) else f"a {kind(given)}"
     # The second is what the meta device says.
     if "mat1 and mat2 shapes" in reason or "same reduction dim" in reason:
-        return f"; {name} is given {shape}: is an nn.Flatten() missing, or in_features of an nn.Linear another?"
+        who = name or "the network"
+        return f"; {who} is given {shape}: is an nn.Flatten() missing, or in_features of an nn.Linear another?"
     if "meta" in reason and ("device" in reason or "Cannot copy" in reason or "item()" in reason):
         return "; make tensors on the input's device, or register them as buffers, and do not read values in forward()"
     return "" if isinstance(given, Tensor) else f"; it is given {shape}"

@@ -267,6 +267,9 @@ class Form:
         if "checkpoint" in given:
             for key in sorted(messages.table_of(self.model, ("teacher",)).training_keys & given.keys()):
                 yield ("teacher", key), "has no effect with teacher.checkpoint; leave one of the two out"
+            if given.get("pretrained") is True:
+                message = "brings weights of its own, beside teacher.checkpoint; leave one of the two out"
+                yield ("teacher", "pretrained"), message
         activation = self.values(("teacher",)).get("activation")
         if activation not in (None, "qcfs") and "levels" in given:
             message = f'has no effect with activation = "{activation}"; leave it out, or set activation = "qcfs"'
@@ -280,5 +283,4 @@ class Form:
 def teacher_registry(name: object) -> Registry:
     """The registry of a teacher's architecture: those that are built as students too, or those that only teach."""
     # The second reads torchvision, which takes a second: not without need.
-    only_teaches = isinstance(name, str) and name not in architectures
-    return teachers if only_teaches and (name.startswith("torchvision") or name in teachers) else architectures
+    return teachers if isinstance(name, str) and name not in architectures and name in teachers else architectures

@@ -94,6 +94,8 @@ class TeacherTable(Training, Part):
     """A registered architecture, or a network that only teaches (`lasnn list teachers`)."""
     checkpoint: str | None = None
     """A file of weights, or a run folder whose teacher is taken (docs/teachers.md); nothing is trained then."""
+    stages: dict[str, str] | None = None
+    """Of a plugin's whole network: the modules that are stages, as { stage1 = "layer1", stage2 = "blocks.5" }."""
     activation: Literal["relu", "qcfs"] = "relu"
     """What its units end in; "qcfs" (Bu et al., ICLR 2022) makes it one to convert: `--converted qcfs`."""
     levels: Count = 4

@@ -202,7 +202,7 @@ def hooked(network: Staged, kinds: tuple[type, ...], see: Callable[[str, nn.Modu
     A unit's own activation is not told beside the unit.
     """
     hooks = []
-    for modules in parts(network).values():
+    for modules in network.modules_by_part().values():
         units = tuple(f"{name}." for name, module in modules.items() if isinstance(module, NormActivate))
         for name, module in modules.items():
             if isinstance(module, kinds) and not name.startswith(units):
@@ -214,18 +214,12 @@ def hooked(network: Staged, kinds: tuple[type, ...], see: Callable[[str, nn.Modu
             hook.remove()
 
 
-def parts(network: Staged) -> dict[str, dict[str, nn.Module]]:
-    """The modules of stem, stages and head by name, a borrowed network's as the stages see them."""
-    names = ("stem", *network.stage_names, "head")
-    return {name: dict(getattr(network, name).named_modules(prefix=name)) for name in names}
-
-
 def by_layer(run: Run, result: dict[str, Any], teacher: dict[str, dict[str, float]] | None) -> list[dict[str, Any]]:
     """Of stem, stages and head: their `rates` and `energy`, rows of (layer, student's, teacher's); None has none."""
     theirs = teacher or {"rates": {}, "energy": {}}
-    names = list(parts(run.student.network))
+    names = list(run.student.network.modules_by_part())
     if run.teacher is not None:
-        names = list(dict.fromkeys([*names[:-1], *parts(run.teacher.network), names[-1]]))
+        names = list(dict.fromkeys([*names[:-1], *run.teacher.network.modules_by_part(), names[-1]]))
         names.sort(key=lambda name: name == "head")
     found = []
     for part in names:

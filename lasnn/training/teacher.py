@@ -209,7 +209,7 @@ def near_chance(accuracy: float, classes: int, images: int) -> bool:
 def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed) -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
     data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
-    teacher = recipe.teacher.model_dump(exclude={"checkpoint", "min_accuracy"})
+    teacher = recipe.teacher.model_dump(exclude={"checkpoint", "min_accuracy", "stages"})
     # Not where the images lie, but what they are.
     images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
