@@ -41,8 +41,8 @@ CONVERTIBLE = (nn.ReLU, QCFS)
 # What may stand between the units: for a spike train it commutes with the mean over time.
 LINEAR = (
     "convolution addmm mm linear native_batch_norm _native_batch_norm_legit_no_training _batch_norm_no_update "
-    "cudnn_batch_norm avg_pool2 avg_pool2d _adaptive_avg_pool2d mean sum add sub neg mul div cat stack view _unsafe_view "
-    "_reshape_alias clone alias detach t transpose permute expand squeeze unsqueeze slice select split "
+    "cudnn_batch_norm avg_pool2 avg_pool2d _adaptive_avg_pool2d mean sum add sub neg mul div cat stack view "
+    "_unsafe_view _reshape_alias clone alias detach t transpose permute expand squeeze unsqueeze slice select split "
     "split_with_sizes unbind flip roll constant_pad_nd reflection_pad2d replication_pad2d upsample_nearest2d "
     "upsample_bilinear2d pixel_shuffle pixel_unshuffle _to_copy empty zeros ones new_zeros new_ones"
 )
