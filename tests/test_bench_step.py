@@ -13,7 +13,7 @@ from lasnn.errors import UserError
 from lasnn.plan import read_plan
 
 SMALL = ["data.batch_size=6", "teacher.width=4", "student.width=4", "student.timesteps=2", "device=cpu"]
-PAGE = "# Speed\n\n<!-- step-quickstart-cpu -->\n<!-- /step-quickstart-cpu -->\nend\n"
+PAGE = "# Speed\n\n<!-- step-quickstart-vgg5-cpu -->\n<!-- /step-quickstart-vgg5-cpu -->\nend\n"
 
 
 def test_the_command(lasnn):
@@ -22,7 +22,7 @@ def test_the_command(lasnn):
     result = lasnn.json(
         "bench", "step", "quickstart", *sets, "--timesteps", "1,2", "--rounds", "3", "--neighbour", "--write", "page.md"
     )
-    files = ["runs/bench/step-quickstart-cpu.csv", "runs/bench/step-quickstart-cpu.json", "page.md"]
+    files = ["runs/bench/step-quickstart-vgg5-cpu.csv", "runs/bench/step-quickstart-vgg5-cpu.json", "page.md"]
     assert result["files"] == files
     assert json.loads((lasnn.folder / files[1]).read_text()) == {k: v for k, v in result.items() if k != "files"}
     with (lasnn.folder / files[0]).open() as file:
@@ -41,13 +41,13 @@ def test_the_command(lasnn):
         )
     page = (lasnn.folder / "page.md").read_text()
     assert page.count("| 2 | lasnn |") == 1
-    assert page.endswith("<!-- /step-quickstart-cpu -->\nend\n")
+    assert page.endswith("<!-- /step-quickstart-vgg5-cpu -->\nend\n")
 
 
 def test_mistakes_are_lines(lasnn):
     (lasnn.folder / "page.md").write_text("# Speed\n")
     result = lasnn("bench", "step", "quickstart", "--write", "page.md", code=2)
-    assert "needs the lines <!-- step-quickstart-cpu --> and <!-- /step-quickstart-cpu -->" in result.stderr
+    assert "needs the lines <!-- step-quickstart-vgg5-cpu --> and <!-- /step-quickstart-vgg5-cpu -->" in result.stderr
     assert "unknown recipe" in lasnn("bench", "step", "quickstrat", code=2).stderr
 
 

@@ -104,7 +104,7 @@ class Options:
 
 def section(plan: Plan) -> str:
     """The name of a recipe's section of a page, and of its files."""
-    return f"step-{plan.recipe.name}-{plan.device.type}"
+    return f"step-{plan.recipe.name}-{plan.recipe.student.architecture}-{plan.device.type}"
 
 
 # Of a row, in the order of the CSV file; those with `beside_` are measured beside a busy process.
