@@ -2,7 +2,8 @@
 
 A weights file keeps timm's keys. The stages are what timm's `forward_intermediates` gives: maps [B, C, H, W], the
 patches of transformers too. Size, interpolation, mean and deviation of the images are those of timm's data
-configuration, on the whole picture: timm's evaluation crops the middle of a larger one.
+configuration, on the whole picture: timm's evaluation crops the middle of a larger one. From version 1.0.24 on
+transformers are built without data, as a plan needs them.
 """
 
 import warnings
