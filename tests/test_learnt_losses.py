@@ -1,5 +1,6 @@
 """A loss with learnt parts is trained, saved and resumed with the student; what losses can ask for beside features."""
 
+import math
 import re
 import signal
 
@@ -10,12 +11,14 @@ from test_distillation import StopAt, digest, without_times
 from torch import nn
 
 from common import ROOT
-from lasnn import architectures, build, distill, losses
-from lasnn.errors import UserError
+from lasnn import Staged, architectures, build, distill, losses
+from lasnn.errors import MachineError, UserError
+from lasnn.loss import couples_images, over_time
 from lasnn.network.staged import build as build_network
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormSpike, Unit, ann_units, snn_units
+from lasnn.neuron import LIF
 from lasnn.plan import make_plan
 from lasnn.random import generator
 from lasnn.recipe.schema import Recipe
@@ -182,8 +185,6 @@ def test_a_loss_that_cannot_be_made_is_one_line():
 
 
 def test_a_loss_that_couples_images_is_refused_with_parts_of_a_batch():
-    from lasnn.loss import couples_images
-
     @losses.register("mine")
     @couples_images
     def mine(logits):
@@ -193,6 +194,44 @@ def test_a_loss_that_couples_images_is_refused_with_parts_of_a_batch():
     plan("mine")
     [line] = refused("mine", data={"batch_size": 40, "accumulate": 2})
     assert line.startswith("recipe: losses.1.name: 'mine' compares the images of a batch with each other")
+
+
+@pytest.mark.parametrize("kind", ["learnt", "currents"])
+def test_what_chunks_of_time_cannot_keep_is_refused(kind):
+    class Learnt(nn.Module):
+        """Batch norms in it would see each chunk twice."""
+
+        def forward(self, student_features):
+            return student_features[0].mean()
+
+    def reads_currents(student_features, student_currents):
+        """A current is a mean over time."""
+        return (student_features[0] - student_currents[0]).mean()
+
+    losses.register("mine")(over_time("steps")(Learnt if kind == "learnt" else reads_currents))
+    student = {**PLAIN["student"], "timesteps": 4}
+    plan("mine", student=student)
+    [line] = refused("mine", student=student, distill={"epochs": 1, "time_chunk": 2})
+    assert "has learnt parts or reads currents, and features step by step, which distill.time_chunk does not" in line
+
+
+def test_a_number_that_breaks_in_a_learnt_part_is_found_there(tiny):
+    @losses.register("mine")
+    class Mine(nn.Module):
+        """From its fourth call on it is given infinities."""
+
+        def __init__(self, num_classes):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(num_classes, 1), 0
+
+        def forward(self, logits):
+            self.calls += 1
+            return self.linear(logits * (math.inf if self.calls > 3 else 1.0)).square().mean()
+
+    with pytest.raises(
+        MachineError, match=r"epoch 1, step 4 \(mine\); it began in the layer loss mine linear \(Linear\)"
+    ):
+        distill(tiny, overrides=['losses=[{name="cross-entropy"},{name="mine"}]', "teacher.epochs=1"])
 
 
 def test_the_loss_of_the_docs_works():
@@ -234,8 +273,6 @@ def test_a_teacher_without_a_classifier():
     @architectures.register("pooled")
     def pooled(act, *, in_channels: int, num_classes: int):
         """A head without a linear layer."""
-        from lasnn import Staged
-
         stage = nn.Sequential(nn.Conv2d(in_channels, num_classes, 3), act(num_classes))
         return Staged({"stage1": stage}, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
 
@@ -335,8 +372,6 @@ def test_a_current_is_computed_only_where_it_is_asked_for():
 
 
 def test_currents_in_half_precision_and_of_a_neuron_of_ones_own():
-    from lasnn.neuron import LIF
-
     class Own(LIF):
         """It runs behind the norm, not in the kernel."""
 
@@ -392,8 +427,6 @@ def test_a_stage_that_does_not_end_in_a_unit_has_no_current(currents):
     @architectures.register("pools-last")
     def pools_last(act, *, in_channels: int, num_classes: int):
         """Its second stage ends in pooling."""
-        from lasnn import Staged
-
         first = nn.Sequential(nn.Conv2d(in_channels, 2, 3), act(2))
         second = nn.Sequential(nn.Conv2d(2, 2, 3), act(2), nn.AvgPool2d(2))
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, num_classes))

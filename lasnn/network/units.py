@@ -21,12 +21,6 @@ class Unit(nn.Module):
     # over time of what entered its activation, [B, C, H, W].
     on_call: Callable[[Tensor, Callable[[], Tensor]], None] | None = None
 
-    def _tell(self, output: Tensor, current: Callable[[], Tensor]) -> Tensor:
-        """The output, of which whoever listens is told."""
-        if self.on_call is not None:
-            self.on_call(output, current)
-        return output
-
 
 class NormActivate(Unit):
     """Batch normalisation, an optional residual, an activation (ReLU unless given): the unit of an ANN.
@@ -42,7 +36,10 @@ class NormActivate(Unit):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = self.norm(x)
         x = x if residual is None else x + residual
-        return self._tell(self.activation(x), lambda: x)
+        output = self.activation(x)
+        if self.on_call is not None:
+            self.on_call(output, lambda: x)
+        return output
 
 
 class NormSpike(Unit):
@@ -82,7 +79,8 @@ class NormSpike(Unit):
         options = {"timesteps": steps, "constant": constant, "return_state": bool(state), **state}
         spikes, *v_last, batch = self.neuron.after_norm(x, self.norm, residual, **options)
         self.time.update_statistics(self.norm, batch)
-        self._tell(spikes, partial(self._mean_current, x, residual, batch, 1 if constant else steps))
+        if self.on_call is not None:
+            self.on_call(spikes, partial(self._mean_current, x, residual, batch, 1 if constant else steps))
         return spikes, v_last[0] if v_last else None
 
     def _mean_current(self, x: Tensor, residual: Tensor | None, batch: BatchStatistics | None, steps: int) -> Tensor:
@@ -99,7 +97,8 @@ class NormSpike(Unit):
             current = current + self.time.unfold(residual)
         spikes, v_last = self.neuron(current, timesteps=self.time.steps, **state)
         spikes = rearrange(spikes.to(x.dtype), "t b ... -> (t b) ...")
-        self._tell(spikes, lambda: current.mean(0, dtype=state_dtype(current.dtype)))
+        if self.on_call is not None:
+            self.on_call(spikes, lambda: current.mean(0, dtype=state_dtype(current.dtype)))
         return spikes, v_last
 
 

@@ -98,7 +98,7 @@ def scheduled_losses(recipe: Recipe) -> Iterator[str]:
         if loss.schedule == "cosine":
             yield f"loss     {loss.name!r}: its weight falls to 0 along a cosine"
         elif loss.schedule == "until":
-            yield f"loss     {loss.name!r}: its weight is 0 after {loss.until:.0%} of the training"
+            yield f"loss     {loss.name!r}: its weight is 0 after {100 * loss.until:g}% of the training"
 
 
 def empty_losses(recipe: Recipe) -> Iterator[str]:
