@@ -243,7 +243,9 @@ def test_a_folder_that_cannot_be_written(done):
     assert "is a file; name a folder" in line
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+)
 def test_signals_save_and_say_how_to_go_on(done, signum, code):
     out = f"signalled-{code}"
     process = done.start("distill", "tiny.toml", "--out", out, "--set", "distill.epochs=500")

@@ -414,6 +414,7 @@ def test_evaluate_converted(runs, run, method, images, start):
     assert "images/s" in shown
 
 
+@pytest.mark.full
 def test_evaluate_converted_over_many_steps(runs):
     results = runs.json("evaluate", "relu", "--converted", "maxnorm")["results"]
     assert [result["timesteps"] for result in results] == [2**power for power in range(9)]

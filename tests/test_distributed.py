@@ -253,7 +253,8 @@ def test_a_signal_stops_all_after_the_same_step_and_they_go_on(folder, undisturb
     assert [epoch["losses"] for epoch in metrics(out)] == [epoch["losses"] for epoch in metrics(undisturbed)]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [1, 2])
 def test_killed_processes_are_started_again_and_go_on(folder, undisturbed, monkeypatch, kills):
     """Process 1 is killed in step 7, both begin again, it is killed six steps later, and they come to the end."""
     monkeypatch.setenv("KILLS", str(kills))
@@ -271,6 +272,7 @@ def test_what_one_process_fails_of_is_said_once(folder):
     assert "traceback : this image is torn" in done.stderr
 
 
+@pytest.mark.full
 def test_a_loss_that_couples_images_is_refused(folder):
     done = distill(
         folder, folder / "coupled", '--set=losses=[{name="cross-entropy"},{name="coupled"}]', count=2, code=1

@@ -27,9 +27,9 @@ CASES = [
     ("vgg5", "poisson", "decay", 2),
     ("vgg5", "direct", "soft", 1),
     ("resnet20", "direct", "if", 2),
-    ("resnet20-sew", "direct", "lif", 2),
+    pytest.param("resnet20-sew", "direct", "lif", 2, marks=pytest.mark.full),
     ("resnet20-membrane", "direct", "lif", 2),
-    ("spikformer", "direct", "lif", 2),
+    pytest.param("spikformer", "direct", "lif", 2, marks=pytest.mark.full),
 ]
 GRID = [
     pytest.param(a, e, n, 3, marks=pytest.mark.full)
@@ -68,7 +68,13 @@ def images(count, seed=0):
     return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# Deep networks; others hold the same parts.
+DEEP = ("resnet19", "resnet20-sew")
+
+
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.full] * (name in DEEP)) for name in ARCHITECTURES]
+)
 def test_the_plain_form_is_the_student_bit_for_bit(tmp_path, architecture):
     """For every encoder and neuron, at any batch size: the same logits, the same spikes, by the same names."""
     for encoder in ENCODERS:

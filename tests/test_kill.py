@@ -146,7 +146,7 @@ def kill_and_resume(folder, start, signum, kills, seed):
     return hit
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_three_kills(undisturbed, tmp_path, signum):
     folder = prepared(tmp_path / "killed")
     hit = kill_and_resume(folder, Forked, signum, 3, 3)

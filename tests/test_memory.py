@@ -396,7 +396,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's allocator")
-@pytest.mark.parametrize("chunk", [0, 1])
+@pytest.mark.parametrize("chunk", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_freed_memory_is_used_again_or_goes_back_where_time_is_in_chunks(chunk, tiny):
     """Of a block of 4 MiB that is allocated and freed again and again, a training on a CPU behind it."""
     settings = ["teacher=", "distill.epochs=1", "data.batch_size=400", f"distill.time_chunk={chunk}"]

@@ -365,7 +365,12 @@ def test_the_fused_unit_is_batch_norm_then_neuron():
         torch.testing.assert_close(unit.norm.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", ["vgg5", "resnet20", "resnet20-sew", "resnet20-membrane", "spikformer"])
+COMPILED_IN_FULL = [
+    pytest.param(name, marks=pytest.mark.full) for name in ("resnet20-sew", "resnet20-membrane", "spikformer")
+]
+
+
+@pytest.mark.parametrize("name", ["vgg5", "resnet20", *COMPILED_IN_FULL])
 def test_a_student_compiles_without_a_graph_break(name):
     student = make(name, snn_units("plif"))
     images = torch.rand(1, 2, 3, 32, 32)

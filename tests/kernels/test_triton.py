@@ -46,12 +46,13 @@ def passed(environment: dict[str, str], *arguments: str) -> int:
 
 def test_the_same_tests_pass():
     """conftest.py registers the launchers there; each test fails if no launcher was called."""
-    assert passed(INTERPRETER, "-m", "not full", *FILES, str(FOLDER / "test_ops.py")) > 300
+    assert passed(INTERPRETER, "-m", "not full", *FILES) > 250
 
 
 @pytest.mark.full
 def test_the_full_grids_pass():
     assert passed(INTERPRETER, "-m", "full", *FILES) > 20
+    assert passed(INTERPRETER, "-m", "", str(FOLDER / "test_ops.py")) > 30
 
 
 @needs_gpu
