@@ -455,6 +455,43 @@ def bench_step(
         print_bench(to_stdout(), head(result), titles, lines, notes, groups=0)
 
 
+@bench.command("inference")
+def bench_inference(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    overrides: Overrides = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")] = 15,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A student's forward pass, whole and step by step, beside SpikingJelly's layers and its convolutions alone."""
+    steps = () if timesteps is None else tuple(parse_timesteps(timesteps))
+    with json_alone(as_json) as answer:
+        from lasnn.bench.inference import LEGEND, Options, head, measure, save, table
+        from lasnn.console import print_bench, to_stderr, to_stdout
+
+        options = Options.read(recipe, tuple(overrides or ()), steps, rounds, out, write)
+        with to_stderr().status("") as status:
+            result = measure(options, status.update)
+        files = [str(path) for path in save(result, options)]
+        answer.update({"files": files, **result})
+    if not as_json:
+        titles, lines = table(result)
+        print_bench(
+            to_stdout(),
+            head(result),
+            titles,
+            lines,
+            [LEGEND, *result["notes"], f"files: {', '.join(files)}"],
+            groups=0,
+        )
+
+
 @bench.command("memory")
 def bench_memory(
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -137,11 +137,14 @@ class PeerUnit(nn.Module):
         super().__init__()
         self.norm = nn.Identity() if channels is None else nn.BatchNorm2d(channels)
         self.node = node
+        # Whether the node goes on from its last voltages, as in a stream.
+        self.carries = False
         # Its network's, which sets it.
         self.time = TimeContext()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self.node.reset()
+        if not self.carries:
+            self.node.reset()
         current = self.time.unfold(self.norm(x))
         if residual is not None:
             current = current + self.time.unfold(residual)
