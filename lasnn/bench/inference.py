@@ -1,5 +1,5 @@
 """`lasnn bench inference`: a student's forward pass at batch 1 and at the recipe's batch size, all T steps at once and
-step by step as in a stream, beside the same network of SpikingJelly's layers and its convolutions and linear layers alone.
+step by step as in a stream, beside the same network of SpikingJelly's layers and its convolutions and linear layers.
 
 Images are random, of the recipe's size, and the weights are fresh: no data set is read.
 """
@@ -39,8 +39,8 @@ COLUMNS = (
     "rounds",
 )
 LEGEND = (
-    "A forward pass, ms: median (10 % to 90 % quantile). Over the floor: the median of the rounds' ratios, with its 95 % "
-    "interval. The floor: the convolutions and linear layers alone. Step by step: T calls that each take an image and "
+    "A forward pass, ms: median (10 % to 90 % quantile). Over the floor: the median of the rounds' ratios, with its "
+    "95 % interval. The floor: the convolutions and linear layers alone. Step by step: T calls that each take an image and "
     "the voltages, as a stream does; under direct encoding the stem is then computed at every step."
 )
 # Of the logits' largest value, above which a peer is not the same network: it is spikes that flip at the threshold.
