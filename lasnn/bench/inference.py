@@ -40,8 +40,8 @@ COLUMNS = (
 )
 LEGEND = (
     "A forward pass, ms: median (10 % to 90 % quantile). Over the floor: the median of the rounds' ratios, with its "
-    "95 % interval. The floor: the convolutions and linear layers alone. Step by step: T calls that each take an image and "
-    "the voltages, as a stream does; under direct encoding the stem is then computed at every step."
+    "95 % interval. The floor: the convolutions and linear layers alone. Step by step: T calls that each take an image "
+    "and the voltages, as a stream does; under direct encoding the stem is then computed at every step."
 )
 # Of the logits' largest value, above which a peer is not the same network: it is spikes that flip at the threshold.
 SAME_LOGITS = 0.05
