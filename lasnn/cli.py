@@ -117,7 +117,8 @@ def distill(
 @app.command()
 def evaluate(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run folder, or model:NAME.  [default: the newest under runs/]"),
     ] = None,
     timesteps: Annotated[
         str | None,
@@ -181,7 +182,8 @@ def export(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="A run folder, or a student's .safetensors.  [default: the newest under runs/]"
+            metavar="[RUN]",
+            help="A run folder, a student's .safetensors, or model:NAME.  [default: the newest under runs/]",
         ),
     ] = None,
     form: Annotated[
@@ -279,7 +281,8 @@ def compare(
 @app.command()
 def report(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run folder.  [default: the newest under runs/]")
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run folder, or model:NAME.  [default: the newest under runs/]"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page.  [default: report.html in the run folder]")
@@ -326,7 +329,7 @@ def list_parts(
         typer.Argument(
             metavar="[KIND]",
             help="architectures, teachers, encoders, neurons, losses, datasets, augmentations, exporters, "
-            "callbacks, recipes or runs.",
+            "callbacks, recipes, models or runs.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -335,18 +338,22 @@ def list_parts(
     from lasnn.errors import unknown
     from lasnn.registry import REGISTRIES, REQUIRED
 
-    kinds = [*REGISTRIES, "recipes"]
+    kinds = [*REGISTRIES, "recipes", "models"]
     if what == "runs":
         list_runs(as_json)
         return
     if what is not None and what not in kinds:
         raise UserError(unknown("kind", what, [*kinds, "runs"]))
     from lasnn.recipe.load import shipped, summary
+    from lasnn.run import model_facts, shipped_models
 
     found: dict[str, dict] = {}
     for kind in kinds if what is None else [what]:
         if kind == "recipes":
             found[kind] = {name: {"description": summary(path)} for name, path in shipped().items()}
+            continue
+        if kind == "models":
+            found[kind] = {name: model_facts(folder) for name, folder in shipped_models().items()}
             continue
         registry, found[kind] = REGISTRIES[kind], {}
         for name in registry:

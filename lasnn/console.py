@@ -347,6 +347,12 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
         console.print(("\n" if number else "") + kind, style="bold", highlight=False)
         for name, part in parts.items():
             line = Text(f"  {name}", style="cyan").append(f"  {part['description']}", style="default")
+            if kind == "models":
+                line.append(
+                    f" ({part['bytes'] / 1024:.0f} KiB; accuracy {part['accuracy']:.4f} at T = {part['timesteps']}, "
+                    f"its teacher {part['teacher_accuracy']:.4f})",
+                    style="default",
+                )
             console.print(line, soft_wrap=True, highlight=False)
             for option, info in part.get("options", {}).items():
                 default = "" if info.get("default") is None else f" = {json.dumps(info['default'])}"

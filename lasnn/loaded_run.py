@@ -19,6 +19,7 @@ from lasnn.network.teacher import Teacher
 from lasnn.recipe.load import parse
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import Recipe
+from lasnn.registry import datasets
 from lasnn.run import DATA, RunFolder, find_run, load_into, resume_command
 from lasnn.weights import read_description
 
@@ -66,6 +67,10 @@ class Run:
         Raises:
             UserError: they are not there or broken, or no test of this run any more (see `lasnn.bound_data`).
         """
+        if self.recipe.data.name != self.description.name:
+            # The part of a shipped student's data set that ships too.
+            train, test, _ = load_data(self.recipe, self.data, self.device)
+            return RunImages(train, test, [])
         # What is found without decoding anything comes first: classes, and where each file has gone.
         data_changes(self.description, self.data)
         with self._naming_the_place():
@@ -89,7 +94,7 @@ class Run:
             yield
         except UserError as error:
             where = self.recipe.data_root.absolute()
-            line = f"the images of {self.folder.path} are looked for in {where}; --data names another folder"
+            line = f"the images of {self.folder} are looked for in {where}; --data names another folder"
             raise UserError(*error.problems, line) from error
 
 
@@ -97,11 +102,11 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     """Read a run folder; the images that it was trained on need not be there.
 
     Args:
-        run: the folder, or a student's .safetensors file, whose metadata has the recipe (the run's own, or an export);
-            the recipe's plugins must then lie beside the file. None is the newest folder under `runs/`.
+        run: the folder; or a student's .safetensors file, whose metadata has the recipe (the run's own, or an export),
+            the recipe's plugins beside it; or "model:NAME", a student that ships. None is the newest under `runs/`.
         device: where the networks go; "auto" takes CUDA if present.
-        data_root: the folder of the images; None is the recipe's `data.root`, where the run found them, or, for a file
-            on its own, `data` in the working directory.
+        data_root: the folder of the images; None is the recipe's `data.root`, where the run found them; for a file on
+            its own `data` in the working directory; for a shipped student the part of its data set that ships too.
 
     Returns:
         The run; `.student` is an `nn.Module` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
@@ -115,10 +120,12 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     else:
         recipe, weights = Recipe.load(folder / "recipe.toml"), folder / "student.safetensors"
     if not weights.is_file():
-        raise UserError(f"{folder.path} has no student yet; finish it with `{resume_command(folder.path)}`")
+        raise UserError(f"{folder} has no student yet; finish it with `{resume_command(folder.path)}`")
     if data_root is not None:
         where = str(expanded(data_root, "--data").absolute())
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": where})})
+    elif folder.model and (part := datasets[recipe.data.name].function.shipped_part):
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": part})})
     where = pick_device(device)
     description = _description(weights, recipe)
     student = make_student(recipe, description)

@@ -23,7 +23,7 @@ import torch
 from lasnn import __version__, files, lock, processes
 from lasnn.compatibility import fitted_weights
 from lasnn.description import Description
-from lasnn.errors import UserError
+from lasnn.errors import UserError, unknown
 from lasnn.network.staged import Staged
 from lasnn.recipe.load import parse
 from lasnn.recipe.paths import RECORDED, expanded
@@ -31,6 +31,8 @@ from lasnn.recipe.schema import Recipe
 from lasnn.weights import check_state
 
 RUNS = Path("runs")
+# What a student that ships with lasnn is named by, as model:NAME.
+MODEL = "model:"
 DATA = "data.json"
 WRITTEN = (
     "recipe.toml",
@@ -47,9 +49,24 @@ WRITTEN = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of one run; a student's own file, as `lasnn export` writes it, counts as a run without others."""
+    """The files of one run; a student's own file, as `lasnn export` writes it, counts as a run without others.
+
+    Args:
+        path: the folder, or the student's file.
+        model: the name of a student that ships with lasnn, whose folder this is; "" for any other.
+    """
 
     path: Path
+    model: str = ""
+
+    def __str__(self) -> str:
+        return f"{MODEL}{self.model}" if self.model else str(self.path)
+
+    def output(self, name: str) -> Path:
+        """Where a file made of the run goes unless told otherwise: to its folder, of a shipped student to this one."""
+        if self.model:
+            return Path(f"{self.model}-{name}")
+        return (self.path.parent if self.path.is_file() else self.path) / name
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -133,11 +150,17 @@ def absolute_paths(recipe: Recipe) -> dict[str, str]:
 
 
 def find_run(run: str | Path | None) -> RunFolder:
-    """The run folder, or the student's .safetensors file, that the user means; None is the newest folder under `runs/`.
+    """The run folder, the student's .safetensors file or the shipped student (model:NAME) that the user means; None is
+    the newest folder under `runs/`.
 
     Raises:
-        UserError: it is neither, or there is none.
+        UserError: it is none of them, or there is none.
     """
+    if isinstance(run, str) and run.startswith(MODEL):
+        models, name = shipped_models(), run.removeprefix(MODEL)
+        if name not in models:
+            raise UserError(unknown("model", name, models))
+        return RunFolder(models[name], name)
     if run is not None:
         path = expanded(run, "the run")
         if path.is_file() and path.suffix == ".safetensors":
@@ -151,6 +174,30 @@ def find_run(run: str | Path | None) -> RunFolder:
     if not runs:
         raise UserError(f"no runs in {RUNS.absolute()}; `lasnn distill quickstart` makes one")
     return RunFolder(runs[-1])
+
+
+def shipped_models() -> dict[str, Path]:
+    """The students that ship with lasnn, name -> run folder."""
+    import lasnn.models
+
+    folder = Path(lasnn.models.__file__).parent
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/recipe.toml"))}
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """What `lasnn list models` says of one: `description`, `data`, `architecture`, `accuracy` by T, and `bytes`."""
+    card, run = read_text(folder / "README.md"), RunFolder(folder)
+    recipe = parse((folder / "recipe.toml").read_bytes(), str(folder))
+    summary = run.read_json("summary.json")
+    return {
+        "description": card.partition("\n")[0].removeprefix("#").strip(),
+        "data": recipe["data"]["name"],
+        "architecture": recipe["student"]["architecture"],
+        "timesteps": summary["timesteps"],
+        "accuracy": summary["accuracy"],
+        "teacher_accuracy": summary["teacher_accuracy"],
+        "bytes": (folder / "student.safetensors").stat().st_size,
+    }
 
 
 def all_runs(compared: bool = False) -> list[Path]:

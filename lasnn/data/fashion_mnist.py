@@ -65,5 +65,6 @@ class FashionMnist(IdxDataset, _FashionMnist):
     title, torchvision_name = "Fashion-MNIST", "FashionMNIST"
     elsewhere = (DEBIAN,)
     remedy = "install Debian's package dataset-fashion-mnist, "
+    shipped_part = "fashion-mnist-mini"
     first_labels = (9, 0, 0, 3, 0, 2, 7, 2, 5, 5), (9, 2, 1, 1, 6, 1, 4, 6, 5, 7)
     augment = ("crop", "flip")

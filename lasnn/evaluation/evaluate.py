@@ -7,7 +7,7 @@ from typing import Any
 
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import Converted, Method, check, check_options, convert
-from lasnn.evaluation.measure import measure
+from lasnn.evaluation.measure import measure, teacher_accuracy
 from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
 from lasnn.evaluation.speed import speed
 from lasnn.loaded_run import Run, load_run
@@ -105,6 +105,9 @@ def evaluate(
         teacher = {}
         if run.teacher is not None:
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
+            if run.recipe.data.name != run.description.name:
+                # The summary's is that of the whole test set, and only a part of it is at hand.
+                teacher["teacher_accuracy"] = teacher_accuracy(run.teacher, test, batch_size=batch_size)
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
         for result in results:
             if include_speed:
@@ -147,7 +150,7 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
     """
     if run.teacher is None:
         raise UserError(
-            f"{run.folder.path} has no teacher to convert: its student was trained alone; evaluate a run whose recipe "
+            f"{run.folder} has no teacher to convert: its student was trained alone; evaluate a run whose recipe "
             "has a [teacher]"
         )
     check(run.teacher, method, (run.description.channels, run.description.height, run.description.width), **options)
@@ -168,7 +171,7 @@ def conditions(run: Run) -> dict[str, Any]:
     """What the figures of `evaluate` hold for: the run, the device and the versions."""
     known = environment(run.device)
     return {
-        "run": str(run.folder.path),
+        "run": str(run.folder),
         "data": run.recipe.data.name,
         "data_source": run.data.source,
         "data_changes": run.images.changes,

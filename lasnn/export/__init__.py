@@ -61,7 +61,7 @@ def export(
     if not isinstance(run, Run):
         run = load_run(run, data_root=data_root)
     elif data_root is not None or run.device.type != "cpu":
-        run = load_run(run.folder.path, data_root=data_root or run.recipe.data_root)
+        run = load_run(str(run.folder), data_root=data_root or (None if run.folder.model else run.recipe.data_root))
     exporter, path = _prepare(run, form, timesteps, None if out is None else expanded(out, "--out"), force)
     with translate_errors(exporters[form]):
         exporter.check()
@@ -128,8 +128,7 @@ def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force
         fix = f"pip install 'lasnn[{kind.extra}]'" if kind.extra else "install them"
         problems.append(f"format {form!r} needs {', '.join(missing)}, not installed here: {fix}")
     if out is None:
-        folder = run.folder.path.parent if run.folder.path.is_file() else run.folder.path
-        out = folder / f"student-t{timesteps}{kind.suffix}"
+        out = run.folder.output(f"student-t{timesteps}{kind.suffix}")
     if out.is_dir():
         problems.append(f"{out} is a folder; name a file")
     elif out.suffix != kind.suffix:

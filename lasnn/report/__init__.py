@@ -60,7 +60,7 @@ def report(
         raise UserError(f"{folder} is a student alone; a report needs its run folder, where the training is on record")
     if not run.summary:
         raise UserError(f"{folder} is not finished (it has no summary.json); go on with `{resume_command(folder)}`")
-    path = run.folder / "report.html" if out is None else expanded(out, "--out")
+    path = run.folder.output("report.html") if out is None else expanded(out, "--out")
     check_path(path)
     steps = [timesteps] if isinstance(timesteps, int) else timesteps
     wrong = [t for t in [*(steps or []), longest] if not isinstance(t, int) or isinstance(t, bool) or t < 1]

@@ -73,10 +73,10 @@ def gather(
     count = min(ATTENTION_IMAGES, len(test))
     tell(f"attention maps: {count:,} test images")
     return {
-        "name": run.folder.path.resolve().name,
+        "name": run.folder.model or run.folder.path.resolve().name,
         "title": title(run),
         "plugins": run.recipe.plugins,
-        "run": str(run.folder.path),
+        "run": str(run.folder),
         "data": run.recipe.data.name,
         "data_changes": run.images.changes,
         "classes": list(run.description.classes),
