@@ -217,9 +217,11 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     print_table(console, layers)
     _say_classes(console, known["classes"], results[-1])
     _say_operations(console, results[-1])
+    _show_energy_with_memory(console, shown)
     for note in (
         "ECE: expected calibration error. silent: the share of neurons that spike on no test image. µJ: 45 nm "
-        "operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy without memory access.",
+        "operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy; with memory access: each read and "
+        "write of a weight, a voltage, a spike or a value too (docs/energy.md).",
         "MiB: of the GPU's memory, during a batch"
         if known["device"].startswith("cuda")
         else "MiB: of this whole process, during a batch",
@@ -253,6 +255,25 @@ def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
         f"{counted['dense']:,.0f} multiply-additions if computed densely"
     )
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_energy_with_memory(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
+    """The energy with memory accesses at each T and the teacher's, and the rates below which the student takes less."""
+    last = results[-1]
+    teacher = last.get("teacher_energy_with_memory")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("µJ/image with memory access", no_wrap=True)
+    further = ["teacher", f"takes less below a rate of (T = {last['timesteps']})"] if teacher else []
+    for title in [*(f"T = {result['timesteps']}" for result in results), *further]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in last["energy_with_memory"]:
+        values = [f"{result['energy_with_memory'][name]['energy_uj']:.3f}" for result in results]
+        if teacher:
+            rate = last["break_even_firing_rate"][name]
+            below = "-" if rate is None else "never" if rate == 0 else f"{rate:.4f}"
+            values += [f"{teacher[name]['energy_uj']:.3f}", below]
+        table.add_row(name, *values)
+    print_table(console, table)
 
 
 def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:
