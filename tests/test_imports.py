@@ -17,7 +17,7 @@ LAYERS = [
     {"factory", "memory", "compatibility", "description", "problems"},
     {"probe"},
     {"plan"},
-    {"bound_data", "resume"},
+    {"bound_data", "resume", "starter"},
     {"run", "open_run", "loaded_run"},
     {"evaluation"},
     {"training", "export", "console"},
