@@ -106,14 +106,15 @@ def propose(pictures: Pictures, given: Choices = Choices()) -> Choices:
     Pictures keep their size up to 64 pixels. A VGG-5 sees features of a quarter of the image; larger images in a number
     that a deeper network can learn from get a VGG-9.
     """
-    size = given.size or min(64, max(16, pictures.side // 4 * 4))
+    size = min(64, max(16, pictures.side // 4 * 4)) if given.size is None else given.size
     steps = -(-pictures.train // batch_size(pictures))
-    return Choices(
-        size=size,
-        architecture=given.architecture or ("vgg9" if size > 40 and pictures.train >= 10000 else "vgg5"),
-        timesteps=given.timesteps or 4,
-        epochs=given.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / steps))),
-    )
+    proposed = {
+        "size": size,
+        "architecture": "vgg9" if size > 40 and pictures.train >= 10000 else "vgg5",
+        "timesteps": 4,
+        "epochs": min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(STEPS / steps))),
+    }
+    return Choices(**proposed | {name: value for name, value in vars(given).items() if value is not None})
 
 
 def ask(proposed: Choices, given: Choices, answer: Callable[[str, Any], Any]) -> Choices:

@@ -90,7 +90,7 @@ def json_schema() -> Schema:
     names = {place: {"enum": sorted(table.parts)} for place, table in found.items()}
     # Inner tables are written into the properties of the outer.
     properties = {place: first(schema) for place, schema in named.items()}
-    by_name = {place: {"anyOf": [name_schema(found[place]), named[place]]} for place in ("encoder", "augment")}
+    by_name = {place: name_or_table(found[place], named[place]) for place in ("encoder", "augment")}
     properties["data"]["augment"] = {
         **described(properties["data"]["augment"]),
         "type": "array",
@@ -172,6 +172,12 @@ def one_part(table: NamedTable, name: str, default: Any, own: set[str]) -> Schem
         "additionalProperties": False,
     }
     return {"if": chosen, "then": allowed | ({"required": needed} if needed else {})}
+
+
+def name_or_table(table: NamedTable, schema: Schema) -> Schema:
+    """A part by its name, or as a table; what is wrong with a table is then said of its key, not of the whole."""
+    loose = {"type": "object"}
+    return {"anyOf": [name_schema(table), loose], "if": {"type": "object"}, "then": schema}
 
 
 def first(schema: Schema) -> Schema:
