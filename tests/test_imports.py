@@ -20,7 +20,7 @@ LAYERS = [
     {"bound_data", "resume", "starter"},
     {"run", "open_run", "loaded_run"},
     {"evaluation"},
-    {"training", "export", "console"},
+    {"training", "export", "console", "notebook"},
     {"bench", "compare", "report"},
     {"cli", "__main__"},
 ]

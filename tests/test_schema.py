@@ -64,7 +64,9 @@ def refused(tables: dict, validator) -> bool:
     return wrong
 
 
-@pytest.mark.parametrize("name", ["quickstart", "resnet34_resnet18_cifar100"])
+@pytest.mark.parametrize(
+    "name", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.full) for name in SHIPPED]
+)
 def test_mutated_recipes(name, validator):
     found = 0
     for place in places(SHIPPED[name]):
