@@ -39,7 +39,7 @@ def imported(path):
                 names = [f"lasnn.{alias.name}" for alias in node.names if alias.name != "__version__"]
         for name in names:
             parts = name.split(".")
-            if parts[0] == "lasnn" and len(parts) > 1 and parts[1] not in ("recipes", "datasets"):
+            if parts[0] == "lasnn" and len(parts) > 1 and parts[1] not in ("recipes", "models", "datasets"):
                 yield parts[1]
 
 
