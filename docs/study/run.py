@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from lasnn import build
+from lasnn import build, distill, evaluate
 from lasnn.evaluation.measure import teacher_accuracy
 from lasnn.run import environment
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).absolute().parent
 TEACHERS = HERE / "teachers"
 # The networks that are trained first: a twin of the student, and the wider one that teaches.
 NETWORKS = {"vgg5": ["teacher.architecture=vgg5"], "vgg9": ["teacher.architecture=vgg9"]}
@@ -31,6 +31,21 @@ UNITS = {
     for seed in range(3)
     for name, settings in NETWORKS.items()
 }
+# A student of copied weights and cross-entropy alone: the control, and what ships.
+UNITS |= {
+    f"student/copied/T{steps}/{seed}": [
+        "teacher.architecture=vgg5",
+        f"teacher.checkpoint={TEACHERS / f'vgg5-{seed}.safetensors'}",
+        "student.init=teacher",
+        f"student.timesteps={steps}",
+        "distill.lr=0.05",
+        f"seed={seed}",
+    ]
+    for seed in range(3)
+    for steps in (1, 4, 2)
+}
+# Where a student's accuracy is measured besides.
+TIMESTEPS = (1, 2, 4, 8)
 
 
 def train_teacher(unit: str, settings: list[str]) -> dict:
@@ -42,6 +57,16 @@ def train_teacher(unit: str, settings: list[str]) -> dict:
     shutil.move(trained, kept)
     accuracy = teacher_accuracy(built.teacher, built.test, batch_size=500)
     return {"accuracy": accuracy, "digest": hashlib.sha256(kept.read_bytes()).hexdigest()[:16]}
+
+
+def train_student(unit: str, settings: list[str]) -> dict:
+    """Distils a student and measures it at several T."""
+    run = distill(HERE / "study.toml", "run", overrides=settings, progress=None)
+    results = evaluate(run.path, TIMESTEPS, include_speed=False)
+    summary = run.read_json("summary.json")
+    kept = ("accuracy", "teacher_accuracy", "firing_rate", "energy_uj")
+    by_steps = {str(result["timesteps"]): result["accuracy"] for result in results}
+    return {**{name: summary[name] for name in kept}, "accuracy_by_timesteps": by_steps}
 
 
 def conditions() -> dict:
@@ -76,17 +101,18 @@ def main() -> None:
             print("done" if done else "open", unit)
         if done or options.list or time.monotonic() - begun > 60 * options.minutes:
             continue
-        folder = Path("runs/study")
+        folder = Path("runs/study") / unit.replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         home, start = Path.cwd(), time.monotonic()
         os.chdir(folder)
         try:
-            result = train_teacher(unit, settings)
+            result = (train_teacher if unit.startswith("teacher/") else train_student)(unit, settings)
         finally:
             os.chdir(home)
         seconds = round(time.monotonic() - start)
-        line = {"unit": unit, "settings": settings, **result, "seconds": seconds, **conditions()}
+        known = [setting.replace(f"{HERE}/", "") for setting in settings]
+        line = {"unit": unit, "settings": known, **result, "seconds": seconds, **conditions()}
         with options.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
