@@ -160,6 +160,10 @@ def make_plan(recipe: Recipe) -> Plan:
     for file in recipe.changed_plugins():
         problems.report("plugins", f"{file} was edited after the recipe was read; read the recipe again")
     device = _check_device(recipe, problems)
+    if recipe.compile and recipe.time_chunk:
+        problems.report(
+            "compile", "does not go with distill.time_chunk, which computes the pass again; set one of them"
+        )
     checkpoint = None
     if recipe.teacher and recipe.teacher.checkpoint is not None:
         checkpoint = problems.attempt("teacher.checkpoint", lambda: find_checkpoint(recipe))

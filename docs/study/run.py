@@ -51,7 +51,7 @@ TIMESTEPS = (1, 2, 4, 8)
 def train_teacher(unit: str, settings: list[str]) -> dict:
     """Trains an ANN and keeps its weights beside this file."""
     built = build(HERE / "study.toml", overrides=settings, train_teacher=True)
-    [trained] = Path("runs/teachers").glob("*.safetensors")
+    [trained] = Path("runs/teachers").glob("*/teacher.safetensors")
     TEACHERS.mkdir(exist_ok=True)
     kept = TEACHERS / f"{unit.removeprefix('teacher/').replace('/', '-')}.safetensors"
     shutil.move(trained, kept)

@@ -105,7 +105,8 @@ def distill(
             if teacher is not None:
                 checkpoints.require("teacher", digest(teacher.network.state_dict()))
             student = new_student(plan, teacher)
-            result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
+            with compiled(student, plan.recipe):
+                result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
             finish(plan, described, run, student.eval(), test, result, callback)
     return run
 
@@ -122,6 +123,24 @@ def training_environment(plan: Plan, detect_anomaly: bool) -> Iterator[StopReque
     anomalies = torch.autograd.set_detect_anomaly(detect_anomaly and plan.precision != "fp16")
     with stop_on_signals() as stop, globals_kept(plan.device), deterministic(plan.recipe.deterministic), anomalies:
         yield stop
+
+
+@contextmanager
+def compiled(student: Student, recipe: Recipe) -> Iterator[None]:
+    """Compile the student's training pass where the recipe asks for it, and say what cannot be compiled."""
+    if not recipe.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    student.compile_training()
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            recipe.line("compile", f"the student cannot be compiled in one graph: {reason}; set compile = false")
+        ) from error
 
 
 def new_student(plan: Plan, teacher: Teacher | None) -> Student:
