@@ -19,13 +19,16 @@ from lasnn import neurons
 
 @neurons.register("opaque")
 class Opaque(torch.nn.Module):
-    '''It asks for a number in its forward pass.'''
+    '''A part of it is kept out of compiled code.'''
 
     def forward(self, x, timesteps=None):
-        if x.sum().item() > 1e9:
-            return x, x[-1]
         h = x.expand(timesteps or len(x), *x.shape[1:]).cumsum(0)
-        return torch.sigmoid(4 * (h - 1)), h[-1]
+        return squash(h), h[-1]
+
+
+@torch.compiler.disable
+def squash(h):
+    return torch.sigmoid(4 * (h - 1))
 """
 
 
@@ -57,7 +60,7 @@ def test_on_dyadic_numbers_every_spike_is_the_same(architecture):
             assert name
         found.append(first_spikes(student, images, compiled))
     (wanted, taps), (got, compiled_taps) = found
-    # The statistics of batch norm are sums of squares: of the first stage exact, later within a rounding at the threshold.
+    # The first stage's statistics are exact too; later ones are within a rounding at the threshold.
     assert torch.equal(taps["stage1"], compiled_taps["stage1"])
     flipped = max((taps[name] != compiled_taps[name]).float().mean().item() for name in taps)
     assert flipped < 1e-3

@@ -39,7 +39,9 @@ def reference() -> str:
     lines = []
     for title, model in TABLES.items():
         lines += [f"### {title}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        for key, kind, default, meaning in fields(model):
+        for key, kind, default, lines_of_meaning in fields(model):
+            # A row of a table is one line.
+            meaning = " ".join(lines_of_meaning.split())
             if kind == "a table" or key == "losses":
                 continue
             shown = "" if default is None else default if default == "required" else f"`{default!r}`".replace("'", '"')

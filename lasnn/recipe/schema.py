@@ -187,7 +187,7 @@ class Recipe(Section):
     deterministic: bool = False
     """Only operations that repeat to the last bit, on CUDA too; one that cannot is an error (docs/reliability.md)."""
     compile: bool = False
-    """Compile the student's training pass (torch.compile, one graph); on CPUs it gained nothing (docs/benchmarks.md)."""
+    """Compile the student's training pass (torch.compile, one graph); no gain on a CPU (docs/benchmarks.md)."""
     save_minutes: NonNegative = 10.0
     """Minutes between saves of the full state, besides one after each epoch; 0 saves after every step."""
     plugins: list[str] = []

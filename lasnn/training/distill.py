@@ -19,6 +19,7 @@ from lasnn import processes
 from lasnn.callback import Callback, CallbackList
 from lasnn.data import DatasetDescription, Images, Streamed
 from lasnn.description import describe_student
+from lasnn.errors import UserError
 from lasnn.evaluation.measure import accuracy, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.memory import tune_allocator
