@@ -413,7 +413,7 @@ def without_teacher(recipe: Recipe) -> tuple[str, ...]:
     """Settings that take the teacher away and leave all else: its losses, its weights, itself."""
     kept = [loss for loss in recipe.losses if not needs_teacher(loss.name)]
     given = [f"losses={toml_value([entry(loss) for loss in kept] or [{'name': 'cross-entropy'}])}"]
-    if recipe.student.init == "teacher":
+    if recipe.start is None and recipe.student.init in ("teacher", "copied", "converted"):
         given.append("student.init=random")
     if recipe.distill.pairs is not None:
         given.append("distill.pairs=")
@@ -427,7 +427,9 @@ def ablations(recipe: Recipe) -> dict[str, tuple[str, ...]]:
         kept = [loss for loss in recipe.losses if loss is not left_out]
         if any("logits" in losses[loss.name].inputs for loss in kept):
             found[f"without {left_out.name}"] = (f"losses={toml_value([entry(loss) for loss in kept])}",)
-    if recipe.student.init == "teacher":
+    if recipe.start:
+        found["without the start's weights"] = ("student.init=random", "start=")
+    elif recipe.student.init in ("teacher", "copied", "converted") or (recipe.student.init == "auto" and recipe.twins):
         found["without the teacher's weights"] = ("student.init=random",)
     return found if len(found) > 1 else {}
 

@@ -1,6 +1,7 @@
 """Whether weights fit a network: by their names, shapes and values, and by what their file says of them."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lasnn.description import Description, check_description
 from lasnn.errors import UserError
-from lasnn.foreign_weights import read_checkpoint
+from lasnn.foreign_weights import Checkpoint, read_checkpoint
 from lasnn.network.staged import Staged
 from lasnn.network.teacher import without_activations
 
@@ -20,17 +21,22 @@ COUNTERS = ("total_ops", "total_params", "n_averaged")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Files from before PyTorch 0.4.1 do not count batches, nor do other programs; batch norm then starts to count at 0.
 BATCHES = "num_batches_tracked"
+# What the QCFS activation learns, beyond the weights of its network's student.
+LEARNT_THRESHOLD = ".activation.threshold"
 # Floating types that convert to fp32; fp8 has scales of its own, which are not in the tensor.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def fitted_weights(path: Path, network: Staged, expected: Description) -> tuple[dict[str, Tensor], list[str]]:
+def fitted_weights(
+    path: Path, network: Staged, expected: Description, table: str | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
     """A file's weights under the names and in the types that a network has.
 
     Args:
         path: of lasnn, torch.save or safetensors.
         network: on any device, the meta device too.
         expected: what the file should say of its network (see `lasnn.description`), as far as it says it.
+        table: of the recipe, where what it says is set; None is that of the role.
 
     Returns:
         The whole state dict, on the CPU, and what was taken off, left out or converted, a line each.
@@ -38,28 +44,64 @@ def fitted_weights(path: Path, network: Staged, expected: Description) -> tuple[
     Raises:
         UserError: it is not a file of weights, or how it differs.
     """
+    return _fit(path, read_checkpoint(path), network.state_dict(), expected, table)
+
+
+def starting_weights(path: Path, student: Staged, expected: Description) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's weights as those that a student starts from: a student's, or an ANN's of the same architecture.
+
+    Args, raises: as for `fitted_weights`.
+
+    Returns:
+        As `fitted_weights`, but for what the student's neurons learn where the file does not have it.
+    """
     file = read_checkpoint(path)
-    check_description(path, file.description, expected)
-    wanted = network.state_dict()
+    own = learnt_by_neurons(student)
+    thresholds = [name for name in file.weights if name.endswith(LEARNT_THRESHOLD)]
+    if thresholds:
+        kept = {name: value for name, value in file.weights.items() if name not in thresholds}
+        note = f"left out {_count(thresholds)} of what an ANN's activations have learnt"
+        file = replace(file, weights=kept, notes=(*file.notes, note))
+    return _fit(path, file, student.state_dict(), expected, "student", own)
+
+
+def _fit(
+    path: Path,
+    file: Checkpoint,
+    wanted: Mapping[str, Tensor],
+    expected: Description,
+    table: str | None,
+    own: set[str] = frozenset(),
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights of a file that has been read; those named `own` may be missing, and are missing then."""
+    check_description(path, file.description, expected, table)
     weights, notes = match_names(file.weights, wanted)
     optional = {name for name in wanted if name.rpartition(".")[2] == BATCHES}
     _check_classes(path, weights, wanted, expected.get("num_classes"))
-    _compare(f"{path} has", _shapes(weights), _shapes(wanted), optional)
+    _compare(f"{path} has", _shapes(weights), _shapes(wanted), optional | own)
     values, converted = _values(path, weights, wanted)
     missing = {name: torch.zeros(wanted[name].shape, dtype=wanted[name].dtype) for name in optional - values.keys()}
     return values | missing, [*file.notes, *notes, *converted]
 
 
-def check_same_weights(student: Staged, teacher: Staged) -> None:
-    """Check that a teacher's weights can start its student.
+def check_same_weights(student: Staged, ann: Staged, init: str = "teacher", name: str = "teacher") -> None:
+    """Check that the weights of a teacher, or of the start, can start a student.
+
+    Args:
+        init: what asks for them.
+        name: "teacher" or "start".
 
     Raises:
         UserError: which weights do not fit.
     """
-    learnt = {name for name, _ in student.named_parameters() if ".neuron." in name}
-    found = _shapes(without_activations(teacher))
-    what = '"teacher" needs the same architecture and options: the teacher has'
-    _compare(what, found, _shapes(student.state_dict()), learnt)
+    found = _shapes(without_activations(ann))
+    what = f'"{init}" needs the same architecture and options: the {name} has'
+    _compare(what, found, _shapes(student.state_dict()), learnt_by_neurons(student))
+
+
+def learnt_by_neurons(student: Staged) -> set[str]:
+    """The names of the neurons' own parameters: what a student's state has beyond its teacher's."""
+    return {name for name, _ in student.named_parameters() if ".neuron." in name}
 
 
 def match_names(found: Mapping[str, Tensor], wanted: Iterable[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -161,7 +203,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 def _compare(what: str, found: dict[str, Shape], wanted: dict[str, Shape], extra: set[str] = frozenset()) -> None:
     misfits = sorted((set(found) ^ set(wanted)) - extra)
-    if misfits and all(name.endswith(".activation.threshold") for name in misfits):
+    if misfits and all(name.endswith(LEARNT_THRESHOLD) for name in misfits):
         has = "has" if misfits[0] in found else "has no"
         what = what.removesuffix(" has")
         raise UserError(f"{what} {has} {misfits[0]!r}; was it trained on another teacher.activation?")

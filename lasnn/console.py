@@ -174,10 +174,15 @@ def print_plan(console: Console, plan: Any) -> None:
             say("stages   " + ", ".join(f"{name} = {path}" for name, path in facts["teacher_stages"].items()))
     else:
         say("teacher  none: the student trains alone")
+    if facts["start"]:
+        how = "frozen by its own code, not trained" if facts["start_frozen"] else facts["start_checkpoint"]
+        how = how or f"{facts['start_steps']:,} steps unless cached"
+        say(f"start    {facts['start']}: {facts['start_parameters']:,} parameters, {how}")
     say(
         f"student  {facts['student']}: {facts['student_parameters']:,} parameters, {facts['neuron']} neurons, "
         f"{facts['encoder']} encoding, T = {facts['timesteps']}, {facts['student_steps']:,} steps"
     )
+    say(f"init     {facts['init']}")
     say("losses   " + " + ".join(f"{weight:g} x {name}" for name, weight in facts["losses"].items()))
     say(
         f"device   {facts['device']}, {facts['precision']}; about {facts['memory_bytes'] / 2**20:,.0f} MiB a step "

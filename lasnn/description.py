@@ -25,9 +25,15 @@ Description = Mapping[str, Any]
 IMAGES = ("train_size", "test_size", "decoding", "fingerprints")
 
 
-def describe_teacher(recipe: Recipe, data: Dataset | DatasetDescription, network: Staged) -> dict[str, Any]:
-    """What a teacher's file says: `role`, architecture with all options, activation, classes, normalisation."""
-    table = recipe.teacher
+def describe_teacher(
+    recipe: Recipe, data: Dataset | DatasetDescription, network: Staged, name: str = "teacher"
+) -> dict[str, Any]:
+    """What a teacher's file says: `role`, architecture with all options, activation, classes, normalisation.
+
+    Args:
+        name: "teacher", or "start" for the student's ANN twin, whose file is a teacher's as well.
+    """
+    table = recipe.start if name == "start" else recipe.teacher
     normalisation = getattr(network, "normalisation", None) or (data.mean, data.std)
     levels = {"levels": table.levels} if table.activation == "qcfs" else {}
     activation = {"activation": table.activation, **levels}
@@ -48,6 +54,11 @@ def describe_student(recipe: Recipe, data: DatasetDescription) -> dict[str, Any]
         "neuron": table.neuron.name,
         "recipe": without_paths(recipe),
     }
+
+
+def describe_start(recipe: Recipe, data: Dataset | DatasetDescription) -> dict[str, Any]:
+    """What is wanted of a file that a student starts from, a student's or a teacher's: as far as both have it."""
+    return _network(recipe.student, recipe, data, (data.mean, data.std))
 
 
 def data_described(description: Description, where: str) -> DatasetDescription | None:
@@ -107,18 +118,23 @@ def without_paths(recipe: Recipe) -> str:
     """The recipe's text for a file that travels: without `data.root`, a checkpoint by its file's name alone."""
     tables = tomllib.loads(recipe.to_toml())
     tables["data"].pop("root", None)
-    if recipe.teacher and recipe.teacher.checkpoint is not None:
-        tables["teacher"]["checkpoint"] = Path(recipe.teacher.checkpoint).name
+    for name, table in (("teacher", recipe.teacher), ("start", recipe.start)):
+        if table and table.checkpoint is not None:
+            tables[name]["checkpoint"] = Path(table.checkpoint).name
+    if recipe.student.init_is_path:
+        # With a slash it stays a path.
+        tables["student"]["init"] = f"./{Path(recipe.student.init).name}"
     return dump_toml(tables)
 
 
-def check_description(path: Path, found: Description, wanted: Description) -> None:
+def check_description(path: Path, found: Description, wanted: Description, table: str | None = None) -> None:
     """Compare what a file says of its network with the recipe's, as far as both say it.
 
     Args:
         path: the file.
         found: its description.
         wanted: what `describe_teacher` or `describe_student` say; {} compares nothing.
+        table: of the recipe, where the settings lie; None is the role's.
 
     Raises:
         UserError: every difference, a line each, with what to set.
@@ -130,16 +146,16 @@ def check_description(path: Path, found: Description, wanted: Description) -> No
             fix = "give the teacher.safetensors of its run, or the run folder"
             raise UserError(f"{path} is a student's, a spiking network, and cannot be the ANN teacher: {fix}")
         raise UserError(f"{path} is a {role}'s; a student's file is wanted: give its run's student.safetensors")
+    table = table or wanted.get("role")
     problems = [
-        *_option_differences(found, wanted),
-        *_data_differences(found, wanted),
+        *_option_differences(found, wanted, table),
+        *_data_differences(found, wanted, table),
     ]
     if problems:
         raise UserError(*(f"{path} was trained {problem}" for problem in problems))
 
 
-def _option_differences(found: Description, wanted: Description) -> list[str]:
-    table = wanted.get("role")
+def _option_differences(found: Description, wanted: Description, table: str | None) -> list[str]:
     if found.get("architecture", ours := wanted.get("architecture")) != ours:
         return [_setting(table, "architecture", found["architecture"], ours)]
     pairs = []
@@ -161,9 +177,9 @@ def _setting(table: str | None, key: str, theirs: Any, ours: Any) -> str:
     return f"with {key} = {said[0]}; the recipe has {said[1]}: {fix}"
 
 
-def _data_differences(found: Description, wanted: Description) -> list[str]:
+def _data_differences(found: Description, wanted: Description, table: str | None) -> list[str]:
     """What differs in the images: channels, classes, normalisation."""
-    again = f"train the {wanted.get('role')} on this data set"
+    again = f"train the {table} on this data set"
     problems = []
     theirs, ours = found.get("in_channels"), wanted.get("in_channels")
     if None not in (theirs, ours) and theirs != ours:

@@ -23,7 +23,7 @@ from lasnn.network.whole import HookedView, WholeView, children_of
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
 from lasnn.registry import Entry, architectures, datasets, encoders, teachers, translate_errors
 
-TEACHER = "teacher.safetensors"
+TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
 # What a data set says of itself.
 FACTS = ("channels", "height", "width", "classes", "mean", "std", "train_size", "test_size")
 
@@ -110,20 +110,23 @@ def make_student(recipe: Recipe, data: Dataset | DatasetDescription) -> Student:
     return Student(make_network(table, act, data), make_encoder(recipe, data), table.timesteps)
 
 
-def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription, *, weights: bool = True) -> Teacher:
+def make_teacher(
+    recipe: Recipe, data: Dataset | DatasetDescription, name: str = "teacher", *, weights: bool = True
+) -> Teacher:
     """The teacher on the current default device, with the layers' own initialisation, or the weights that it brings.
 
     Args:
+        name: "teacher", or "start" for the student's ANN twin.
         weights: False where the caller loads them: what has the option `pretrained` then need not fetch any.
 
     Raises:
-        UserError: it cannot be built, or `teacher.stages` does not suit it.
+        UserError: it cannot be built, or its `stages` do not suit it.
     """
     recipe.use_plugins()
-    table = recipe.teacher
+    table = recipe.start if name == "start" else recipe.teacher
     act = ann_units("qcfs", levels=table.levels) if table.activation == "qcfs" else ann_units(table.activation)
     if table.architecture in architectures:
-        _check_no_stages(table)
+        _check_no_stages(table, name)
         return Teacher(make_network(table, act, data), data.mean, data.std)
     shape = {"in_channels": data.channels, "num_classes": len(data.classes)}
     entry = teachers[table.architecture]
@@ -132,7 +135,7 @@ def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription, *, weights:
         options["pretrained"] = False
     network = teachers.build(table.architecture, **shape, **options)
     if isinstance(network, (StagedView, WholeView)):
-        _check_no_stages(table)
+        _check_no_stages(table, name)
     elif isinstance(network, nn.Module) and not isinstance(network, Staged):
         if table.stages is None:
             what = f"stages: {entry.said} returns a {type(network).__name__}, whose stages are not known"
@@ -144,9 +147,9 @@ def make_teacher(recipe: Recipe, data: Dataset | DatasetDescription, *, weights:
     return Teacher(network, *(network.normalisation or (data.mean, data.std)))
 
 
-def _check_no_stages(table: TeacherTable) -> None:
+def _check_no_stages(table: TeacherTable, name: str) -> None:
     if table.stages is not None:
-        raise UserError(f"stages: {table.architecture!r} has stages of its own; leave teacher.stages out")
+        raise UserError(f"stages: {table.architecture!r} has stages of its own; leave {name}.stages out")
 
 
 def make_network(table: StudentTable | TeacherTable, act: Act, data: Dataset | DatasetDescription) -> Staged:
@@ -190,22 +193,29 @@ def _named_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_checkpoint(recipe: Recipe) -> Path:
-    """The weights file that `teacher.checkpoint` means: itself, of any ending, or a run folder's teacher.
+def find_checkpoint(recipe: Recipe, name: str = "teacher") -> Path:
+    """The weights file that a path of the recipe means: itself, of any ending, or a run folder's network.
+
+    Args:
+        name: "teacher" or "start", whose `checkpoint` it is, a teacher's; or "student", whose `init`.
 
     Raises:
         UserError: there is none.
     """
-    name = recipe.teacher.checkpoint
-    if "://" in name:
-        raise UserError(f"{name!r} is an address, and nothing is downloaded; fetch the file, and give its path")
-    path = recipe.teacher_checkpoint
-    fix = "give a file of torch.save or safetensors, or a run folder that has a teacher.safetensors"
-    if path.is_dir() and not (path / TEACHER).is_file():
+    written, path = {
+        "teacher": lambda: (recipe.teacher.checkpoint, recipe.teacher_checkpoint),
+        "start": lambda: (recipe.start.checkpoint, recipe.start_checkpoint),
+        "student": lambda: (recipe.student.init, recipe.init_path),
+    }[name]()
+    if "://" in written:
+        raise UserError(f"{written!r} is an address, and nothing is downloaded; fetch the file, and give its path")
+    kept = STUDENT if name == "student" else TEACHER
+    fix = f"give a file of torch.save or safetensors, or a run folder that has a {kept}"
+    if path.is_dir() and not (path / kept).is_file():
         inside = [file.name for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
         holds = f" (it has {', '.join(inside[:5])}{', ...' * (len(inside) > 5)})" if inside else ""
-        raise UserError(f"no file {path / TEACHER}{holds}; {fix}")
-    path = path / TEACHER if path.is_dir() else path
+        raise UserError(f"no file {path / kept}{holds}; {fix}")
+    path = path / kept if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no file {path}; {fix}")
     return path

@@ -82,8 +82,10 @@ def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:
     """
     changes = changes_between(read_text(run / "recipe.toml"), recipe.to_toml())
     refused, accepted = [str(change) for change in changes.refused], [str(change) for change in changes.accepted]
-    if any(change.key == "teacher.checkpoint" for change in changes.accepted) and not _same_teacher(run, recipe):
-        refused.append(f"teacher.checkpoint: {recipe.teacher.checkpoint} has other weights than the run's teacher")
+    for name, table in (("teacher", recipe.teacher), ("start", recipe.start)):
+        key = f"{name}.checkpoint"
+        if any(change.key == key for change in changes.accepted) and not _same_weights(run, recipe, name):
+            refused.append(f"{key}: {table.checkpoint} has other weights than the run's {name}")
     if changes.epochs:
         try:
             accepted.append(more_epochs(changes.epochs, recipe, _student_begun(run)))
@@ -97,12 +99,12 @@ def _check_changes(run: RunFolder, recipe: Recipe) -> list[str]:
     return accepted
 
 
-def _same_teacher(run: RunFolder, recipe: Recipe) -> bool:
-    """Whether the file of a teacher's weights has those that the run has begun with, if it has begun with any."""
-    if not (run / "teacher.safetensors").is_file():
+def _same_weights(run: RunFolder, recipe: Recipe, name: str) -> bool:
+    """Whether the checkpoint of "teacher" or "start" has the weights that the run has begun with, if it has any."""
+    if not (run / f"{name}.safetensors").is_file():
         return True
-    kept, _ = load_weights(run / "teacher.safetensors")
-    weights, _ = match_names(read_checkpoint(find_checkpoint(recipe)).weights, kept)
+    kept, _ = load_weights(run / f"{name}.safetensors")
+    weights, _ = match_names(read_checkpoint(find_checkpoint(recipe, name)).weights, kept)
     return weights.keys() <= kept.keys() and all(
         torch.equal(value.to(kept[name].dtype), kept[name]) for name, value in weights.items()
     )
@@ -182,7 +184,7 @@ def bind(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> Datas
         UserError: the data is not what the run began with; the lines say what has changed.
     """
     now = data.describe(recipe.data.name, splits)
-    begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json"))
+    begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json", "start.json"))
     # A run of an earlier lasnn does not have it; its last.pt knows the training images again.
     if begun and (found := run.read_json(DATA)):
         before = DatasetDescription.from_json(found, str(run / DATA))

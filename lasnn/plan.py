@@ -6,17 +6,18 @@ reported before the first batch, together with whatever else is wrong.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import isclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from lasnn.compatibility import Shape, check_same_weights, fitted_weights
+from lasnn.compatibility import Shape, check_same_weights, fitted_weights, starting_weights
 from lasnn.data import Dataset
-from lasnn.description import describe_teacher
+from lasnn.description import describe_start, describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
     find_checkpoint,
@@ -53,8 +54,25 @@ from lasnn.probe import (
     try_teacher,
 )
 from lasnn.problems import Problems
-from lasnn.recipe.schema import Recipe
+from lasnn.recipe.schema import Recipe, TeacherTable
 from lasnn.registry import losses
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the student's weights start.
+
+    Args:
+        source: "random", "teacher", "start" (the recipe's table) or "file".
+        said: a line that says it, and why.
+        path: the file.
+        converted: whether the copied weights are balanced for the student's T.
+    """
+
+    source: Literal["random", "teacher", "start", "file"]
+    said: str
+    path: Path | None = None
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,11 @@ class Plan:
     teacher_checkpoint: Path | None
     # All its parameters are frozen by its own code, as those of a plugin that loads it: it is used as it is.
     teacher_frozen: bool
+    start: Start
+    # Of the recipe's [start]: as the teacher's.
+    start_parameters: int | None
+    start_checkpoint: Path | None
+    start_frozen: bool
     memory_bytes: int
     # Of a network from elsewhere that is called as a whole: the path of the module that each stage is; else nothing.
     teacher_stages: dict[str, str]
@@ -93,6 +116,11 @@ class Plan:
             "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
             "teacher_frozen": self.teacher_frozen,
             "teacher_stages": self.teacher_stages,
+            "start": recipe.start.architecture if recipe.start else None,
+            "start_parameters": self.start_parameters,
+            "start_checkpoint": str(self.start_checkpoint) if self.start_checkpoint else None,
+            "start_frozen": self.start_frozen,
+            "init": self.start.said,
             "student": recipe.student.architecture,
             "student_parameters": self.student_parameters,
             "timesteps": recipe.student.timesteps,
@@ -109,7 +137,8 @@ class Plan:
             ],
             "losses": {loss.name: loss.weight for loss in recipe.losses},
             "steps_per_epoch": self.steps_per_epoch,
-            "teacher_steps": self._teacher_steps,
+            "teacher_steps": self._steps(recipe.teacher, self.teacher_checkpoint, self.teacher_frozen),
+            "start_steps": self._steps(recipe.start, self.start_checkpoint, self.start_frozen),
             "student_steps": epochs * self.steps_per_epoch,
             "memory_bytes": self.memory_bytes,
         }
@@ -124,11 +153,9 @@ class Plan:
         """Of the images that are there; once they are loaded, of those that could be read."""
         return math.ceil(self.data.train_size / self.recipe.data.batch_size)
 
-    @property
-    def _teacher_steps(self) -> int:
-        teacher = self.recipe.teacher
-        ready = teacher is None or self.teacher_checkpoint or self.teacher_frozen
-        return 0 if ready else teacher.epochs * self.steps_per_epoch
+    def _steps(self, table: TeacherTable | None, checkpoint: Path | None, frozen: bool) -> int:
+        """Of an ANN's training."""
+        return 0 if table is None or checkpoint or frozen else table.epochs * self.steps_per_epoch
 
 
 def micro_batches(images: int, recipe: Recipe) -> int:
@@ -164,9 +191,11 @@ def make_plan(recipe: Recipe) -> Plan:
         problems.report(
             "compile", "does not go with distill.time_chunk, which computes the pass again; set one of them"
         )
-    checkpoint = None
-    if recipe.teacher and recipe.teacher.checkpoint is not None:
-        checkpoint = problems.attempt("teacher.checkpoint", lambda: find_checkpoint(recipe))
+    checkpoints = {
+        name: problems.attempt(f"{name}.checkpoint", partial(find_checkpoint, recipe, name))
+        for name, table in (("teacher", recipe.teacher), ("start", recipe.start))
+        if table and table.checkpoint is not None
+    }
     data = problems.attempt("data", lambda: make_data(recipe))
     if data is None:
         # Without its images' size and classes no network can be built.
@@ -176,12 +205,20 @@ def make_plan(recipe: Recipe) -> Plan:
         problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
     student = build_student(recipe, data, problems)
     teacher = build_teacher(recipe, data, problems) if recipe.teacher else None
-    if checkpoint and teacher:
-        expected = describe_teacher(recipe, data, teacher.network)
-        problems.attempt("teacher.checkpoint", partial(fitted_weights, checkpoint, teacher.network, expected))
-    frozen = bool(teacher) and not checkpoint and not any(one.requires_grad for one in teacher.network.parameters())
+    twin = build_teacher(recipe, data, problems, "start") if recipe.start else None
+    anns = {name: ann for name, ann in (("teacher", teacher), ("start", twin)) if ann}
+    for name, ann in anns.items():
+        if checkpoint := checkpoints.get(name):
+            expected = describe_teacher(recipe, data, ann.network, name)
+            problems.attempt(f"{name}.checkpoint", partial(fitted_weights, checkpoint, ann.network, expected, name))
+    frozen = {
+        name: not checkpoints.get(name) and not any(one.requires_grad for one in ann.network.parameters())
+        for name, ann in anns.items()
+    }
+    trained = {name: ann for name, ann in anns.items() if not checkpoints.get(name) and not frozen[name]}
     pairs = _pair(recipe, data, student, teacher, problems)
-    _check_batches(recipe, data, student, None if checkpoint or frozen else teacher, problems)
+    start = _start(recipe, data, student, anns, problems)
+    _check_batches(recipe, data, student, trained.values(), problems)
     memory = 0
     if student and recipe.time_chunk and not problems.lines:
         with on_meta():
@@ -190,8 +227,8 @@ def make_plan(recipe: Recipe) -> Plan:
         try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
     if not problems.lines:
         problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
-        if teacher:
-            problems.attempt("teacher", lambda: try_teacher(recipe, data, teacher, trained=not (checkpoint or frozen)))
+        for name, ann in anns.items():
+            problems.attempt(name, partial(try_teacher, recipe, data, ann, name in trained, name))
     if not problems.lines:
         beside = teacher.model if teacher else None
         half = pick_precision(recipe, device) != "fp32"
@@ -206,12 +243,47 @@ def make_plan(recipe: Recipe) -> Plan:
         pairs=tuple(pairs),
         student_parameters=count_parameters(student.network),
         teacher_parameters=count_parameters(teacher.network) if teacher else None,
-        teacher_checkpoint=checkpoint,
-        teacher_frozen=frozen,
+        teacher_checkpoint=checkpoints.get("teacher"),
+        teacher_frozen=frozen.get("teacher", False),
+        start=start,
+        start_parameters=count_parameters(twin.network) if twin else None,
+        start_checkpoint=checkpoints.get("start"),
+        start_frozen=frozen.get("start", False),
         memory_bytes=memory,
         teacher_stages=dict(getattr(teacher.network, "paths", {})) if teacher else {},
         notes=(*real_values(student.network, student.probed), *scheduled_losses(recipe), *empty_losses(recipe)),
     )
+
+
+def _start(
+    recipe: Recipe,
+    data: Dataset,
+    student: Built[Student] | None,
+    anns: Mapping[str, Built[Teacher]],
+    problems: Problems,
+) -> Start | None:
+    """Where the student's weights start; None where it cannot be built, or where they do not fit."""
+    init = recipe.student.init
+    if init == "random" or student is None:
+        return Start("random", "random weights")
+    if recipe.student.init_is_path:
+        if path := problems.attempt("student.init", lambda: find_checkpoint(recipe, "student")):
+            expected = describe_start(recipe, data)
+            problems.attempt("student.init", lambda: starting_weights(path, student.network, expected))
+        return Start("file", f"the weights in {path}", path)
+    name = "start" if recipe.start else "teacher"
+    source = "[start]" if recipe.start else "the teacher"
+    if name not in anns:
+        # It is left out, or cannot be built.
+        return Start("random", "random weights: there is no [start] and no [teacher]")
+    try:
+        check_same_weights(student.network, anns[name].network, init, name)
+    except UserError as error:
+        if init != "auto" or recipe.start:
+            for problem in error.problems:
+                problems.report("start" if recipe.start else "student.init", problem)
+        return Start("random", f"random weights: those of {source} are of another network")
+    return Start(name, f"the weights of {source}")
 
 
 def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
@@ -224,11 +296,11 @@ def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
     return f"data.{key}", f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
 
 
-def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained_teacher: dict[str, Shape]) -> bool:
+def _one_pixel(recipe: Recipe, student: dict[str, Shape], trained: Iterable[dict[str, Shape]]) -> bool:
     """Whether batch norm has one value for each image somewhere: by the shapes of the stages."""
     # A loss with learnt parts may have one of the student's features, averaged over time.
     rates = recipe.student.timesteps == 1 or any(isclass(losses[loss.name].function) for loss in recipe.losses)
-    shapes = [*trained_teacher.values(), *(student.values() if rates else ())]
+    shapes = [*(shape for ann in trained for shape in ann.values()), *(student.values() if rates else ())]
     return any(shape[1:] == (1, 1) for shape in shapes)
 
 
@@ -242,12 +314,16 @@ def check_batches(plan: Plan) -> None:
     lone = _lone_image(recipe, data)
     if lone is None:
         return
-    image, teacher = (data.channels, data.height, data.width), {}
+    image, trained = (data.channels, data.height, data.width), []
     with on_meta():
         student = probe(make_student(recipe, data).network, image, recipe.student.timesteps).shapes
-        if recipe.teacher and plan.teacher_checkpoint is None and not plan.teacher_frozen:
-            teacher = probe(make_teacher(recipe, data).network, image).shapes
-    if _one_pixel(recipe, student, teacher):
+        for name, table, ready in (
+            ("teacher", recipe.teacher, plan.teacher_checkpoint or plan.teacher_frozen),
+            ("start", recipe.start, plan.start_checkpoint or plan.start_frozen),
+        ):
+            if table and not ready:
+                trained.append(probe(make_teacher(recipe, data, name).network, image).shapes)
+    if _one_pixel(recipe, student, trained):
         raise UserError(recipe.line(*lone))
 
 
@@ -285,8 +361,6 @@ def _pair(
             wrong.append(line)
     check_losses(recipe, pairs, wrong, problems)
     check_currents(recipe, data, pairs, {"student": student, "teacher": teacher}, problems)
-    if student and recipe.student.init == "teacher":
-        problems.attempt("student.init", lambda: check_same_weights(student.network, teacher.network))
     return pairs
 
 
@@ -298,7 +372,11 @@ def _stages_alone(recipe: Recipe, data: Dataset, problems: Problems) -> dict[str
 
 
 def _check_batches(
-    recipe: Recipe, data: Dataset, student: Built[Student] | None, trained: Built[Teacher] | None, problems: Problems
+    recipe: Recipe,
+    data: Dataset,
+    student: Built[Student] | None,
+    trained: Iterable[Built[Teacher]],
+    problems: Problems,
 ) -> None:
     """Whether the batches can be cut as wanted, and leave batch norm something to average over."""
     if recipe.data.accumulate > recipe.data.batch_size:
@@ -307,7 +385,7 @@ def _check_batches(
             "data.accumulate", f"{parts} parts of a batch of {images} images; it is at most data.batch_size"
         )
     lone = _lone_image(recipe, data)
-    if lone and _one_pixel(recipe, student.shapes if student else {}, trained.shapes if trained else {}):
+    if lone and _one_pixel(recipe, student.shapes if student else {}, [ann.shapes for ann in trained]):
         problems.report(*lone)
 
 

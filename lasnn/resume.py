@@ -7,7 +7,7 @@ from typing import Any
 
 from lasnn.errors import UserError, printable
 from lasnn.recipe.load import toml_value
-from lasnn.recipe.schema import DataTable, DistillTable, LossTable, Recipe, StudentTable, TeacherTable
+from lasnn.recipe.schema import DataTable, DistillTable, LossTable, Recipe, StartTable, StudentTable, TeacherTable
 
 # How and where a run is computed, and where its files lie; what they are is compared by content.
 HARMLESS = frozenset(
@@ -20,10 +20,19 @@ HARMLESS = frozenset(
         "data.residence",
         "teacher.checkpoint",
         "teacher.min_accuracy",
+        "start.checkpoint",
+        "start.min_accuracy",
     }
 )
 # Whose defaults hold where the recipe of a run of an earlier lasnn does not have a key yet.
-TABLES = {"": Recipe, "data": DataTable, "teacher": TeacherTable, "student": StudentTable, "distill": DistillTable}
+TABLES = {
+    "": Recipe,
+    "data": DataTable,
+    "teacher": TeacherTable,
+    "start": StartTable,
+    "student": StudentTable,
+    "distill": DistillTable,
+}
 MISSING = object()
 
 
@@ -67,7 +76,7 @@ def changes_between(before: str, now: str) -> Changes:
         if change.before == change.now or (change.before is MISSING and change.now == _default(key)):
             continue
         # A teacher that is trained is another than one that is read.
-        another = key == "teacher.checkpoint" and MISSING in (change.before, change.now)
+        another = key in ("teacher.checkpoint", "start.checkpoint") and MISSING in (change.before, change.now)
         if key == "distill.epochs":
             found.epochs = change
         elif key in HARMLESS and not another:

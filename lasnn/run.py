@@ -4,7 +4,7 @@ recipe.toml          the recipe with every default written down, paths as the us
 env.json             versions, device, world size, and the absolute paths
 data.json            the data set: classes, image size, normalisation, which images are for training and which for test
 metrics.jsonl        one object an epoch, the teacher's first
-teacher.safetensors  student.safetensors
+teacher.safetensors  start.safetensors (of a recipe's [start])  student.safetensors
 last.pt              full state, from which `--resume` goes on
 summary.json         the result; its presence says that the run is done
 """
@@ -44,6 +44,8 @@ WRITTEN = (
     "metrics.jsonl",
     "teacher.json",
     "teacher.safetensors",
+    "start.json",
+    "start.safetensors",
     "student.safetensors",
     "last.pt",
     "summary.json",
@@ -187,7 +189,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def absolute_paths(recipe: Recipe) -> dict[str, str]:
     """Where the files that a recipe names lie, for `env.json`: found again from another working directory."""
-    paths = {"data.root": recipe.data_root, "teacher.checkpoint": recipe.teacher_checkpoint}
+    paths = {
+        "data.root": recipe.data_root,
+        "teacher.checkpoint": recipe.teacher_checkpoint,
+        "start.checkpoint": recipe.start_checkpoint,
+        "student.init": recipe.init_path,
+    }
     return {RECORDED[key]: str(path.absolute()) for key, path in paths.items() if path is not None}
 
 

@@ -7,7 +7,7 @@ from lasnn.training.advice import advice
 
 RECIPE = {
     "teacher": {"architecture": "vgg5", "epochs": 4},
-    "student": {"architecture": "vgg5", "timesteps": 4},
+    "student": {"architecture": "vgg5", "timesteps": 4, "init": "random"},
     "distill": {"epochs": 6},
     "losses": [{"name": "cross-entropy"}, {"name": "attention", "weight": 1000.0}],
 }

@@ -80,15 +80,15 @@ def build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[St
     return Built(student, problems.attempt("student", run, default=Probed()))
 
 
-def build_teacher(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Teacher] | None:
-    """The teacher on the meta device; None where it cannot be built."""
+def build_teacher(recipe: Recipe, data: Dataset, problems: Problems, name: str = "teacher") -> Built[Teacher] | None:
+    """The teacher, or the "start", on the meta device; None where it cannot be built."""
     image = (data.channels, data.height, data.width)
     with on_meta():
-        teacher = problems.attempt("teacher", lambda: without_data(make_teacher(recipe, data)))
+        teacher = problems.attempt(name, lambda: without_data(make_teacher(recipe, data, name)))
         if teacher is None:
             return None
-        run = partial(probe, teacher.network, image, classes=len(data.classes), entry=teacher_entry(recipe))
-        return Built(teacher, problems.attempt("teacher", run, default=Probed()))
+        run = partial(probe, teacher.network, image, classes=len(data.classes), entry=teacher_entry(recipe, name))
+        return Built(teacher, problems.attempt(name, run, default=Probed()))
 
 
 def student_entry(recipe: Recipe) -> Entry:
@@ -98,8 +98,9 @@ def student_entry(recipe: Recipe) -> Entry:
     return next((part for part in parts if part.own), parts[0])
 
 
-def teacher_entry(recipe: Recipe) -> Entry:
-    return teacher_registry(recipe.teacher.architecture)[recipe.teacher.architecture]
+def teacher_entry(recipe: Recipe, name: str = "teacher") -> Entry:
+    table = recipe.start if name == "start" else recipe.teacher
+    return teacher_registry(table.architecture)[table.architecture]
 
 
 def try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: list[Pair]) -> None:
@@ -122,13 +123,13 @@ def try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: l
     check_answers(recipe, data, model, student.shapes, entry)
 
 
-def try_teacher(recipe: Recipe, data: Dataset, teacher: Built[Teacher], trained: bool) -> None:
-    """The same for a teacher of the user's own; one that is not trained needs no gradient."""
-    entry = teacher_entry(recipe)
+def try_teacher(recipe: Recipe, data: Dataset, teacher: Built[Teacher], trained: bool, name: str = "teacher") -> None:
+    """The same for a teacher, or a "start", of the user's own; one that is not trained needs no gradient."""
+    entry = teacher_entry(recipe, name)
     if not entry.own:
         return
     if trained:
         check_gradients(teacher.network, (data.channels, data.height, data.width), 1, (), entry)
     with keyed(recipe.seed, "probe"):
-        model = make_teacher(recipe, data)
+        model = make_teacher(recipe, data, name)
     check_answers(recipe, data, model, teacher.shapes, entry)

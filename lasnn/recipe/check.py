@@ -22,6 +22,8 @@ from lasnn.recipe.plugins import load_plugins
 from lasnn.registry import Registry, architectures, augmentations, datasets, encoders, losses, neurons, teachers
 
 Model = TypeVar("Model", bound=BaseModel)
+# What `student.init` may be besides a path.
+INITS = ("auto", "random", "teacher", "copied")
 # What lasnn passes to an architecture itself.
 SUPPLIED = ("in_channels", "num_classes")
 
@@ -154,7 +156,7 @@ class Form:
 
         def named(table: Place, key: str, registry: Registry, supplied: tuple[str, ...] = ()):
             given = self.at(table)
-            if table and given is None and table[-1] != "teacher":
+            if table and given is None and table[-1] not in ("teacher", "start"):
                 given = {}
             fields = messages.table_of(self.model, table).model_fields
             if isinstance(given, dict):
@@ -174,6 +176,7 @@ class Form:
         yield from named(("data",), "name", datasets)
         teaches = teacher_registry(self.at(("teacher", "architecture")))
         yield from named(("teacher",), "architecture", teaches, SUPPLIED)
+        yield from named(("start",), "architecture", architectures, SUPPLIED)
         yield from named(("student",), "architecture", architectures, SUPPLIED)
         if isinstance(self.at(("student",)), dict):
             yield from named(("student", "neuron"), "name", neurons)
@@ -213,9 +216,10 @@ class Form:
 
     def check_together(self) -> list[tuple[Place, str]]:
         """(place, message) for keys that contradict each other."""
-        found = [*self._check_losses(), *self._check_teacher()]
-        for table in ("teacher", "distill"):
-            if table == "teacher" and self.at((table,)) is None:
+        found = [*self._check_losses(), *self._check_teacher("teacher"), *self._check_teacher("start")]
+        found += self._check_start()
+        for table in ("teacher", "start", "distill"):
+            if table != "distill" and self.at((table,)) is None:
                 continue
             training = self.values((table,))
             warmup, epochs = training.get("warmup_epochs"), training.get("epochs")
@@ -224,9 +228,22 @@ class Form:
             lowest, highest = training.get("min_lr"), training.get("lr")
             if None not in (lowest, highest) and lowest > highest:
                 found.append(((table, "min_lr"), f"{lowest:g} is above lr = {highest:g}"))
-        if self.at(("student", "init")) == "teacher" and self.at(("teacher",)) is None:
-            found.append((("student", "init"), "there is no [teacher] to start from"))
         return found
+
+    def _check_start(self) -> Iterator[tuple[Place, str]]:
+        place = ("student", "init")
+        init, start, teacher = self.at(place), self.at(("start",)), self.at(("teacher",))
+        if not isinstance(self.at(("student",)), dict) or not isinstance(init, str | None):
+            return
+        if init is not None and init not in INITS and not set("/\\") & set(init):
+            message = f"{unknown('start', init, INITS)}; a path has a slash, as ./{init}"
+            yield place, message if init else f"is empty; it takes {', '.join(INITS)}, or a path with a slash"
+        elif init == "teacher" and teacher is None:
+            yield place, "there is no [teacher] to start from"
+        elif init in ("copied", "converted") and teacher is None and start is None:
+            yield place, "there is no [start] and no [teacher] to start from"
+        elif isinstance(start, dict) and init not in (None, "auto", "copied", "converted"):
+            yield ("start",), f'has no effect with student.init = "{init}"; leave one of the two out'
 
     def _check_losses(self) -> Iterator[tuple[Place, str]]:
         entries = self.at(("losses",))
@@ -260,24 +277,24 @@ class Form:
         for name in sorted({name for name in known if known.count(name) > 1}):
             yield ("losses",), f"{name!r} stands there {known.count(name)} times; each term is logged by its name"
 
-    def _check_teacher(self) -> Iterator[tuple[Place, str]]:
-        given = self.at(("teacher",))
+    def _check_teacher(self, name: str) -> Iterator[tuple[Place, str]]:
+        given = self.at((name,))
         if not isinstance(given, dict):
             return
         if "checkpoint" in given:
-            for key in sorted(messages.table_of(self.model, ("teacher",)).training_keys & given.keys()):
-                yield ("teacher", key), "has no effect with teacher.checkpoint; leave one of the two out"
+            for key in sorted(messages.table_of(self.model, (name,)).training_keys & given.keys()):
+                yield (name, key), f"has no effect with {name}.checkpoint; leave one of the two out"
             if given.get("pretrained") is True:
-                message = "brings weights of its own, beside teacher.checkpoint; leave one of the two out"
-                yield ("teacher", "pretrained"), message
-        activation = self.values(("teacher",)).get("activation")
+                message = f"brings weights of its own, beside {name}.checkpoint; leave one of the two out"
+                yield (name, "pretrained"), message
+        activation = self.values((name,)).get("activation")
         if activation not in (None, "qcfs") and "levels" in given:
             message = f'has no effect with activation = "{activation}"; leave it out, or set activation = "qcfs"'
-            yield ("teacher", "levels"), message
+            yield (name, "levels"), message
         architecture = given.get("architecture")
         if activation not in (None, "relu") and teacher_registry(architecture) is teachers:
             message = f"{architecture!r} brings activations of its own; leave it out, or name an architecture"
-            yield ("teacher", "activation"), message
+            yield (name, "activation"), message
 
 
 def teacher_registry(name: object) -> Registry:

@@ -6,7 +6,12 @@ from pathlib import Path
 from lasnn.errors import UserError
 
 # What a run folder's env.json calls the absolute path of each.
-RECORDED = {"data.root": "data_root", "teacher.checkpoint": "teacher_checkpoint"}
+RECORDED = {
+    "data.root": "data_root",
+    "teacher.checkpoint": "teacher_checkpoint",
+    "start.checkpoint": "start_checkpoint",
+    "student.init": "student_init",
+}
 
 
 def expanded(path: str | Path, key: str) -> Path:

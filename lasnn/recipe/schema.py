@@ -108,6 +108,10 @@ class TeacherTable(Training, Part):
     training_keys: ClassVar[frozenset[str]] = frozenset({*Training.model_fields, "label_smoothing"})
 
 
+class StartTable(TeacherTable):
+    """`[start]`: the ANN twin of the student, whose weights it starts from; trained and cached as a teacher is."""
+
+
 class NeuronTable(Part):
     """`[student.neuron]`: the spiking neuron."""
 
@@ -133,13 +137,20 @@ class StudentTable(Part):
     """A registered encoder, by name or as a table with its options."""
     neuron: NeuronTable = NeuronTable()
     """The neuron and its options."""
-    init: Literal["random", "teacher"] = "random"
-    """Where the student's weights start: at random, or as a copy of its teacher's (same architecture)."""
+    init: str = "auto"
+    """Where the student's weights start: "random"; "teacher", a copy of its teacher's; "copied" or "converted", those
+    of `[start]`, or of the teacher where there is none, as they are or balanced for T; "auto", these where they fit,
+    otherwise random; or a path with a slash, a run folder (its student) or a file of weights."""
 
     @property
     def encoder_table(self) -> EncoderTable:
         """The encoder, always as a table."""
         return EncoderTable(name=self.encoder) if isinstance(self.encoder, str) else self.encoder
+
+    @property
+    def init_is_path(self) -> bool:
+        """Whether `init` names a run folder or a file."""
+        return self.init not in check.INITS
 
 
 class DistillTable(Training, Section):
@@ -196,6 +207,8 @@ class Recipe(Section):
     """The images."""
     teacher: TeacherTable | None = None
     """The ANN; left out, the student trains alone."""
+    start: StartTable | None = None
+    """The ANN twin of the student that it starts from; left out, this is the teacher where it can be."""
     student: StudentTable
     """The spiking network."""
     distill: DistillTable = DistillTable()
@@ -229,6 +242,23 @@ class Recipe(Section):
         """Where the teacher's weights lie; None where they are trained, or there is no teacher."""
         checkpoint = self.teacher.checkpoint if self.teacher else None
         return None if checkpoint is None else self._located("teacher.checkpoint", checkpoint)
+
+    @property
+    def start_checkpoint(self) -> Path | None:
+        """Where the weights of `[start]` lie; None where they are trained, or there is no such table."""
+        checkpoint = self.start.checkpoint if self.start else None
+        return None if checkpoint is None else self._located("start.checkpoint", checkpoint)
+
+    @property
+    def init_path(self) -> Path | None:
+        """The run folder or file whose weights the student starts from; None where `student.init` is no path."""
+        return self._located("student.init", self.student.init) if self.student.init_is_path else None
+
+    @property
+    def twins(self) -> bool:
+        """Whether teacher and student are of one architecture with the same options."""
+        ours, theirs = self.student, self.teacher
+        return theirs is not None and (theirs.architecture, theirs.options) == (ours.architecture, ours.options)
 
     def _located(self, key: str, written: str, left_out: bool = False) -> Path:
         if key in self._overridden:
@@ -269,12 +299,13 @@ class Recipe(Section):
             UserError: everything that is wrong with its form (keys, types, names, options), a line each.
         """
         found = load.read(recipe, overrides)
-        teacher = found.tables.get("teacher")
-        if "teacher.checkpoint" in found.overridden and isinstance(teacher, dict):
-            # The file says how its teacher is trained; with another teacher named instead, that is beside the point.
-            for key in TeacherTable.training_keys & teacher.keys():
-                if f"teacher.{key}" not in found.overridden:
-                    del teacher[key]
+        for name in ("teacher", "start"):
+            table = found.tables.get(name)
+            if f"{name}.checkpoint" in found.overridden and isinstance(table, dict):
+                # The file says how its teacher is trained; with another named instead, that is beside the point.
+                for key in TeacherTable.training_keys & table.keys():
+                    if f"{name}.{key}" not in found.overridden:
+                        del table[key]
         return cls.from_tables(found.tables, found.source, found.overridden, found.problems)
 
     @classmethod
@@ -307,10 +338,11 @@ class Recipe(Section):
     def to_toml(self) -> str:
         """The recipe as TOML; reading it gives an equal recipe."""
         tables = self.model_dump(exclude_none=True)
-        if self.teacher and self.teacher.checkpoint is not None:
-            # A teacher that is read from a file has no training settings, and may not be given any.
-            for key in TeacherTable.training_keys:
-                del tables["teacher"][key]
-        if self.teacher and self.teacher.activation != "qcfs":
-            del tables["teacher"]["levels"]
+        for name, table in (("teacher", self.teacher), ("start", self.start)):
+            if table and table.checkpoint is not None:
+                # A teacher that is read from a file has no training settings, and may not be given any.
+                for key in TeacherTable.training_keys:
+                    del tables[name][key]
+            if table and table.activation != "qcfs":
+                del tables[name]["levels"]
         return load.dump_toml(tables)

@@ -28,7 +28,7 @@ from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate
 from lasnn.plan import pair_stages
 from lasnn.random import generator
-from lasnn.recipe.schema import LossTable
+from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.run import environment
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
@@ -471,7 +471,7 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
         (
             "student",
             f"{described(table.architecture, table.options)}, {count_parameters(run.student.network):,} parameters, "
-            + {"random": "random start", "teacher": "starts from the teacher's weights"}[table.init],
+            + started(recipe),
         ),
         ("neuron", described(table.neuron.name, table.neuron.options)),
         ("input", f"{described(encoder.name, encoder.options)} encoding, T = {table.timesteps}"),
@@ -487,9 +487,26 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
         known = f"{described(teacher.architecture, teacher.options)} on {teacher.activation}"
         parameters = f"{count_parameters(run.teacher.network):,} parameters, " if run.teacher is not None else ""
         lines[1] = ("teacher", f"{known}, {parameters}{how}")
+    if start := recipe.start:
+        how = f"from {start.checkpoint}" if start.checkpoint else how_trained(start)
+        lines.insert(2, ("start", f"{described(start.architecture, start.options)} on {start.activation}, {how}"))
     if run.recipe.plugins:
         lines.append(("plugins", ", ".join(run.recipe.plugins)))
     return lines
+
+
+def started(recipe: Recipe) -> str:
+    """Where the student's weights started."""
+    init, source = recipe.student.init, "[start]" if recipe.start else "the teacher"
+    if recipe.student.init_is_path:
+        return f"starts from {init}"
+    said = {
+        "random": "random start",
+        "teacher": "starts from the teacher's weights",
+        "copied": f"starts from the weights of {source}",
+        "converted": f"starts from the weights of {source}, converted",
+    }
+    return said.get(init, f"starts from the weights of {source} where they fit")
 
 
 def described(name: str, options: dict[str, Any]) -> str:

@@ -34,10 +34,7 @@ def advice(recipe: Recipe, summary: Mapping[str, Any], metrics: Iterable[Mapping
     found = [*drowned_labels(recipe, epochs[-1])] if epochs else []
     if summary["firing_rate"] < SILENT:
         found.append(f"lower student.neuron.threshold: only {summary['firing_rate']:.4f} spikes per neuron and step")
-    same = (
-        recipe.teacher.architecture == recipe.student.architecture and recipe.teacher.options == recipe.student.options
-    )
-    if recipe.student.init == "random" and same:
+    if recipe.student.init == "random" and recipe.twins:
         found.append('set student.init = "teacher": both have the same architecture')
     found.append(f"raise distill.epochs ({recipe.distill.epochs})")
     found.append(f"raise student.timesteps ({recipe.student.timesteps})")

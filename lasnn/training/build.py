@@ -15,8 +15,8 @@ from lasnn.plan import Plan, read_plan
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
-from lasnn.training.distill import new_student
 from lasnn.training.objective import DistillationObjective
+from lasnn.training.start import new_student
 from lasnn.training.stop import StopRequest
 from lasnn.training.teacher import TeacherSource
 from lasnn.training.trainer import Phase, Trainer, TrainingContext
@@ -61,7 +61,8 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
     Args:
         recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
         overrides: `key.path=value` settings, as for `Recipe.load`.
-        train_teacher: train the teacher where it is neither a checkpoint nor among the cached ones, and cache it.
+        train_teacher: train the teacher, and the ANN of `[start]`, where it is neither a checkpoint nor among the
+            cached ones, and cache it.
 
     Raises:
         UserError: something in the recipe or the data cannot work, or the teacher would have to be trained first.
@@ -75,14 +76,17 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
         def train_now(phase: Phase) -> dict[str, float]:
             if not train_teacher:
                 raise UserError(
-                    f"the teacher of {plan.recipe.name} is not trained yet: build(..., train_teacher=True) trains and "
-                    "caches it; or set teacher.checkpoint"
+                    f"the {phase.name} of {plan.recipe.name} is not trained yet: build(..., train_teacher=True) trains "
+                    f"and caches it; or set {phase.name}.checkpoint"
                 )
             checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes)
             context = TrainingContext(plan.precision, plan.device, checkpoints, StopRequest(), run, Callback())
             return Trainer(phase, context).fit()
 
-        teacher = TeacherSource(plan, train, test, run, Callback()).get(train_now)
-    student = new_student(plan, teacher)
+        anns = {
+            name: TeacherSource(plan, train, test, run, Callback(), name).get(train_now)
+            for name in ("teacher", "start")
+        }
+    student, teacher = new_student(plan, anns)[0], anns["teacher"]
     objective = DistillationObjective(student, teacher, plan, len(train))
     return Built(plan, teacher, student, objective, train, test)

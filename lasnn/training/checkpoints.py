@@ -17,7 +17,11 @@ from lasnn.weights import save_state
 
 STATE_FILE = "last.pt"
 # What a state must have been made with, besides its recipe, and what messages call it.
-MADE_WITH = {"images": "the training images", "teacher": "the weights in {folder}/teacher.safetensors"}
+MADE_WITH = {
+    "images": "the training images",
+    "teacher": "the weights in {folder}/teacher.safetensors",
+    "start": "the weights that the student started from",
+}
 
 
 class Buffers:
@@ -57,8 +61,8 @@ class Checkpoints:
         self._identity: dict[str, str | None] = dict.fromkeys(MADE_WITH)
         self._last = time.monotonic()
 
-    def require(self, name: str, digest: str) -> None:
-        """A state that is restored must have been made with this: with these "images", or this "teacher"."""
+    def require(self, name: str, digest: str | None) -> None:
+        """A state that is restored must have been made with this: these "images", this "teacher" or "start"."""
         self._identity[name] = digest
 
     @property
@@ -128,7 +132,8 @@ class Checkpoints:
         changed = [
             what.format(folder=self.path.parent)
             for name, what in MADE_WITH.items()
-            if saved.get(name) != self._identity[name]
+            # A state of an earlier lasnn does not say what the student started from.
+            if name in saved and saved[name] != self._identity[name]
         ]
         if changed:
             raise UserError(

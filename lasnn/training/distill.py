@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
@@ -21,14 +20,14 @@ from lasnn.data import DatasetDescription, Images, Streamed
 from lasnn.description import describe_student
 from lasnn.errors import UserError
 from lasnn.evaluation.measure import accuracy, measure
-from lasnn.factory import load_data, make_augmentation, make_student
+from lasnn.factory import load_data, make_augmentation
 from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
-from lasnn.network.teacher import Teacher, without_activations
+from lasnn.network.teacher import Teacher
 from lasnn.notebook import default_progress
 from lasnn.open_run import bind, is_done, open_run
 from lasnn.plan import Plan, check_batches, read_plan
-from lasnn.random import deterministic, globals_kept, keyed
+from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, absolute_paths, environment
 from lasnn.training.advice import advice
@@ -36,6 +35,7 @@ from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
+from lasnn.training.start import new_student
 from lasnn.training.stop import StopRequest, stop_on_signals
 from lasnn.training.teacher import TeacherSource
 from lasnn.training.trainer import Phase, Trainer, TrainingContext
@@ -102,12 +102,17 @@ def distill(
             checkpoints.require("images", train.fingerprint())
             context = TrainingContext(plan.precision, plan.device, checkpoints, stop, run, callback)
             trainer = AnomalyTrainer if detect_anomaly else Trainer
-            teacher = TeacherSource(plan, train, test, run, callback).get(lambda phase: trainer(phase, context).fit())
-            if teacher is not None:
-                checkpoints.require("teacher", digest(teacher.network.state_dict()))
-            student = new_student(plan, teacher)
+            anns = {}
+            for name in ("teacher", "start"):
+                source = TeacherSource(plan, train, test, run, callback, name)
+                anns[name] = source.get(lambda phase: trainer(phase, context).fit())
+                if name == "teacher" and anns[name] is not None:
+                    checkpoints.require(name, digest(anns[name].network.state_dict()))
+            student, started_from = new_student(plan, anns)
+            checkpoints.require("start", started_from)
+            phase = student_phase(plan, student, anns["teacher"], train, test)
             with compiled(student, plan.recipe):
-                result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
+                result = trainer(phase, context).fit()
             finish(plan, described, run, student.eval(), test, result, callback)
     return run
 
@@ -142,21 +147,6 @@ def compiled(student: Student, recipe: Recipe) -> Iterator[None]:
         raise UserError(
             recipe.line("compile", f"the student cannot be compiled in one graph: {reason}; set compile = false")
         ) from error
-
-
-def new_student(plan: Plan, teacher: Teacher | None) -> Student:
-    """The student before its training, on the run's device."""
-    recipe = plan.recipe
-    with keyed(recipe.seed, "student"):
-        student = make_student(recipe, plan.data)
-    if recipe.student.init == "teacher":
-        student.network.load_state_dict(without_activations(teacher.network) | learnt_by_neurons(student.network))
-    return student.to(plan.device)
-
-
-def learnt_by_neurons(network: nn.Module) -> dict[str, Tensor]:
-    """The neurons' own parameters: what a student's state has beyond its teacher's."""
-    return {name: value for name, value in network.state_dict().items() if ".neuron." in name}
 
 
 def student_phase(

@@ -19,7 +19,7 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan
 from lasnn.random import generator, keyed
-from lasnn.recipe.schema import LossTable, Recipe
+from lasnn.recipe.schema import LossTable
 from lasnn.registry import losses
 
 
@@ -80,11 +80,11 @@ class Objective(nn.Module, ABC):
 class TeacherObjective(Objective):
     """Cross-entropy of an ANN's logits."""
 
-    def __init__(self, teacher: Teacher, recipe: Recipe):
-        super().__init__("teacher", recipe.seed, {"cross-entropy": 1.0})
+    def __init__(self, teacher: Teacher, seed: int, label_smoothing: float):
+        super().__init__("teacher", seed, {"cross-entropy": 1.0})
         # A tuple hides the network from nn.Module.
         self.networks = (teacher,)
-        self.label_smoothing = recipe.teacher.label_smoothing
+        self.label_smoothing = label_smoothing
 
     def terms(
         self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]

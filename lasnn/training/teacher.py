@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan
 from lasnn.random import keyed
-from lasnn.recipe.schema import Recipe
+from lasnn.recipe.schema import Recipe, TeacherTable
 from lasnn.run import RUNS, WRITTEN, RunFolder, load_into
 from lasnn.training.objective import TeacherObjective
 from lasnn.training.parallel import Parallel
@@ -34,13 +35,14 @@ CACHE = RUNS / "teachers"
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a run's teacher comes from.
+    """Where a run's teacher comes from, or the ANN twin of its student that `[start]` names.
 
     Args:
         plan: the run's.
         train, test: its images.
         run: its folder, which keeps the teacher's weights, result and metrics.
         callbacks: are told of what was found.
+        name: "teacher" or "start", of the recipe's table, the phase and the files.
     """
 
     plan: Plan
@@ -48,6 +50,12 @@ class TeacherSource:
     test: Images | Streamed
     run: RunFolder
     callbacks: Callback
+    name: str = "teacher"
+
+    @property
+    def table(self) -> TeacherTable | None:
+        """The recipe's."""
+        return getattr(self.plan.recipe, self.name)
 
     def get(self, train_teacher: Callable[[Phase], dict[str, float]]) -> Teacher | None:
         """The teacher, frozen and in evaluation mode; None where the recipe has none.
@@ -55,20 +63,23 @@ class TeacherSource:
         Args:
             train_teacher: trains it where it is nowhere to be found.
         """
-        if self.plan.recipe.teacher is None:
+        if self.table is None:
             return None
         teacher = self._untrained()
         if not processes.broadcast_from_main(lambda: self._from_run(teacher)):
-            if self.plan.teacher_checkpoint:
+            if self._checkpoint:
                 result = self._from_checkpoint(teacher)
             else:
-                result = self._as_built(teacher) if self.plan.teacher_frozen else self._from_cache(teacher)
+                result = self._as_built(teacher) if self._frozen else self._from_cache(teacher)
             if result is None:
                 result = train_teacher(self.phase(teacher))
                 processes.broadcast_from_main(lambda: self._store(teacher, result))
             self._keep(teacher, result)
-        result = processes.broadcast_from_main(lambda: self.run.read_json("teacher.json"))
-        self.callbacks.teacher(result)
+        result = processes.broadcast_from_main(lambda: self.run.read_json(f"{self.name}.json"))
+        if self.name == "teacher":
+            self.callbacks.teacher(result)
+        else:
+            self.callbacks.note(f"{self.name}: test accuracy {result['accuracy']:.4f}")
         self._judge(result["accuracy"])
         processes.broadcast_parameters(teacher)
         # What is left of its training would take memory for nothing.
@@ -79,11 +90,11 @@ class TeacherSource:
         """The teacher's training."""
         recipe = self.plan.recipe
         return Phase(
-            name="teacher",
+            name=self.name,
             model=teacher,
-            objective=TeacherObjective(teacher, recipe),
-            networks={"teacher": teacher},
-            config=recipe.teacher,
+            objective=TeacherObjective(teacher, recipe.seed, self.table.label_smoothing),
+            networks={self.name: teacher},
+            config=self.table,
             images=self.train,
             batch_size=recipe.data.batch_size,
             augmentation=make_augmentation(recipe, self.plan.data),
@@ -91,28 +102,37 @@ class TeacherSource:
             evaluate=lambda: teacher_accuracy(teacher, self.test, batch_size=recipe.data.batch_size),
         )
 
+    @property
+    def _checkpoint(self) -> Path | None:
+        return self.plan.start_checkpoint if self.name == "start" else self.plan.teacher_checkpoint
+
+    @property
+    def _frozen(self) -> bool:
+        return self.plan.start_frozen if self.name == "start" else self.plan.teacher_frozen
+
     def _untrained(self) -> Teacher:
         recipe = self.plan.recipe
+        # A twin draws what a teacher of the same table draws: one is the other, and the cache knows it again.
         with keyed(recipe.seed, "teacher"):
-            teacher = make_teacher(recipe, self.plan.data)
+            teacher = make_teacher(recipe, self.plan.data, self.name)
         return teacher.to(self.plan.device)
 
     def _from_run(self, teacher: Teacher) -> bool:
         """Load what this run has used before it was interrupted."""
-        weights = self.run / "teacher.safetensors"
-        if not weights.is_file() or "accuracy" not in self.run.read_json("teacher.json"):
+        weights = self.run / f"{self.name}.safetensors"
+        if not weights.is_file() or "accuracy" not in self.run.read_json(f"{self.name}.json"):
             return False
         load_into(teacher.network, weights, self._description(teacher))
         return True
 
     def _from_checkpoint(self, teacher: Teacher) -> dict[str, float]:
-        recipe, path = self.plan.recipe, self.plan.teacher_checkpoint
+        recipe, path = self.plan.recipe, self._checkpoint
         expected = self._description(teacher)
         notes = processes.broadcast_from_main(lambda: load_into(teacher.network, path, expected))
         processes.broadcast_parameters(teacher)
-        self.callbacks.note(f"teacher: {recipe.teacher.architecture} from {path}")
+        self.callbacks.note(f"{self.name}: {self.table.architecture} from {path}")
         for note in notes:
-            self.callbacks.note(f"teacher: {note}")
+            self.callbacks.note(f"{self.name}: {note}")
         measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
         return {"accuracy": measured, "seconds": 0.0}
 
@@ -120,7 +140,7 @@ class TeacherSource:
         """Take it with the weights that its own code loaded."""
         recipe = self.plan.recipe
         self.callbacks.note(
-            f"teacher: {recipe.teacher.architecture} as its own code makes it: all its parameters are frozen, "
+            f"{self.name}: {self.table.architecture} as its own code makes it: all its parameters are frozen, "
             "so that it is not trained"
         )
         processes.broadcast_parameters(teacher)
@@ -133,32 +153,32 @@ class TeacherSource:
         Chance is one class in K; near it is less than three standard errors of so many images above.
 
         Raises:
-            UserError: its accuracy is below `teacher.min_accuracy`.
+            UserError: its accuracy is below its `min_accuracy`.
         """
-        recipe, images = self.plan.recipe, len(self.test)
-        if accuracy < (least := recipe.teacher.min_accuracy):
-            fix = "train it longer, give another, or lower teacher.min_accuracy"
-            message = f"the teacher's accuracy is {accuracy:.4f} on {images} test images, below {least:g}: {fix}"
-            raise UserError(recipe.line("teacher.min_accuracy", message))
+        key, images = f"{self.name}.min_accuracy", len(self.test)
+        if accuracy < (least := self.table.min_accuracy):
+            fix = f"train it longer, give another, or lower {key}"
+            message = f"the {self.name}'s accuracy is {accuracy:.4f} on {images} test images, below {least:g}: {fix}"
+            raise UserError(self.plan.recipe.line(key, message))
         if near_chance(accuracy, len(self.plan.data.classes), images):
             self.callbacks.note(
-                f"teacher: its accuracy, {accuracy:.4f} on {images} test images, is near chance "
+                f"{self.name}: its accuracy, {accuracy:.4f} on {images} test images, is near chance "
                 f"(1/{len(self.plan.data.classes)}): it teaches next to nothing. Was it trained on these classes, in "
-                "this order, and with this mean and std? teacher.min_accuracy refuses such a teacher"
+                f"this order, and with this mean and std? {key} refuses such a network"
             )
 
     @property
     def cache(self) -> RunFolder:
         """The folder of this teacher among the trained ones."""
-        recipe = self.plan.recipe
-        return RunFolder(CACHE / f"{recipe.teacher.architecture}-{teacher_key(recipe, self.plan.device, self.train)}")
+        key = teacher_key(self.plan.recipe, self.plan.device, self.train, self.name)
+        return RunFolder(CACHE / f"{self.table.architecture}-{key}")
 
     def _from_cache(self, teacher: Teacher) -> dict[str, float] | None:
         """Load it from the cache; None where it is not there, or damaged."""
         result = processes.broadcast_from_main(lambda: self._read_cache(teacher))
         if result is not None:
-            name = self.plan.recipe.teacher.architecture
-            self.callbacks.note(f"teacher: {name} from the cache ({self.cache.path}), not trained again")
+            found = f"{self.table.architecture} from the cache ({self.cache.path})"
+            self.callbacks.note(f"{self.name}: {found}, not trained again")
         return result
 
     def _read_cache(self, teacher: Teacher) -> dict[str, float] | None:
@@ -171,9 +191,10 @@ class TeacherSource:
                 raise UserError(f"{cache / 'teacher.json'} is missing or damaged")
             load_into(teacher.network, cache / "teacher.safetensors", self._description(teacher))
         except UserError as error:
-            self.callbacks.note(f"the cached teacher cannot be used and is trained again: {error}")
+            self.callbacks.note(f"the cached {self.name} cannot be used and is trained again: {error}")
             return None
-        self.run.write_metrics(metrics)
+        others = [epoch for epoch in self.run.metrics() if epoch["phase"] != self.name]
+        self.run.write_metrics([*others, *({**epoch, "phase": self.name} for epoch in metrics)])
         return result
 
     def _store(self, teacher: Teacher, result: dict[str, float]) -> None:
@@ -183,21 +204,22 @@ class TeacherSource:
             cache.path.mkdir(parents=True, exist_ok=True)
             with lock.locked(cache.path):
                 remove_partial(cache.path, WRITTEN)
-                cache.write_metrics(self.run.metrics())
+                mine = [epoch for epoch in self.run.metrics() if epoch["phase"] == self.name]
+                cache.write_metrics([{**epoch, "phase": "teacher"} for epoch in mine])
                 cache.write_json("teacher.json", result)
                 # The weights come last: their presence says that the cached teacher is whole.
                 save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), self._description(teacher))
         except (OSError, MachineError, UserError) as error:
             # The run has its teacher; only the next one will have to train it again, if no other run is caching it.
-            self.callbacks.note(f"the teacher is not cached: {error}")
+            self.callbacks.note(f"the {self.name} is not cached: {error}")
 
     def _keep(self, teacher: Teacher, result: dict[str, float]) -> None:
         """Put it into the run folder."""
-        self.run.write_json("teacher.json", result)
-        save_weights(self.run / "teacher.safetensors", teacher.network.state_dict(), self._description(teacher))
+        self.run.write_json(f"{self.name}.json", result)
+        save_weights(self.run / f"{self.name}.safetensors", teacher.network.state_dict(), self._description(teacher))
 
     def _description(self, teacher: Teacher) -> dict[str, Any]:
-        return describe_teacher(self.plan.recipe, self.plan.data, teacher.network)
+        return describe_teacher(self.plan.recipe, self.plan.data, teacher.network, self.name)
 
 
 def near_chance(accuracy: float, classes: int, images: int) -> bool:
@@ -206,10 +228,10 @@ def near_chance(accuracy: float, classes: int, images: int) -> bool:
     return accuracy < min(1.0, chance + 3 * math.sqrt(chance * (1 - chance) / images))
 
 
-def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed) -> str:
+def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed, name: str = "teacher") -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
     data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
-    teacher = recipe.teacher.model_dump(exclude={"checkpoint", "min_accuracy", "stages"})
+    teacher = getattr(recipe, name).model_dump(exclude={"checkpoint", "min_accuracy", "stages"})
     # Not where the images lie, but what they are.
     images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
