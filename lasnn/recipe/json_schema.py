@@ -8,7 +8,7 @@ parts stand among the table's properties as well, where an editor looks for what
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from lasnn.recipe.schema import (
 from lasnn.registry import (
     REQUIRED,
     Entry,
+    Registry,
     architectures,
     augmentations,
     datasets,
@@ -65,7 +66,7 @@ class NamedTable:
 def tables() -> dict[str, NamedTable]:
     """The tables that name a part, by their place in the recipe."""
 
-    def entries(*registries: Iterable[str]) -> dict[str, Entry]:
+    def entries(*registries: Registry) -> dict[str, Entry]:
         return {name: registry[name] for registry in reversed(registries) for name in registry}
 
     return {
