@@ -44,7 +44,7 @@ def test_source_distribution(tmp_path):
     """It holds what the checkout does, and a wheel is built from it that holds what the checkout's does."""
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info"))
-    run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist(r'%s')" % tmp_path, cwd=source)
+    run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", cwd=source)
     [archive] = tmp_path.glob("lasnn-*.tar.gz")
     assert __version__ in archive.name
     with tarfile.open(archive) as opened:
