@@ -11,13 +11,15 @@ ARGS ?=
 # their order, in which the long ones of the kernels come first.
 JOBS ?= 2
 
-.PHONY: help quickstart test test-all test-readers lint format install clean
+.PHONY: help quickstart test test-all test-readers lint types package format install clean
 
 help:
 	@echo "make quickstart   set up, then train, distil and evaluate on the embedded data"
 	@echo "make test         set up, then lint and run the tests"
 	@echo "make test-all     the same with the full grids, the peers and the long runs"
 	@echo "make test-readers set up, then read NIR exports back in SpikingJelly, snnTorch and norse"
+	@echo "make types        set up, then check the types of the public names with mypy"
+	@echo "make package      set up, then build sdist and wheel, and try each in an environment of its own"
 	@echo "make format       sort imports and format the code"
 	@echo "make clean        remove the environment"
 
@@ -40,6 +42,18 @@ test-readers: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# As the package is laid out once installed, kernels/ being lasnn.kernels; mypy's cache there makes a second call quick.
+TYPES := build/types
+types: $(READY)
+	@rm -rf $(TYPES)/lasnn && mkdir -p $(TYPES) && cp -r lasnn $(TYPES)/lasnn && cp -r kernels recipes $(TYPES)/lasnn/
+	@cp tests/typed_use.py $(TYPES)/
+	cd $(TYPES) && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+package: $(READY)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python -m pytest -m '' -rA tests/test_wheel.py
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -129,8 +129,8 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     if not weights.is_file():
         raise UserError(f"{folder} has no student yet; finish it with `{resume_command(folder.path)}`")
     if data_root is not None:
-        where = str(expanded(data_root, "--data").absolute())
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": where})})
+        root = str(expanded(data_root, "--data").absolute())
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     elif folder.model and (part := datasets[recipe.data.name].function.shipped_part):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": part})})
     where = pick_device(device)
