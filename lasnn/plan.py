@@ -31,6 +31,7 @@ from lasnn.factory import (
 )
 from lasnn.loss import Pair
 from lasnn.memory import carried_voltages, count_parameters, training_memory
+from lasnn.network.scales import Scales
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
@@ -283,7 +284,18 @@ def _start(
             for problem in error.problems:
                 problems.report("start" if recipe.start else "student.init", problem)
         return Start("random", f"random weights: those of {source} are of another network")
-    return Start(name, f"the weights of {source}")
+    if init in ("teacher", "copied"):
+        return Start(name, f"the weights of {source}, copied")
+    try:
+        Scales(anns[name].network, (data.channels, data.height, data.width))
+    except UserError as error:
+        if init == "converted":
+            for problem in error.problems:
+                problems.report("student.init", f'{problem}; it can be "copied"')
+        return Start(name, f"the weights of {source}, copied: they cannot be converted ({error.problems[0]})")
+    known = {"images": "measured on training images", "none": "by batch norm's own"}[recipe.student.calibration]
+    said = f"the weights of {source}, converted: thresholds for T = {recipe.student.timesteps}, currents {known}"
+    return Start(name, said, converted=True)
 
 
 def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:

@@ -23,7 +23,9 @@ from lasnn.registry import Registry, architectures, augmentations, datasets, enc
 
 Model = TypeVar("Model", bound=BaseModel)
 # What `student.init` may be besides a path.
-INITS = ("auto", "random", "teacher", "copied")
+INITS = ("auto", "random", "teacher", "copied", "converted")
+# Those that balance the weights for the student's T.
+BALANCED = ("auto", "converted")
 # What lasnn passes to an architecture itself.
 SUPPLIED = ("in_channels", "num_classes")
 
@@ -231,19 +233,24 @@ class Form:
         return found
 
     def _check_start(self) -> Iterator[tuple[Place, str]]:
+        student, start, teacher = (self.at((table,)) for table in ("student", "start", "teacher"))
+        init = student.get("init", "auto") if isinstance(student, dict) else None
         place = ("student", "init")
-        init, start, teacher = self.at(place), self.at(("start",)), self.at(("teacher",))
-        if not isinstance(self.at(("student",)), dict) or not isinstance(init, str | None):
+        if not isinstance(init, str):
             return
-        if init is not None and init not in INITS and not set("/\\") & set(init):
+        if init not in INITS and not set("/\\") & set(init):
             message = f"{unknown('start', init, INITS)}; a path has a slash, as ./{init}"
             yield place, message if init else f"is empty; it takes {', '.join(INITS)}, or a path with a slash"
-        elif init == "teacher" and teacher is None:
+            return
+        if init == "teacher" and teacher is None:
             yield place, "there is no [teacher] to start from"
         elif init in ("copied", "converted") and teacher is None and start is None:
             yield place, "there is no [start] and no [teacher] to start from"
-        elif isinstance(start, dict) and init not in (None, "auto", "copied", "converted"):
+        if init not in ("auto", "copied", "converted") and isinstance(start, dict):
             yield ("start",), f'has no effect with student.init = "{init}"; leave one of the two out'
+        if init not in BALANCED and "calibration" in student:
+            message = f'has no effect with student.init = "{init}"; leave it out, or set init = "converted"'
+            yield ("student", "calibration"), message
 
     def _check_losses(self) -> Iterator[tuple[Place, str]]:
         entries = self.at(("losses",))

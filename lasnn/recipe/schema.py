@@ -148,6 +148,10 @@ class StudentTable(Part):
         """The encoder, always as a table."""
         return EncoderTable(name=self.encoder) if isinstance(self.encoder, str) else self.encoder
 
+    calibration: Literal["images", "none"] = "images"
+    """What the currents are known from that a converted start is balanced for: some training images, measured; "none":
+    only the batch norms' own scales and shifts."""
+
     @property
     def init_is_path(self) -> bool:
         """Whether `init` names a run folder or a file."""
@@ -346,4 +350,6 @@ class Recipe(Section):
                     del tables[name][key]
             if table and table.activation != "qcfs":
                 del tables[name]["levels"]
+        if self.student.init not in check.BALANCED:
+            del tables["student"]["calibration"]
         return load.dump_toml(tables)

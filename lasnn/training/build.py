@@ -87,6 +87,6 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
             name: TeacherSource(plan, train, test, run, Callback(), name).get(train_now)
             for name in ("teacher", "start")
         }
-    student, teacher = new_student(plan, anns)[0], anns["teacher"]
+    student, teacher = new_student(plan, anns, train)[0], anns["teacher"]
     objective = DistillationObjective(student, teacher, plan, len(train))
     return Built(plan, teacher, student, objective, train, test)

@@ -108,7 +108,7 @@ def distill(
                 anns[name] = source.get(lambda phase: trainer(phase, context).fit())
                 if name == "teacher" and anns[name] is not None:
                     checkpoints.require(name, digest(anns[name].network.state_dict()))
-            student, started_from = new_student(plan, anns)
+            student, started_from = new_student(plan, anns, train)
             checkpoints.require("start", started_from)
             phase = student_phase(plan, student, anns["teacher"], train, test)
             with compiled(student, plan.recipe):

@@ -4,21 +4,27 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lasnn import processes
 from lasnn.compatibility import starting_weights
+from lasnn.data import Images, Streamed
 from lasnn.description import describe_start
 from lasnn.factory import make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.plan import Plan
 from lasnn.random import keyed
+from lasnn.training.balance import balance
 from lasnn.weights import digest
 
 
-def new_student(plan: Plan, anns: Mapping[str, Teacher | None]) -> tuple[Student, str | None]:
+def new_student(
+    plan: Plan, anns: Mapping[str, Teacher | None], images: Images | Streamed
+) -> tuple[Student, str | None]:
     """The student before its training, on the run's device.
 
     Args:
         anns: the "teacher" and the "start", as far as the recipe has them.
+        images: the training images.
 
     Returns:
         The student, and a digest of what it started from; None where that is nothing.
@@ -28,7 +34,18 @@ def new_student(plan: Plan, anns: Mapping[str, Teacher | None]) -> tuple[Student
     weights = _weights(plan, anns, student)
     # What the neurons learn need not be among them.
     student.network.load_state_dict(student.network.state_dict() | weights)
-    return student.to(plan.device), digest(weights) if weights else None
+    student.to(plan.device)
+    if plan.start.converted:
+        # In every process: batch norm's statistics are exchanged.
+        _convert(plan, student, anns[plan.start.source], images)
+        processes.broadcast_parameters(student)
+    return student, digest(weights) if weights else None
+
+
+def _convert(plan: Plan, student: Student, ann: Teacher, images: Images | Streamed) -> None:
+    shape = (plan.data.channels, plan.data.height, plan.data.width)
+    measured = plan.recipe.student.calibration == "images"
+    balance(student, ann, shape, images if measured else None, plan.recipe.seed)
 
 
 def _weights(plan: Plan, anns: Mapping[str, Teacher | None], student: Student) -> dict[str, Tensor]:
