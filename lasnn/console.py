@@ -51,7 +51,7 @@ class ConsoleProgress(Callback):
             return
         phase, epoch, epochs, steps = self._now
         batch = self._plan.recipe.data.batch_size
-        seen = min((step + 1) * batch, self._plan.data.train_size)
+        seen = min((step + 1) * batch, self._plan.data.train_size - self._plan.recipe.data.validation)
         terms = "  ".join(f"{name} {float(sums[name]) / seen:.4g}" for name in weights)
         left = self._left(epoch - self._begun_epoch + (step + 1) / steps, epochs - self._begun_epoch)
         accuracy = f"  accuracy {self._last['accuracy']:.4f}" if self._last.get("phase") == phase else ""
@@ -65,10 +65,13 @@ class ConsoleProgress(Callback):
         phase, epoch, epochs, _ = self._now
         self._last = metrics
         terms = "  ".join(f"{name} {value:.4g}" for name, value in metrics["losses"].items())
+        held_out = ""
+        if "validation_nll" in metrics:
+            held_out = f"held out {metrics['validation_accuracy']:.4f} (nll {metrics['validation_nll']:.4f})  "
         left = self._left(epoch + 1 - self._begun_epoch, epochs - self._begun_epoch)
         self._say(
             f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.4f} ({terms})  "
-            f"accuracy {metrics['accuracy']:.4f}  {metrics['images_per_second']:.0f} images/s  {left}"
+            f"accuracy {metrics['accuracy']:.4f}  {held_out}{metrics['images_per_second']:.0f} images/s  {left}"
         )
         if epoch + 1 == epochs:
             self.close()
@@ -286,7 +289,8 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
             digits(row["energy_uj"], 3),
             digits(row["seconds"], 0),
         )
-    console.print(f"\ntest accuracy over {len(known['seeds'])} seeds, last epoch", highlight=False)
+    measure = known["measure"].replace("_", " ") if known["measure"] != "accuracy" else "test accuracy"
+    console.print(f"\n{measure} over {len(known['seeds'])} seeds, last epoch", highlight=False)
     print_table(console, table)
     for gain in known["gains"]:
         if gain["mean"] is not None:

@@ -83,6 +83,8 @@ class DataTable(Part):
     """Images on the device, or streamed to it; "auto" streams what takes more than half of its free memory."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read ahead where images are streamed."""
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Training images that are held out: never trained on, measured after every epoch."""
     augment: list[str | AugmentTable] | None = None
     """Augmentations in order, by name or as tables with their options; left out, those of the data set."""
 

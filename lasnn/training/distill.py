@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
-from lasnn.data import DatasetDescription, Images, Streamed
+from lasnn.data import DatasetDescription, Images, Streamed, by_class, hold_out
+from lasnn.data.description import some
 from lasnn.description import describe_student
-from lasnn.evaluation.measure import accuracy, measure
+from lasnn.evaluation.measure import VALIDATION, evaluation, measure
 from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
@@ -76,19 +77,23 @@ def distill(
     # A plugin's callback is known once the recipe has been read.
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
-        train, test, placed = load_data(plan.recipe, plan.data, plan.device)
+        whole, test, placed = load_data(plan.recipe, plan.data, plan.device)
         check_batches(plan)
+        train, validation = hold_out(whole, plan.recipe.data.validation)
     opened = open_run(plan.recipe, None if out is None else Path(out), resume, callback.note)
     with closing(callback), processes.main_process_context(opened) as run:
         callback.start(plan, run.path)
         callback.note(placed)
+        if validation is not None:
+            counts = by_class(validation.labels, plan.data.classes)
+            callback.note(f"held out by class: {some([f'{name} {count:,}' for name, count in counts.items()])}")
         if processes.broadcast_from_main(lambda: is_done(run, plan.recipe)):
             callback.note(f"{run.path} is finished; there is nothing to resume")
             return run
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             callback.note(f"nothing to resume in {run.path}; starting from the beginning")
-        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
+        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (whole, test)))
         known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
         run.write_json("env.json", {**environment(plan.device), **known})
         if plan.device.type == "cpu":
@@ -98,11 +103,14 @@ def distill(
             checkpoints.require("images", train.fingerprint())
             context = TrainingContext(plan.precision, plan.device, checkpoints, stop, run, callback)
             trainer = AnomalyTrainer if detect_anomaly else Trainer
-            teacher = TeacherSource(plan, train, test, run, callback).get(lambda phase: trainer(phase, context).fit())
+            teacher = TeacherSource(plan, train, test, run, callback, validation).get(
+                lambda phase: trainer(phase, context).fit()
+            )
             if teacher is not None:
                 checkpoints.require("teacher", digest(teacher.network.state_dict()))
             student = new_student(plan, teacher)
-            result = trainer(student_phase(plan, student, teacher, train, test), context).fit()
+            phase = student_phase(plan, student, teacher, train, test, validation)
+            result = trainer(phase, context).fit()
             finish(plan, described, run, student.eval(), test, result, callback)
     return run
 
@@ -137,7 +145,12 @@ def learnt_by_neurons(network: nn.Module) -> dict[str, Tensor]:
 
 
 def student_phase(
-    plan: Plan, student: Student, teacher: Teacher | None, train: Images | Streamed, test: Images | Streamed
+    plan: Plan,
+    student: Student,
+    teacher: Teacher | None,
+    train: Images | Streamed,
+    test: Images | Streamed,
+    validation: Images | Streamed | None = None,
 ) -> Phase:
     """The student's training under its teacher."""
     recipe = plan.recipe
@@ -152,7 +165,7 @@ def student_phase(
         batch_size=recipe.data.batch_size,
         augmentation=make_augmentation(recipe, plan.data),
         parallel=Parallel(recipe),
-        evaluate=lambda: accuracy(student, test, batch_size=recipe.data.batch_size, seed=recipe.seed),
+        evaluate=lambda: evaluation(student, test, validation, batch_size=recipe.data.batch_size, seed=recipe.seed),
     )
 
 
@@ -176,6 +189,8 @@ def finish(
     summary = {
         "accuracy": result["accuracy"],
         "teacher_accuracy": teacher.get("accuracy"),
+        **{key: fitted[key] for key in VALIDATION if key in fitted},
+        **{f"teacher_{key}": teacher[key] for key in VALIDATION if key in teacher},
         "timesteps": recipe.student.timesteps,
         "firing_rate": result["firing_rate"],
         "energy_uj": result["energy_uj"],

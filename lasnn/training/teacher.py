@@ -16,7 +16,7 @@ from lasnn.callback import Callback
 from lasnn.data import Images, Streamed
 from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
-from lasnn.evaluation.measure import teacher_accuracy
+from lasnn.evaluation.measure import evaluation, teacher_accuracy
 from lasnn.factory import make_augmentation, make_teacher, pick_precision
 from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
@@ -41,6 +41,7 @@ class TeacherSource:
         train, test: its images.
         run: its folder, which keeps the teacher's weights, result and metrics.
         callbacks: are told of what was found.
+        validation: the images that are held out, if any.
     """
 
     plan: Plan
@@ -48,6 +49,7 @@ class TeacherSource:
     test: Images | Streamed
     run: RunFolder
     callbacks: Callback
+    validation: Images | Streamed | None = None
 
     def get(self, train_teacher: Callable[[Phase], dict[str, float]]) -> Teacher | None:
         """The teacher, frozen and in evaluation mode; None where the recipe has none.
@@ -88,7 +90,9 @@ class TeacherSource:
             batch_size=recipe.data.batch_size,
             augmentation=make_augmentation(recipe, self.plan.data),
             parallel=Parallel(recipe),
-            evaluate=lambda: teacher_accuracy(teacher, self.test, batch_size=recipe.data.batch_size),
+            evaluate=lambda: evaluation(
+                teacher, self.test, self.validation, batch_size=recipe.data.batch_size, seed=recipe.seed
+            ),
         )
 
     def _untrained(self) -> Teacher:
