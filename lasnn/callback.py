@@ -124,6 +124,10 @@ class TensorBoard(Callback):
         terms = {f"epoch/{name}": value for name, value in metrics["losses"].items()}
         values = {"epoch/loss": metrics["loss"], **terms, "accuracy": metrics["accuracy"], "lr": metrics["lr"]}
         values |= {key.replace("_", " "): value for key, value in metrics.items() if key.startswith("validation_")}
+        for what, found in metrics.get("diagnostics", {}).items():
+            if isinstance(found, Mapping):
+                known = {name: value for name, value in found.items() if value is not None}
+                values |= {f"{what.replace('_', ' ')}/{name}": value for name, value in known.items()}
         self._write(metrics["epoch"] * self._steps, values)
         self._writers[self._phase].flush()
 

@@ -88,6 +88,8 @@ class ConsoleProgress(Callback):
             self._say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
             for line in advice:
                 self._say(f"  {line}")
+        for line in summary.get("terms", ()):
+            self._say(line)
         self._say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
 
     def close(self) -> None:

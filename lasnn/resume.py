@@ -20,6 +20,7 @@ HARMLESS = frozenset(
         "data.residence",
         "teacher.checkpoint",
         "teacher.min_accuracy",
+        "distill.diagnostics",
     }
 )
 # Whose defaults hold where the recipe of a run of an earlier lasnn does not have a key yet.

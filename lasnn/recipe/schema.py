@@ -151,6 +151,8 @@ class DistillTable(Training, Section):
     """Stages to match, "stage2" or "student-stage:teacher-stage"; left out, all stages of the same name."""
     time_chunk: Annotated[int, Field(ge=0)] = 0
     """Most time steps computed at once, the rest in turn and again backward, for a long T; 0 is all."""
+    diagnostics: bool = True
+    """Measure after each epoch what each loss does to the student, and how its stages spike; nothing is trained by it."""
 
 
 class LossTable(Part):

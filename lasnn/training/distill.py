@@ -30,9 +30,10 @@ from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, absolute_paths, environment
-from lasnn.training.advice import advice
+from lasnn.training.advice import advice, term_notes
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
+from lasnn.training.diagnostics import Diagnostics
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
 from lasnn.training.stop import StopRequest, stop_on_signals
@@ -166,6 +167,7 @@ def student_phase(
         augmentation=make_augmentation(recipe, plan.data),
         parallel=Parallel(recipe),
         evaluate=lambda: evaluation(student, test, validation, batch_size=recipe.data.batch_size, seed=recipe.seed),
+        **({"diagnose": Diagnostics(objective, plan, train)} if recipe.distill.diagnostics else {}),
     )
 
 
@@ -202,5 +204,6 @@ def finish(
         "seed": recipe.seed,
     }
     summary["advice"] = advice(recipe, summary, run.metrics())
+    summary["terms"] = list(term_notes(recipe, run.metrics()))
     run.write_json("summary.json", summary)
     callbacks.finish(summary, run.path)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class Phase:
         augmentation: of the images.
         parallel: splits each batch.
         evaluate: measures the model after an epoch: its `accuracy` on the test images, and what else there is.
+        diagnose: what else is logged after an epoch, given its number; it leaves the training as it was.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Phase:
     augmentation: Augmentation
     parallel: Parallel
     evaluate: Callable[[], dict[str, float]]
+    diagnose: Callable[[int], dict[str, Any]] = lambda epoch: {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -129,7 +132,7 @@ class Trainer:
         for epoch in range(self.progress.epoch, self.phase.config.epochs):
             with self.saved_at_failure():
                 self.fit_epoch(epoch)
-                measured = self.evaluate()
+                measured = self.evaluate() | self.phase.diagnose(epoch)
             metrics = self.progress.finish_epoch(measured, lr=self.optimizer.param_groups[0]["lr"])
             self.run.add_metrics(metrics)
             self.save()
