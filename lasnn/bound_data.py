@@ -33,7 +33,9 @@ def data_changes(before: DatasetDescription, data: Dataset, splits: Splits = ())
     if (now.channels, now.height, now.width) != (before.channels, before.height, before.width):
         reasons.append("its images have another shape")
     if leaked := len(trained_on(before, now)):
-        reasons.append(f"{leaked:,} of its test images were trained on")
+        # A recipe may have been chosen by those that are held out.
+        held_out = " or held out of the training" if before.validation else ""
+        reasons.append(f"{leaked:,} of its test images were trained on{held_out}")
     if reasons:
         raise UserError(
             *lines,
@@ -46,7 +48,7 @@ def data_changes(before: DatasetDescription, data: Dataset, splits: Splits = ())
 
 
 def trained_on(before: DatasetDescription, now: DatasetDescription) -> set[bytes]:
-    """The keys of the files that the run was trained on and that are test images now."""
+    """The keys of the files that were the run's training images, held out or not, and that are test images now."""
     if not (before.keys and now.keys):
         return set()
     return (_keys(before, 0) & _keys(now, 1)) - _keys(before, 1)

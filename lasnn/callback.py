@@ -115,13 +115,19 @@ class TensorBoard(Callback):
         self._phase, self._before, self._steps = phase, epoch * steps, steps
 
     def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-        seen = min((step + 1) * self._plan.recipe.data.batch_size, self._plan.data.train_size)
+        data = self._plan.recipe.data
+        seen = min((step + 1) * data.batch_size, self._plan.data.train_size - data.validation)
         means = {f"this epoch so far/{name}": float(sums[name]) / seen for name in ("loss", *weights)}
         self._write(self._before + step, {**means, "images per second": rate})
 
     def end_epoch(self, metrics: Mapping[str, Any]) -> None:
         terms = {f"epoch/{name}": value for name, value in metrics["losses"].items()}
         values = {"epoch/loss": metrics["loss"], **terms, "accuracy": metrics["accuracy"], "lr": metrics["lr"]}
+        values |= {key.replace("_", " "): value for key, value in metrics.items() if key.startswith("validation_")}
+        for what, found in metrics.get("diagnostics", {}).items():
+            if isinstance(found, Mapping):
+                known = {name: value for name, value in found.items() if value is not None}
+                values |= {f"{what.replace('_', ' ')}/{name}": value for name, value in known.items()}
         self._write(metrics["epoch"] * self._steps, values)
         self._writers[self._phase].flush()
 

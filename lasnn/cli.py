@@ -258,6 +258,13 @@ def compare(
         int | None,
         typer.Option(metavar="T", help="With --against-conversion: where a conversion is given up.  [default: 1024]"),
     ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="MEASURE",
+            help="accuracy (test images), validation_accuracy or validation_nll (those that data.validation holds out).",
+        ),
+    ] = "accuracy",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Runs and tables.  [default: runs/compare/<recipe>]")
     ] = None,
@@ -284,6 +291,7 @@ def compare(
                 ablation=ablation,
                 against_conversion=against_conversion,
                 **({} if longest is None else {"longest": longest}),
+                by=by,
                 out=out,
                 tell=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from lasnn import files
 from lasnn.callback import Callback
-from lasnn.errors import UserError
+from lasnn.errors import UserError, unknown
 from lasnn.evaluation.iso_accuracy import (
     LONGEST,
     METHODS,
@@ -38,6 +38,12 @@ from lasnn.training.distill import distill
 from lasnn.training.stop import Stopped
 
 DISTILLED, ALONE = "distilled", "alone"
+# What rows can be compared by: the key of summary.json, and what tables call it.
+MEASURES = {
+    "accuracy": "test accuracy",
+    "validation_accuracy": "accuracy on the images held out",
+    "validation_nll": "negative log-likelihood on the images held out (lower is better)",
+}
 # What a row has of its own, and the option that sets it.
 OF_A_ROW = {"seed": "--seeds", "student.timesteps": "--timesteps"}
 
@@ -85,32 +91,34 @@ class Comparison:
     summaries: dict[tuple[Arm, int], dict[str, Any]] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
     conversion: "Conversion | None" = None
+    measure: str = "accuracy"
+    """What the rows are compared by, one of `MEASURES`."""
 
     def command(self, arm: Arm, seed: int | str) -> str:
         """The command that makes one of a row's runs."""
         sets = [part for setting in (*arm.settings, f"seed={seed}") for part in ("--set", setting)]
         return shlex.join(["lasnn", "distill", self.recipe, *sets])
 
-    def accuracies(self, arm: Arm, key: str = "accuracy") -> dict[int, float]:
-        """{seed: value} of the runs that are done and have the value."""
-        found = {seed: self.summaries.get((arm, seed), {}).get(key) for seed in self.seeds}
+    def values(self, arm: Arm, key: str | None = None) -> dict[int, float]:
+        """{seed: value} of the runs that are done and have the value; without a key what the rows are compared by."""
+        found = {seed: self.summaries.get((arm, seed), {}).get(key or self.measure) for seed in self.seeds}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def row(self, arm: Arm) -> dict[str, Any]:
         """An arm over the seeds; the deviation is the sample's, over n - 1, and None for one seed."""
-        found = self.accuracies(arm)
-        values, teachers = list(found.values()), list(self.accuracies(arm, "teacher_accuracy").values())
+        found = self.values(arm)
+        values, teachers = list(found.values()), list(self.values(arm, f"teacher_{self.measure}").values())
         return {
             "name": arm.name,
             "timesteps": arm.timesteps,
             "settings": list(arm.settings),
             "command": self.command(arm, "SEED").replace("'seed=SEED'", "seed=SEED"),
-            "accuracy": {str(seed): value for seed, value in found.items()},
+            self.measure: {str(seed): value for seed, value in found.items()},
             "mean": mean(values) if values else None,
             "deviation": stdev(values) if len(values) > 1 else None,
             "teacher_mean": mean(teachers) if teachers else None,
             **{
-                key: mean(self.accuracies(arm, key).values()) if self.accuracies(arm, key) else None
+                key: mean(self.values(arm, key).values()) if self.values(arm, key) else None
                 for key in ("firing_rate", "energy_uj", "seconds")
             },
         }
@@ -121,11 +129,11 @@ class Comparison:
         for arm in self.arms:
             if arm.name != DISTILLED:
                 continue
-            ours = self.accuracies(arm)
+            ours = self.values(arm)
             for other in self.arms:
                 if other is not arm and other.timesteps == arm.timesteps:
-                    found.append(paired_gain(DISTILLED, other.name, arm.timesteps, ours, self.accuracies(other)))
-            teacher = self.accuracies(arm, "teacher_accuracy")
+                    found.append(paired_gain(DISTILLED, other.name, arm.timesteps, ours, self.values(other)))
+            teacher = self.values(arm, f"teacher_{self.measure}")
             if teacher:
                 found.append(paired_gain(DISTILLED, "its teacher", arm.timesteps, ours, teacher))
         return found
@@ -138,7 +146,7 @@ class Comparison:
         for arm in self.arms:
             if arm.name == DISTILLED:
                 for method, curves in self.conversion.curves.items():
-                    ours = match(method, arm.timesteps, self.accuracies(arm), curves, self.conversion.longest)
+                    ours = match(method, arm.timesteps, self.values(arm), curves, self.conversion.longest)
                     found.append(ours | {"teacher": self.conversion.teacher_of(method)})
         return found
 
@@ -162,6 +170,7 @@ class Comparison:
             "recipe": self.recipe,
             "seeds": list(self.seeds),
             "folder": str(self.folder),
+            "measure": self.measure,
             "conditions": self.conditions,
             "arms": [self.row(arm) for arm in self.arms],
             "gains": self.gains(),
@@ -190,7 +199,7 @@ class Comparison:
             [
                 row["name"],
                 str(row["timesteps"]),
-                *(number(row["accuracy"].get(str(seed))) for seed in seeds),
+                *(number(row[self.measure].get(str(seed))) for seed in seeds),
                 f"**{number(row['mean'])}**",
                 number(row["deviation"]),
                 number(row["teacher_mean"]),
@@ -198,21 +207,23 @@ class Comparison:
             ]
             for row in known["arms"]
         ]
-        text = [f"Test accuracy of the last epoch, `{self.recipe}`.", "", table(head, lines)]
+        said = MEASURES[self.measure]
+        text = [f"{said[0].upper()}{said[1:]} of the last epoch, `{self.recipe}`.", "", table(head, lines)]
         gains = [
             [f"{gain['name']} over {gain['over']}", str(gain["timesteps"]), signed(gain["mean"]), within(gain)]
             for gain in known["gains"]
         ]
         if gains:
-            intro = "Gains in accuracy, paired by seed, with the 95 % interval of Student's t."
+            what = "accuracy" if self.measure == "accuracy" else said
+            intro = f"Gains in {what}, paired by seed, with the 95 % interval of Student's t."
             text += ["", intro, "", table(["gain", "T", "mean", "interval"], gains)]
         where = known["conditions"]
         if where:
             text += [
                 "",
                 f"Conditions: {where['device']} ({where['device_name']}), {where['threads']} threads, "
-                f"lasnn {where['lasnn']}, torch {where['torch']}, Python {where['python']}; {where['images']:,} test "
-                "images.",
+                f"lasnn {where['lasnn']}, torch {where['torch']}, Python {where['python']}; {where['images']:,} "
+                + ("test images." if self.measure == "accuracy" else "images held out."),
             ]
         if self.conversion is not None:
             text += ["", *self._conversion_as_markdown(known)]
@@ -260,6 +271,7 @@ def compare(
     ablation: bool = False,
     against_conversion: bool = False,
     longest: int = LONGEST,
+    by: str = "accuracy",
     out: str | Path | None = None,
     progress: Callback | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -276,6 +288,8 @@ def compare(
         against_conversion: convert the teacher of each seed as well, and QCFS's own, and find the T at which the
             conversions reach the distilled students' accuracy.
         longest: T at which a conversion is given up.
+        by: what the rows are compared by: "accuracy" on the test images; "validation_accuracy" or "validation_nll" on
+            the training images that `data.validation` holds out, so that the test images choose nothing.
         out: where the run folders and the tables go; None is `runs/compare/<recipe>`. What is done there is kept.
         progress: what is told about each run's progress; None is nobody.
         tell: gets a line as each run begins and ends.
@@ -291,15 +305,21 @@ def compare(
     if seeds < 1 or longest < 1:
         key, value = ("--seeds", seeds) if seeds < 1 else ("--longest", longest)
         raise UserError(f"{key} must be at least 1, got {value}")
+    if by not in MEASURES:
+        raise UserError(unknown("--by", by, MEASURES))
+    if by != "accuracy" and against_conversion:
+        raise UserError(f"--by {by}: conversions are compared by their accuracy on the test images; leave one out")
     base = read_plan(name, list(overrides)).recipe
     arms = rows(base, overrides, timesteps, variants or {}, ablation)
     if ablation and not ablations(base):
         tell(f'--ablation adds no row: the teacher gives one thing only, and the row "{ALONE}" is without it')
     numbers = tuple(range(base.seed, base.seed + seeds))
     plans = plan_all(name, arms, numbers)
+    if by != "accuracy":
+        check_held_out(plans, by)
     folder = RUNS / "compare" / find(name).stem if out is None else expanded(out, "--out")
-    found = Comparison(name, numbers, tuple(arms), folder)
-    found.conditions = {**environment(plans[arms[0], numbers[0]].device), "images": base_images(plans)}
+    found = Comparison(name, numbers, tuple(arms), folder, measure=by)
+    found.conditions = {**environment(plans[arms[0], numbers[0]].device), "images": base_images(plans, by)}
     if against_conversion:
         found.conversion = plan_conversion(base, name, overrides, arms, numbers, longest, plans)
 
@@ -315,7 +335,7 @@ def compare(
             distill(plans[arm, seed].recipe, path, resume=True, progress=progress)
         summary = RunFolder(path).read_json("summary.json")
         found.summaries[arm, seed] = summary
-        tell(f"{where}: accuracy {summary['accuracy']:.4f}" + (" (done before)" if done[arm, seed] else ""))
+        tell(f"{where}: {by.replace('_', ' ')} {summary[by]:.4f}" + (" (done before)" if done[arm, seed] else ""))
         if found.conversion and arm == (*arms, *own)[-1]:
             convert_teachers(found, seed, tell)
         write(found)
@@ -363,9 +383,24 @@ def convert_teachers(found: Comparison, seed: int, tell: Callable[[str], None]) 
         tell(f"  accuracy {reached['accuracy']:.4f} at T = {reached['timesteps']}")
 
 
-def base_images(plans: Mapping[Any, Plan]) -> int:
-    """Test images of the comparison's data set."""
-    return next(iter(plans.values())).data.test_size
+def base_images(plans: Mapping[Any, Plan], by: str) -> int:
+    """How many images the rows are compared on."""
+    first = next(iter(plans.values()))
+    return first.data.test_size if by == "accuracy" else first.recipe.data.validation
+
+
+def check_held_out(plans: Mapping[tuple[Arm, int], Plan], by: str) -> None:
+    """Check that every row holds out the same number of images, and some.
+
+    Raises:
+        UserError: it does not.
+    """
+    counts = {arm.name: plan.recipe.data.validation for (arm, _), plan in plans.items()}
+    if not all(counts.values()):
+        raise UserError(f"--by {by} needs images to hold out: set data.validation, as --set data.validation=1000")
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        raise UserError(f"--by {by}: the rows hold out different numbers of images ({said}); set one for all")
 
 
 def rows(

@@ -61,7 +61,7 @@ class RunProgress(Callback):
             return
         phase, epoch, epochs, steps = self._now
         batch = self._plan.recipe.data.batch_size
-        seen = min((step + 1) * batch, self._plan.data.train_size)
+        seen = min((step + 1) * batch, self._plan.data.train_size - self._plan.recipe.data.validation)
         terms = "  ".join(f"{name} {float(sums[name]) / seen:.4g}" for name in weights)
         done = epoch + (step + 1) / steps
         left = self._left(done - self._begun_epoch, epochs - self._begun_epoch)
@@ -82,9 +82,13 @@ class RunProgress(Callback):
     def epoch_done(self, metrics: Mapping[str, Any], epochs: int, left: str) -> None:
         """Show a whole epoch."""
         terms = "  ".join(f"{name} {value:.4g}" for name, value in metrics["losses"].items())
+        held_out = ""
+        if "validation_nll" in metrics:
+            held_out = f"held out {metrics['validation_accuracy']:.4f} (nll {metrics['validation_nll']:.4f})  "
         self.say(
             f"{metrics['phase']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.4f} "
-            f"({terms})  accuracy {metrics['accuracy']:.4f}  {metrics['images_per_second']:.0f} images/s  {left}"
+            f"({terms})  accuracy {metrics['accuracy']:.4f}  {held_out}{metrics['images_per_second']:.0f} images/s  "
+            f"{left}"
         )
 
     def finish(self, summary: Mapping[str, Any], run: Path) -> None:
@@ -99,6 +103,8 @@ class RunProgress(Callback):
             self.say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
             for line in advice:
                 self.say(f"  {line}")
+        for line in summary.get("terms", ()):
+            self.say(line)
 
     def _left(self, done: float, total: float) -> str:
         """Time left in this phase, from the pace so far."""
@@ -353,7 +359,8 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
             digits(row["energy_uj"], 3),
             digits(row["seconds"], 0),
         )
-    console.print(f"\ntest accuracy over {len(known['seeds'])} seeds, last epoch", highlight=False)
+    measure = known["measure"].replace("_", " ") if known["measure"] != "accuracy" else "test accuracy"
+    console.print(f"\n{measure} over {len(known['seeds'])} seeds, last epoch", highlight=False)
     print_table(console, table)
     for gain in known["gains"]:
         if gain["mean"] is not None:

@@ -11,12 +11,13 @@ import torch
 from rich.table import Table
 
 from lasnn.bound_data import data_changes
-from lasnn.data import Dataset, DatasetDescription, Images, Streamed
+from lasnn.data import Dataset, DatasetDescription, Images, Streamed, hold_out
 from lasnn.description import data_described, describe_student, describe_teacher
 from lasnn.errors import UserError
 from lasnn.factory import load_data, make_data, make_student, make_teacher, pick_device
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
+from lasnn.plan import check_validation
 from lasnn.recipe.load import parse
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import Recipe
@@ -30,9 +31,12 @@ class RunImages:
     """The images of a run as its data set has them today, on the run's device or streamed to it."""
 
     train: Images | Streamed
+    """Those that were trained on."""
     test: Images | Streamed
     changes: list[str]
     """What has changed since the run began, a line each."""
+    validation: Images | Streamed | None = None
+    """Those that were held out of the training images; None where none were."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,11 @@ class Run:
         # What is found without decoding anything comes first: classes, and where each file has gone.
         data_changes(self.description, self.data)
         with self._naming_the_place():
-            train, test, _ = load_data(self.recipe, self.data, self.device)
-        return RunImages(train, test, data_changes(self.description, self.data, (train, test)))
+            whole, test, _ = load_data(self.recipe, self.data, self.device)
+            check_validation(self.recipe, self.data)
+        changes = data_changes(self.description, self.data, (whole, test))
+        train, validation = hold_out(whole, self.recipe.data.validation)
+        return RunImages(train, test, changes, validation)
 
     @cached_property
     def teacher(self) -> Teacher | None:

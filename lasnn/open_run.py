@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -178,12 +179,12 @@ def bind(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> Datas
     begun must have the same.
 
     Args:
-        splits: the training and the test images, loaded.
+        splits: the training images, those that are held out among them, and the test images, loaded.
 
     Raises:
         UserError: the data is not what the run began with; the lines say what has changed.
     """
-    now = data.describe(recipe.data.name, splits)
+    now = replace(data.describe(recipe.data.name, splits), validation=recipe.data.validation)
     begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json", "start.json"))
     # A run of an earlier lasnn does not have it; its last.pt knows the training images again.
     if begun and (found := run.read_json(DATA)):

@@ -6,7 +6,7 @@ reported before the first batch, together with whatever else is wrong.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import isclass
@@ -106,7 +106,11 @@ class Plan:
         return {
             "recipe": recipe.name,
             "data": recipe.data.name,
-            "images": {"train": self.data.train_size, "test": self.data.test_size},
+            "images": {
+                "train": training_images(recipe, self.data),
+                "validation": recipe.data.validation,
+                "test": self.data.test_size,
+            },
             "image": [self.data.channels, self.data.height, self.data.width],
             "classes": len(self.data.classes),
             "notes": [*self.data.notes(), *self.notes],
@@ -152,11 +156,16 @@ class Plan:
     @property
     def steps_per_epoch(self) -> int:
         """Of the images that are there; once they are loaded, of those that could be read."""
-        return math.ceil(self.data.train_size / self.recipe.data.batch_size)
+        return math.ceil(training_images(self.recipe, self.data) / self.recipe.data.batch_size)
 
     def _steps(self, table: TeacherTable | None, checkpoint: Path | None, frozen: bool) -> int:
         """Of an ANN's training."""
         return 0 if table is None or checkpoint or frozen else table.epochs * self.steps_per_epoch
+
+
+def training_images(recipe: Recipe, data: Dataset) -> int:
+    """How many images are trained on: all but those that `data.validation` holds out."""
+    return data.train_size - recipe.data.validation
 
 
 def micro_batches(images: int, recipe: Recipe) -> int:
@@ -201,6 +210,7 @@ def make_plan(recipe: Recipe) -> Plan:
     if data is None:
         # Without its images' size and classes no network can be built.
         raise UserError(*problems.lines)
+    problems.attempt("data.validation", lambda: check_validation(recipe, data))
     augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
     if augmentation:
         problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
@@ -252,7 +262,12 @@ def make_plan(recipe: Recipe) -> Plan:
         start_frozen=frozen.get("start", False),
         memory_bytes=memory,
         teacher_stages=dict(getattr(teacher.network, "paths", {})) if teacher else {},
-        notes=(*real_values(student.network, student.probed), *scheduled_losses(recipe), *empty_losses(recipe)),
+        notes=(
+            *held_out(recipe, data),
+            *real_values(student.network, student.probed),
+            *scheduled_losses(recipe),
+            *empty_losses(recipe),
+        ),
     )
 
 
@@ -298,11 +313,34 @@ def _start(
     return Start(name, said, converted=True)
 
 
+def held_out(recipe: Recipe, data: Dataset) -> Iterator[str]:
+    """A line where images are held out."""
+    if count := recipe.data.validation:
+        yield f"held out {count:,} of the {data.train_size:,} training images, by a hash of each; not trained on"
+
+
+def check_validation(recipe: Recipe, data: Dataset) -> None:
+    """Check that `data.validation` leaves images to train on.
+
+    Raises:
+        UserError: it does not.
+    """
+    if recipe.data.validation >= data.train_size:
+        raise UserError(
+            f"{recipe.data.validation:,} images to hold out; there are {data.train_size:,} training images, and at "
+            "least one must be left to train on"
+        )
+
+
 def _lone_image(recipe: Recipe, data: Dataset) -> tuple[str, str] | None:
     """(key, message) where a batch, or a part of one, has one image; None where none has."""
-    full = min(recipe.data.batch_size, data.train_size)
-    last = data.train_size % full or full
-    if 1 not in (images // micro_batches(images, recipe) for images in (full, last)):
+    images = training_images(recipe, data)
+    if images < 1:
+        # `check_validation` says so.
+        return None
+    full = min(recipe.data.batch_size, images)
+    last = images % full or full
+    if 1 not in (size // micro_batches(size, recipe) for size in (full, last)):
         return None
     what, key = ("the last batch", "batch_size") if last == 1 else ("a micro-batch", "accumulate")
     return f"data.{key}", f"{what} has one image, and a stage one pixel: batch norm has nothing to average over"
@@ -320,9 +358,13 @@ def check_batches(plan: Plan) -> None:
     """Check the batches once the images are loaded: where some could not be read, the last one has another size.
 
     Raises:
-        UserError: a batch has one image, which batch norm cannot train on.
+        UserError: a batch has one image, which batch norm cannot train on, or none is left to train on.
     """
     recipe, data = plan.recipe, plan.data
+    try:
+        check_validation(recipe, data)
+    except UserError as error:
+        raise UserError(*(recipe.line("data.validation", problem) for problem in error.problems)) from error
     lone = _lone_image(recipe, data)
     if lone is None:
         return

@@ -22,6 +22,7 @@ HARMLESS = frozenset(
         "teacher.min_accuracy",
         "start.checkpoint",
         "start.min_accuracy",
+        "distill.diagnostics",
     }
 )
 # Whose defaults hold where the recipe of a run of an earlier lasnn does not have a key yet.

@@ -237,4 +237,4 @@ def test_variants_are_parsed():
 
 def test_from_python(tiny):
     found = compare_rows(tiny, 1, overrides=["teacher.epochs=1", "distill.epochs=1"])
-    assert found.accuracies(found.arms[0]).keys() == {0}
+    assert found.values(found.arms[0]).keys() == {0}

@@ -9,6 +9,7 @@ from lasnn.data import cifar, fashion_mnist, image_folder, mnist, tiny_imagenet 
 from lasnn.data.augment import Augmentation
 from lasnn.data.dataset import Dataset, Images
 from lasnn.data.description import DatasetDescription
+from lasnn.data.hold_out import by_class, hold_out
 from lasnn.data.loader import Batches
 from lasnn.data.stream import Streamed
 from lasnn.data.workers import BatchFailed, BatchLost, Source, UnreadableBatch
@@ -24,4 +25,6 @@ __all__ = [
     "Source",
     "Streamed",
     "UnreadableBatch",
+    "by_class",
+    "hold_out",
 ]

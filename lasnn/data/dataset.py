@@ -20,7 +20,7 @@ class Images:
     """Images of one size with their labels: `pixels` uint8 [N, C, H, W], `labels` int64 [N], on one device.
 
     `known_by` is the fingerprint of the source that they were read from, where they were streamed otherwise: a run goes
-    on whether they fit the device or not.
+    on whether they fit the device or not. `keys` are then what tells each image from others, where the source has that.
 
     Raises:
         ValueError: the types, shapes or lengths are others.
@@ -29,6 +29,7 @@ class Images:
     pixels: Tensor
     labels: Tensor
     known_by: str | None = None
+    keys: Sequence[bytes] | None = None
 
     def __post_init__(self) -> None:
         for name in ("pixels", "labels"):
@@ -41,7 +42,7 @@ class Images:
 
     def to(self, device: torch.device | str) -> "Images":
         """The same images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device), self.known_by)
+        return Images(self.pixels.to(device), self.labels.to(device), self.known_by, self.keys)
 
     def __len__(self) -> int:
         return len(self.labels)

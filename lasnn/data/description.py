@@ -3,7 +3,7 @@
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lasnn.data.picture import KEY_BYTES
@@ -32,6 +32,7 @@ class DatasetDescription:
         keys: of a data set of the user's own files, for the training and the test split, for each class: what tells
             each file's content from others, `KEY_BYTES` bytes each, one after the other; else empty.
         fingerprints: of the training and the test images, where they were loaded; else empty.
+        validation: how many of the training images the run holds out.
     """
 
     name: str
@@ -46,6 +47,8 @@ class DatasetDescription:
     decoding: str = ""
     keys: tuple[tuple[bytes, ...], ...] = ()
     fingerprints: tuple[str, ...] = ()
+    # Of the run, not of the data set: a student's file has it in its recipe.
+    validation: int = field(default=0, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; about 11 characters for each file of the user's own."""

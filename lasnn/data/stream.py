@@ -102,7 +102,8 @@ def _resident(split: Images | Source) -> Images:
     """Images in memory; those of a source are known by its fingerprint, as they are where they are streamed."""
     if isinstance(split, Images):
         return split
-    return Images(read_now(split, range(len(split.labels))), split.labels, split.fingerprint())
+    keys = split.keys() if hasattr(split, "keys") else None
+    return Images(read_now(split, range(len(split.labels))), split.labels, split.fingerprint(), keys)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lasnn import processes
-from lasnn.data import Batches, Images
+from lasnn.data import Batches, Images, Streamed
 from lasnn.errors import MachineError
 from lasnn.evaluation.metrics import AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import OperationCounter, merge_by_name
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.random import generator
+
+# What is measured on the images that are held out.
+VALIDATION = ("validation_accuracy", "validation_nll")
 
 
 @torch.no_grad()
@@ -125,6 +129,46 @@ def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> fl
     parts = batch_slices(images, batch_size)
     correct = sum(int((teacher(part.images).argmax(-1) == part.labels).sum()) for part in parts)
     return sum(processes.all_gather(correct)) / len(images)
+
+
+@torch.no_grad()
+def validate(network: Student | Teacher, images: Images | Streamed, *, batch_size: int, seed: int) -> dict[str, float]:
+    """A network on the images that are held out, with the logits that its accuracy is measured by (the mean over time).
+
+    Returns:
+        `validation_accuracy`, a fraction, and `validation_nll`, the mean negative log-likelihood of the true class, in
+        nats.
+    """
+    correct, nll = 0, 0.0
+    for part in batch_slices(images, batch_size):
+        if isinstance(network, Student):
+            draws = _draws(seed, part.index, part.images.device)
+            logits = network.steps(part.images, generator=draws, **part.place_in_batch)[0].float().mean(0)
+        else:
+            logits = network(part.images).float()
+        correct += int((logits.argmax(-1) == part.labels).sum())
+        nll += float(cross_entropy(logits.double(), part.labels, reduction="sum"))
+    every = processes.all_gather((correct, nll))
+    right, lost = (sum(values) / len(images) for values in zip(*every, strict=True))
+    return dict(zip(VALIDATION, (right, lost), strict=True))
+
+
+def evaluation(
+    network: Student | Teacher,
+    test: Images | Streamed,
+    validation: Images | Streamed | None,
+    *,
+    batch_size: int,
+    seed: int,
+) -> dict[str, float]:
+    """What is measured after an epoch: `accuracy` on the test images and, where there are some, what `validate` returns
+    of those that are held out.
+    """
+    if isinstance(network, Student):
+        found = {"accuracy": accuracy(network, test, batch_size=batch_size, seed=seed)}
+    else:
+        found = {"accuracy": teacher_accuracy(network, test, batch_size=batch_size)}
+    return found if validation is None else found | validate(network, validation, batch_size=batch_size, seed=seed)
 
 
 @dataclass(frozen=True)

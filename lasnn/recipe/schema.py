@@ -84,6 +84,8 @@ class DataTable(Part):
     """Images on the device, or streamed to it; "auto" streams what takes more than half of its free memory."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that read ahead where images are streamed."""
+    validation: Annotated[int, Field(ge=0)] = 0
+    """Training images that are held out: never trained on, measured after every epoch."""
     augment: list[str | AugmentTable] | None = None
     """Augmentations in order, by name or as tables with their options; left out, those of the data set."""
 
@@ -165,6 +167,8 @@ class DistillTable(Training, Section):
     """Stages to match, "stage2" or "student-stage:teacher-stage"; left out, all stages of the same name."""
     time_chunk: Annotated[int, Field(ge=0)] = 0
     """Most time steps computed at once, the rest in turn and again backward, for a long T; 0 is all."""
+    diagnostics: bool = True
+    """Measure after each epoch what each loss does to the student, and how its stages spike; no weight changes."""
 
 
 class LossTable(Part):

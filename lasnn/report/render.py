@@ -75,6 +75,7 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup | None]:
         "exits": early_exit(facts),
         "calibration": calibration(facts),
         "accuracy": accuracy_over_epochs(facts["training"]),
+        **diagnostics_over_epochs(facts["training"]),
         **{f"loss_{phase}": loss_over_epochs(facts["training"], phase) for phase in ("teacher", "student")},
         "confusion": chart.matrix(confusion, facts["classes"], title="confusion matrix of the student")
         if named
@@ -177,6 +178,33 @@ def loss_over_epochs(training: dict[str, Any], phase: str) -> Markup | None:
     return chart.lines(
         series, title=f"{phase}'s loss over epochs", x="epoch", y="training loss, mean of the epoch", low=low
     )
+
+
+# Of what `lasnn.training.diagnostics` measures: chart, title, y axis.
+DIAGNOSTICS = {
+    "attention_distance": ("distance of the attention maps", "1 - cos, student and teacher"),
+    "gradient": ("gradient of each term beside cross-entropy's", "norm, cross-entropy = 1"),
+    "firing_rate": ("firing rate by stage", "spikes per neuron and step"),
+    "silent": ("silent neurons by stage", "share that never spikes"),
+}
+
+
+def diagnostics_over_epochs(training: dict[str, Any]) -> dict[str, Markup | None]:
+    """A chart of each of the diagnostics, by name; None where there is none."""
+    found = {}
+    for what, (title, y) in DIAGNOSTICS.items():
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for epoch in training["student"]:
+            for name, value in epoch.get("diagnostics", {}).get(what, {}).items():
+                if value is not None:
+                    curves.setdefault(name, []).append((epoch["epoch"], value))
+        series = [
+            Series(name, points, f"term{number % 6}", marks=False)
+            for number, (name, points) in enumerate(curves.items())
+        ]
+        percents = {"y_text": percent} if what == "silent" else {}
+        found[what] = chart.lines(series, title=title, x="epoch", y=y, low=0.0, **percents) if series else None
+    return found
 
 
 def as_percent(value: float | None, places: int = 1) -> str:

@@ -1,7 +1,8 @@
-"""What to change where a student ends far below its teacher."""
+"""What to change where a student ends far below its teacher, and where a loss does nothing or drowns the labels."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from statistics import mean
 from typing import Any
 
 from lasnn.recipe.schema import Recipe
@@ -13,6 +14,10 @@ FAR = 0.05
 MOST = 0.5
 # Spikes per neuron and step below which a network is silent.
 SILENT = 0.01
+# Of the norm of cross-entropy's gradient: a term below the first does nothing, one above the second drowns the labels.
+NOTHING, DROWNS = 0.01, 3.0
+# What a term's share is raised to where it is to do something.
+A_TENTH = 0.1
 
 
 def advice(recipe: Recipe, summary: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -49,3 +54,27 @@ def drowned_labels(recipe: Recipe, epoch: Mapping[str, Any]) -> Iterable[str]:
         share = loss.weight_in(epoch["epoch"], recipe.distill.epochs) * epoch["losses"][loss.name] / epoch["loss"]
         if share > MOST:
             yield f"lower losses.{number}.weight ({loss.weight:g}): {loss.name!r} makes up {share:.0%} of the loss"
+
+
+def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each term without the labels whose gradient, in the mean of the epochs, is next to nothing beside
+    cross-entropy's, or drowns it.
+
+    Args:
+        recipe: the run's.
+        metrics: of its epochs; those without diagnostics say nothing.
+    """
+    measured = [line.get("diagnostics", {}).get("gradient", {}) for line in metrics if line["phase"] == "student"]
+    for number, loss in enumerate(recipe.losses):
+        ratios = [epoch[loss.name] for epoch in measured if epoch.get(loss.name) is not None]
+        if not ratios or not loss.weight or "targets" in losses[loss.name].inputs:
+            continue
+        share, key = mean(ratios), f"losses.{number}.weight"
+        if share == 0:
+            yield f"{loss.name!r} does nothing: it has no gradient; leave it out, or compare other stages"
+        elif share < NOTHING:
+            fix = f"raise {key} from {loss.weight:g} to about {loss.weight * A_TENTH / share:.2g} for a tenth of it"
+            yield f"{loss.name!r} does next to nothing: its gradient is {share:.2g} of cross-entropy's; {fix}"
+        elif share > DROWNS:
+            fix = f"lower {key} from {loss.weight:g} to about {loss.weight / share:.2g} for as much"
+            yield f"{loss.name!r} drowns the labels: its gradient is {share:.2g} times cross-entropy's; {fix}"

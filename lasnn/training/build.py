@@ -6,12 +6,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lasnn.callback import Callback
-from lasnn.data import Batches, Images, Streamed
+from lasnn.data import Batches, Images, Streamed, hold_out
 from lasnn.errors import UserError
 from lasnn.factory import load_data, make_augmentation
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.plan import Plan, read_plan
+from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
@@ -30,6 +30,7 @@ class Built:
     step. `objective(images, targets, epoch=0, step=0)` returns {"<term>": ..., "loss": ...}, scalars, where "loss" is
     the recipe's weighted sum; epoch and step key every random number, and the weights' schedules follow them. Its own
     parameters are those of its losses with learnt parts, which an optimiser must be given beside the student's.
+    `validation` has the images that `data.validation` holds out of `train`, None where it holds out none.
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class Built:
     objective: DistillationObjective
     train: Images | Streamed
     test: Images | Streamed
+    validation: Images | Streamed | None = None
 
     def batches(self, epoch: int) -> Batches:
         """The augmented batches of an epoch: images [B, C, H, W] in [0, 1] and labels [B] (or probabilities [B, K])."""
@@ -69,7 +71,9 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
         MachineError: the teacher's training broke.
     """
     plan = read_plan(recipe, list(overrides))
-    train, test, _ = load_data(plan.recipe, plan.data, plan.device)
+    whole, test, _ = load_data(plan.recipe, plan.data, plan.device)
+    check_batches(plan)
+    train, validation = hold_out(whole, plan.recipe.data.validation)
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
 
@@ -84,9 +88,9 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
             return Trainer(phase, context).fit()
 
         anns = {
-            name: TeacherSource(plan, train, test, run, Callback(), name).get(train_now)
+            name: TeacherSource(plan, train, test, run, Callback(), name, validation).get(train_now)
             for name in ("teacher", "start")
         }
     student, teacher = new_student(plan, anns, train)[0], anns["teacher"]
     objective = DistillationObjective(student, teacher, plan, len(train))
-    return Built(plan, teacher, student, objective, train, test)
+    return Built(plan, teacher, student, objective, train, test, validation)

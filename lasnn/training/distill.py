@@ -16,10 +16,11 @@ import torch
 
 from lasnn import processes
 from lasnn.callback import Callback, CallbackList
-from lasnn.data import DatasetDescription, Images, Streamed
+from lasnn.data import DatasetDescription, Images, Streamed, by_class, hold_out
+from lasnn.data.description import some
 from lasnn.description import describe_student
 from lasnn.errors import UserError
-from lasnn.evaluation.measure import accuracy, measure
+from lasnn.evaluation.measure import VALIDATION, evaluation, measure
 from lasnn.factory import load_data, make_augmentation
 from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
@@ -30,9 +31,10 @@ from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder, absolute_paths, environment
-from lasnn.training.advice import advice
+from lasnn.training.advice import advice, term_notes
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import STATE_FILE, Checkpoints
+from lasnn.training.diagnostics import Diagnostics
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes
 from lasnn.training.start import new_student
@@ -80,19 +82,23 @@ def distill(
     # A plugin's callback is known once the recipe has been read.
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
-        train, test, placed = load_data(plan.recipe, plan.data, plan.device)
+        whole, test, placed = load_data(plan.recipe, plan.data, plan.device)
         check_batches(plan)
+        train, validation = hold_out(whole, plan.recipe.data.validation)
     opened = open_run(plan.recipe, None if out is None else Path(out), resume, callback.note)
     with closing(callback), processes.main_process_context(opened) as run:
         callback.start(plan, run.path)
         callback.note(placed)
+        if validation is not None:
+            counts = by_class(validation.labels, plan.data.classes)
+            callback.note(f"held out by class: {some([f'{name} {count:,}' for name, count in counts.items()])}")
         if processes.broadcast_from_main(lambda: is_done(run, plan.recipe)):
             callback.note(f"{run.path} is finished; there is nothing to resume")
             return run
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             callback.note(f"nothing to resume in {run.path}; starting from the beginning")
-        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (train, test)))
+        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (whole, test)))
         known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
         run.write_json("env.json", {**environment(plan.device), **known})
         if plan.device.type == "cpu":
@@ -104,13 +110,13 @@ def distill(
             trainer = AnomalyTrainer if detect_anomaly else Trainer
             anns = {}
             for name in ("teacher", "start"):
-                source = TeacherSource(plan, train, test, run, callback, name)
+                source = TeacherSource(plan, train, test, run, callback, name, validation)
                 anns[name] = source.get(lambda phase: trainer(phase, context).fit())
                 if name == "teacher" and anns[name] is not None:
                     checkpoints.require(name, digest(anns[name].network.state_dict()))
             student, started_from = new_student(plan, anns, train)
             checkpoints.require("start", started_from)
-            phase = student_phase(plan, student, anns["teacher"], train, test)
+            phase = student_phase(plan, student, anns["teacher"], train, test, validation)
             with compiled(student, plan.recipe):
                 result = trainer(phase, context).fit()
             finish(plan, described, run, student.eval(), test, result, callback)
@@ -150,7 +156,12 @@ def compiled(student: Student, recipe: Recipe) -> Iterator[None]:
 
 
 def student_phase(
-    plan: Plan, student: Student, teacher: Teacher | None, train: Images | Streamed, test: Images | Streamed
+    plan: Plan,
+    student: Student,
+    teacher: Teacher | None,
+    train: Images | Streamed,
+    test: Images | Streamed,
+    validation: Images | Streamed | None = None,
 ) -> Phase:
     """The student's training under its teacher."""
     recipe = plan.recipe
@@ -165,7 +176,8 @@ def student_phase(
         batch_size=recipe.data.batch_size,
         augmentation=make_augmentation(recipe, plan.data),
         parallel=Parallel(recipe),
-        evaluate=lambda: accuracy(student, test, batch_size=recipe.data.batch_size, seed=recipe.seed),
+        evaluate=lambda: evaluation(student, test, validation, batch_size=recipe.data.batch_size, seed=recipe.seed),
+        **({"diagnose": Diagnostics(objective, plan, train)} if recipe.distill.diagnostics else {}),
     )
 
 
@@ -189,6 +201,8 @@ def finish(
     summary = {
         "accuracy": result["accuracy"],
         "teacher_accuracy": teacher.get("accuracy"),
+        **{key: fitted[key] for key in VALIDATION if key in fitted},
+        **{f"teacher_{key}": teacher[key] for key in VALIDATION if key in teacher},
         "timesteps": recipe.student.timesteps,
         "firing_rate": result["firing_rate"],
         "energy_uj": result["energy_uj"],
@@ -200,5 +214,6 @@ def finish(
         "seed": recipe.seed,
     }
     summary["advice"] = advice(recipe, summary, run.metrics())
+    summary["terms"] = list(term_notes(recipe, run.metrics()))
     run.write_json("summary.json", summary)
     callbacks.finish(summary, run.path)

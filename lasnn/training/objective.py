@@ -156,7 +156,7 @@ class DistillationObjective(Objective):
         if self.time_chunk:
             return self._terms_in_chunks(images, given, draws, position)
         logits, features = student.steps(images, self.student_taps, draws, **position)
-        return self._values(self.tables, given, logits, features)
+        return self.values(self.tables, given, logits, features)
 
     @property
     def student_taps(self) -> list[str]:
@@ -176,7 +176,7 @@ class DistillationObjective(Objective):
             found["teacher_classifier"] = teacher.classifier
         return {"teacher_logits": logits, **found}
 
-    def _values(
+    def values(
         self, wanted: Sequence[LossTable], given: dict[str, Any], logits: Tensor, features: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The terms of some of the losses, by name.
@@ -216,11 +216,11 @@ class DistillationObjective(Objective):
         options = dict(position)
         if by_step:
             options["of_steps"] = lambda logits, features: torch.stack(
-                list(self._values(by_step, given, logits, features).values())
+                list(self.values(by_step, given, logits, features).values())
             )
         logits, features, means = student.in_chunks(images, self.time_chunk, self.student_taps, draws, **options)
         found = dict(zip([loss.name for loss in by_step], means if by_step else (), strict=True))
-        found |= self._values([loss for loss in self.tables if loss not in by_step], given, logits, features)
+        found |= self.values([loss for loss in self.tables if loss not in by_step], given, logits, features)
         return {loss.name: found[loss.name] for loss in self.tables}
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lasnn.evaluation.measure import VALIDATION
+
 
 @dataclass
 class Progress:
@@ -61,14 +63,14 @@ class Progress:
     def images_per_second(self) -> float:
         return self.images / self.epoch_seconds
 
-    def finish_epoch(self, accuracy: float, lr: float) -> dict[str, Any]:
-        """Close an epoch; returns its metrics."""
+    def finish_epoch(self, measured: Mapping[str, Any], lr: float) -> dict[str, Any]:
+        """Close an epoch, after which the model was `measured`; returns its metrics."""
         self.metrics = {
             "phase": self.phase,
             "epoch": self.epoch + 1,
             "loss": float(self.sums["loss"]) / self.images,
             "losses": {name: float(self.sums[name]) / self.images for name in self.terms},
-            "accuracy": accuracy,
+            **measured,
             "lr": lr,
             "seconds": self.epoch_seconds,
             "images_per_second": self.images_per_second,
@@ -77,9 +79,9 @@ class Progress:
         return self.metrics
 
     def result(self) -> dict[str, float]:
-        """The last accuracy, the seconds of the whole phase and the last epoch's throughput."""
+        """What was measured last, the seconds of the whole phase and the last epoch's throughput."""
         return {
-            "accuracy": self.metrics["accuracy"],
+            **{key: self.metrics[key] for key in ("accuracy", *VALIDATION) if key in self.metrics},
             "seconds": time.perf_counter() - self._begin,
             "images_per_second": self.metrics["images_per_second"],
         }

@@ -17,7 +17,7 @@ from lasnn.callback import Callback
 from lasnn.data import Images, Streamed
 from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
-from lasnn.evaluation.measure import teacher_accuracy
+from lasnn.evaluation.measure import evaluation, teacher_accuracy
 from lasnn.factory import make_augmentation, make_teacher, pick_precision
 from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
@@ -43,6 +43,7 @@ class TeacherSource:
         run: its folder, which keeps the teacher's weights, result and metrics.
         callbacks: are told of what was found.
         name: "teacher" or "start", of the recipe's table, the phase and the files.
+        validation: the images that are held out, if any.
     """
 
     plan: Plan
@@ -51,6 +52,7 @@ class TeacherSource:
     run: RunFolder
     callbacks: Callback
     name: str = "teacher"
+    validation: Images | Streamed | None = None
 
     @property
     def table(self) -> TeacherTable | None:
@@ -99,7 +101,9 @@ class TeacherSource:
             batch_size=recipe.data.batch_size,
             augmentation=make_augmentation(recipe, self.plan.data),
             parallel=Parallel(recipe),
-            evaluate=lambda: teacher_accuracy(teacher, self.test, batch_size=recipe.data.batch_size),
+            evaluate=lambda: evaluation(
+                teacher, self.test, self.validation, batch_size=recipe.data.batch_size, seed=recipe.seed
+            ),
         )
 
     @property

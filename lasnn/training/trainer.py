@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ class Phase:
         batch_size: images a step, over all processes.
         augmentation: of the images.
         parallel: splits each batch.
-        evaluate: the model's accuracy on the test images.
+        evaluate: measures the model after an epoch: its `accuracy` on the test images, and what else there is.
+        diagnose: what else is logged after an epoch, given its number; it leaves the training as it was.
     """
 
     name: str
@@ -61,7 +63,8 @@ class Phase:
     batch_size: int
     augmentation: Augmentation
     parallel: Parallel
-    evaluate: Callable[[], float]
+    evaluate: Callable[[], dict[str, float]]
+    diagnose: Callable[[int], dict[str, Any]] = lambda epoch: {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,13 +127,13 @@ class Trainer:
         self.buffers = Buffers(self.learnt)
 
     def fit(self) -> dict[str, float]:
-        """Train; returns the last accuracy, the seconds and the throughput."""
+        """Train; returns what was measured last, the seconds and the throughput."""
         self.resume()
         for epoch in range(self.progress.epoch, self.phase.config.epochs):
             with self.saved_at_failure():
                 self.fit_epoch(epoch)
-                accuracy = self.evaluate()
-            metrics = self.progress.finish_epoch(accuracy, lr=self.optimizer.param_groups[0]["lr"])
+                measured = self.evaluate() | self.phase.diagnose(epoch)
+            metrics = self.progress.finish_epoch(measured, lr=self.optimizer.param_groups[0]["lr"])
             self.run.add_metrics(metrics)
             self.save()
             self.callbacks.end_epoch(metrics)
@@ -229,8 +232,8 @@ class Trainer:
         ]
         self.run.write_metrics(done)
 
-    def evaluate(self) -> float:
-        """The model's accuracy on the test images."""
+    def evaluate(self) -> dict[str, float]:
+        """Measure the model."""
         self.check_weights()
         self.phase.model.eval()
         with translate_own_errors(lambda: f"{self.phase.name} epoch {self.progress.epoch + 1}, evaluation"):

@@ -1,0 +1,164 @@
+"""What each loss term does to the student, and how its stages spike: after each epoch, on a few images that stay the
+same. Nothing of the training is touched.
+
+Batch norm runs on its running statistics, so that these stay as they are; gradients are not accumulated; random numbers
+are keyed. Every process computes all of it, on the same images.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lasnn.data import Images, Streamed
+from lasnn.loss import attention
+from lasnn.network.units import NormSpike
+from lasnn.plan import Plan, micro_batches
+from lasnn.random import generator, keyed
+from lasnn.training.objective import DistillationObjective
+
+# Of the time of an epoch's steps, what the images are chosen for: below 2 %, for what is not proportional to them.
+SHARE = 0.012
+LEAST, MOST = 4, 128
+
+
+class Diagnostics:
+    """Called with the number of an epoch that is done, returns {"diagnostics": ...} for its metrics:
+
+    - `images`: how many it is measured on;
+    - `attention_distance`, by pair: 1 - cos of student's and teacher's attention maps (channel sums of the squared
+      firing rate and feature), the mean over images; 1 where the student's map is empty;
+    - `gradient`, by term: the norm of its weight times its gradient on the student's parameters, over that of
+      cross-entropy (the recipe's, or else that of the mean logits with weight 1); None where that is 0;
+    - `firing_rate` and `silent`, by stage: spikes per neuron and step, and the share of neurons that spike on none of
+      the images.
+
+    Norms are taken on the parameters, though that costs a backward pass for each term: terms of logits and of features
+    meet nowhere before.
+
+    Args:
+        objective: the student's.
+        plan: the run's.
+        images: to train on; a few of them are used, without augmentation.
+    """
+
+    def __init__(self, objective: DistillationObjective, plan: Plan, images: Images | Streamed):
+        self.objective = objective
+        self.pairs = plan.pairs
+        # Half precision without its scaler loses small gradients.
+        self.half = plan.precision == "bf16"
+        self.device = plan.device
+        order = torch.randperm(len(images), generator=generator(plan.recipe.seed, "diagnose"))
+        self.images, self.chosen = images, order[: how_many(plan, len(images))]
+
+    def __call__(self, epoch: int) -> dict[str, Any]:
+        objective, (student, teacher) = self.objective, self.objective.networks
+        [(pixels, targets)] = self.images.batches([self.chosen])
+        images = pixels.float() / 255
+        draws = generator(objective.seed, "diagnose", device=images.device)
+        stages = [pair.student for pair in self.pairs]
+        several = len(objective.tables) > 1
+        with keyed(objective.seed, "diagnose"), self._evaluating(), torch.set_grad_enabled(several):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half), counted(student) as spikes:
+                logits, features = student.steps(images, {*stages, *objective.student_taps}, draws)
+                given = {"targets": targets, **objective.from_teacher(images)} if several else {}
+                terms = objective.values(objective.tables, given, logits, features) if several else {}
+            found = {"images": len(targets)}
+            if self.pairs:
+                with torch.no_grad():
+                    theirs = teacher.taps(images, [pair.teacher for pair in self.pairs])[1]
+                    found["attention_distance"] = {
+                        pair.student if pair.student == pair.teacher else f"{pair.student}:{pair.teacher}": float(
+                            attention([features[pair.student].detach()], [theirs[pair.teacher]], measure="cosine")
+                        )
+                        for pair in self.pairs
+                    }
+            if several:
+                weights = objective.weights_at(epoch, objective.steps_per_epoch - 1)
+                found["gradient"] = self._gradients(terms, weights, logits, targets)
+        return {"diagnostics": found | by_stage(spikes)}
+
+    def _gradients(
+        self, terms: dict[str, Tensor], weights: dict[str, float], logits: Tensor, targets: Tensor
+    ) -> dict[str, float | None]:
+        """The norm of each term's weighted gradient over that of cross-entropy."""
+        student, _ = self.objective.networks
+        learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        norms = {name: weights[name] * norm(term, learnt) if weights[name] else 0.0 for name, term in terms.items()}
+        reference = norms.get("cross-entropy", 0.0)
+        if not reference:
+            reference = norm(nn.functional.cross_entropy(logits.float().mean(0), targets), learnt)
+        ratios = {name: value / reference if reference else math.nan for name, value in norms.items()}
+        return {
+            name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items() if name != "cross-entropy"
+        }
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Student and losses in evaluation mode within the block, and afterwards as they were."""
+        modules = [module for one in (self.objective.networks[0], self.objective) for module in one.modules()]
+        modes = [module.training for module in modules]
+        for module in modules:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+
+
+def how_many(plan: Plan, images: int) -> int:
+    """Images to use, of so many to train on: as many as take `SHARE` of an epoch's time, if a backward pass takes twice
+    a forward pass, and never more than the training computes at once.
+    """
+    recipe = plan.recipe
+    # In passes of a training step, of which a third goes forward, and two passes of the teacher.
+    cost = 1 + 2 * len(recipe.losses) / 3
+    at_once = math.ceil(recipe.data.batch_size / micro_batches(recipe.data.batch_size, recipe))
+    if recipe.time_chunk:
+        at_once = at_once * recipe.time_chunk // recipe.student.timesteps
+    return max(1, min(max(LEAST, int(SHARE * images / cost)), MOST, at_once, images))
+
+
+def norm(term: Tensor, learnt: list[nn.Parameter]) -> float:
+    """The norm of a term's gradient; nothing is added to `grad`."""
+    if not term.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(term, learnt, retain_graph=True, allow_unused=True)
+    norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients if gradient is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+@contextmanager
+def counted(student: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the block the spiking units of a student count, by name: neurons, silent ones, values and spikes."""
+    found: dict[str, list[Tensor]] = {}
+
+    def count(unit: NormSpike, _: Any, output: Tensor) -> None:
+        # [T*B, ...]: a neuron is silent where it spikes at no step and on no image.
+        spikes = output.detach() != 0
+        silent = (~spikes.any(0)).sum()
+        found[unit.name] = [torch.tensor(spikes[0].numel()), silent, torch.tensor(spikes.numel()), spikes.sum()]
+
+    units = [unit for unit in student.modules() if isinstance(unit, NormSpike)]
+    handles = [unit.register_forward_hook(count) for unit in units]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_stage(counts: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
+    """Firing rate and silent share of the units, by the stage (or stem, or head) that they are in."""
+    sums: dict[str, list[int]] = {}
+    for name, values in counts.items():
+        stage = name.partition(".")[0]
+        sums[stage] = [a + int(b) for a, b in zip(sums.get(stage, [0] * 4), values, strict=True)]
+    return {
+        "firing_rate": {stage: spikes / values for stage, (_, _, values, spikes) in sums.items()},
+        "silent": {stage: silent / neurons for stage, (neurons, silent, _, _) in sums.items()},
+    }
