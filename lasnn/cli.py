@@ -262,7 +262,7 @@ def compare(
         str,
         typer.Option(
             metavar="MEASURE",
-            help="accuracy (test images), validation_accuracy or validation_nll (those that data.validation holds out).",
+            help="accuracy (test images), validation_accuracy or validation_nll (those data.validation holds out).",
         ),
     ] = "accuracy",
     out: Annotated[
