@@ -1,16 +1,18 @@
 """Evaluation of a finished run at any number of time steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lasnn.data import Images, Streamed
 from lasnn.errors import UserError
-from lasnn.evaluation.conversion import Converted, Method, check, check_options, convert
+from lasnn.evaluation.conversion import OF_ONE_T, Converted, Method, check, check_options, convert
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
 from lasnn.evaluation.speed import speed
 from lasnn.loaded_run import Run, load_run
+from lasnn.network.teacher import Teacher
 from lasnn.run import environment
 
 __all__ = ["Run", "evaluate", "load_run"]
@@ -83,30 +85,34 @@ def evaluate(
         check_conversion(run, converted, **options)
     train, test = run.images.train, run.images.test
     batch_size = run.recipe.data.batch_size
-    student = run.student
-    if converted is not None:
-        student = convert(run.teacher, converted, train, batch_size=batch_size, **options)
-    count = (draws or DRAWS) if student.encoder.random else 1
+    if converted is None:
+        students = [(run.student, list(timesteps))]
+    else:
+        students = conversions(run.teacher, converted, train, timesteps, batch_size=batch_size, **options)
     try:
-        measured = [
-            measure(
-                student,
-                test,
-                timesteps,
-                batch_size=batch_size,
-                seed=run.recipe.seed,
-                draw=draw,
-                early_exit=early_exit,
-            )
-            for draw in range(count)
-        ]
-        results = [merge(same) for same in zip(*measured, strict=True)]
+        results = []
+        for student, steps in students:
+            count = (draws or DRAWS) if student.encoder.random else 1
+            measured = [
+                measure(
+                    student,
+                    test,
+                    steps,
+                    batch_size=batch_size,
+                    seed=run.recipe.seed,
+                    draw=draw,
+                    early_exit=early_exit,
+                )
+                for draw in range(count)
+            ]
+            results += [merge(same) | {"student": student} for same in zip(*measured, strict=True)]
         image = (run.description.channels, run.description.height, run.description.width)
         teacher = {}
         if run.teacher is not None:
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
         for result in results:
+            student = result.pop("student")
             if include_speed:
                 student.timesteps = result["timesteps"]
                 result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
@@ -117,6 +123,22 @@ def evaluate(
     finally:
         run.student.timesteps = run.recipe.student.timesteps
     return results
+
+
+def conversions(
+    teacher: Teacher, method: Method, images: Images | Streamed, timesteps: Sequence[int], **options: Any
+) -> Iterator[tuple[Converted, list[int]]]:
+    """A teacher's conversions, each with those of the T that it is to be measured at: one for all, or for each its own
+    where the method chooses its thresholds for T.
+
+    Args:
+        teacher, method, images, options: as for `convert`.
+    """
+    if method not in OF_ONE_T:
+        yield convert(teacher, method, images, **options), list(timesteps)
+        return
+    for steps in timesteps:
+        yield convert(teacher, method, images, timesteps=steps, **options), [steps]
 
 
 def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
