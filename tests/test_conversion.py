@@ -468,7 +468,7 @@ def test_a_conversion_is_followed_to_the_end_in_a_few_runs(runs, tmp_path, monke
         (["pool", "--converted", "maxnorm"], "stage2.0 (MaxPool2d) cannot be converted"),
         (["alone", "--converted", "maxnorm"], "alone has no teacher to convert"),
         (["relu", "--converted", "qcfs"], "teacher.activation=qcfs"),
-        (["relu", "--converted", "max"], "known: maxnorm, percentile, qcfs"),
+        (["relu", "--converted", "max"], "known: light-calibration, local-balancing, maxnorm, percentile, qcfs"),
         (["relu", "--converted", "maxnorm", "--percentile", "99"], "goes with --converted percentile"),
         (["relu", "--converted", "percentile", "--percentile", "101"], "at most 100"),
         (["relu", "--membrane-start", "0.5"], "goes with --converted"),
