@@ -145,7 +145,9 @@ def evaluate(
     converted: Annotated[
         str | None,
         typer.Option(
-            metavar="METHOD", help="Instead of the student its teacher, converted: maxnorm, percentile or qcfs."
+            metavar="METHOD",
+            help="Instead of the student its teacher, converted: maxnorm, percentile, qcfs, "
+            "threshold-iteration, local-balancing or light-calibration.",
         ),
     ] = None,
     percentile: Annotated[
@@ -318,7 +320,7 @@ def report(
         str | None,
         typer.Option(
             metavar="METHOD",
-            help="How its teacher is converted beside it: maxnorm, percentile, qcfs, none.  "
+            help="How its teacher is converted beside it: as for evaluate, or none.  "
             "[default: qcfs if it has learnt thresholds, else percentile]",
         ),
     ] = None,

@@ -21,6 +21,7 @@ from lasnn.evaluation.iso_accuracy import (
     accuracy_over_time,
     check_convertible,
     convert_until,
+    furthest,
     match,
     qcfs_settings,
     say_ratio,
@@ -146,7 +147,9 @@ class Comparison:
         for arm in self.arms:
             if arm.name == DISTILLED:
                 for method, curves in self.conversion.curves.items():
-                    ours = match(method, arm.timesteps, self.values(arm), curves, self.conversion.longest)
+                    ours = match(
+                        method, arm.timesteps, self.values(arm), curves, furthest(method, self.conversion.longest)
+                    )
                     found.append(ours | {"teacher": self.conversion.teacher_of(method)})
         return found
 

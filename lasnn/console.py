@@ -333,6 +333,12 @@ def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:
     images, percentile = converted["calibration_images"], converted["percentile"]
     how = converted["method"] + ("" if percentile is None else f" ({percentile:g} %)")
     source = f"measured on {images:,} training images" if images else "learnt in its training"
+    if converted["method"] == "threshold-iteration":
+        source = "from batch norm alone"
+    from lasnn.evaluation.conversion import OF_ONE_T
+
+    if converted["method"] in OF_ONE_T:
+        source += ", for each T its own"
     console.print(
         f"the teacher, converted by {how}: thresholds {source}; membranes start at {converted['membrane_start']:g} "
         "thresholds",

@@ -55,7 +55,8 @@ def test_nothing_is_said_of_a_student_near_its_teacher(changes):
 
 
 def test_the_command_prints_it(lasnn, tiny, cached_teachers):
-    # A student that learns nothing.
-    result = lasnn("distill", tiny, "--set", "distill.lr=1e-9", "--set", "distill.epochs=1")
+    # A student that knows nothing and learns nothing.
+    start = ("--set", "student.init=random")
+    result = lasnn("distill", tiny, *start, "--set", "distill.lr=1e-9", "--set", "distill.epochs=1")
     assert "below its teacher; what to try:" in result.stdout
     assert "raise distill.epochs (1)" in result.stdout

@@ -13,12 +13,18 @@ from torch import nn
 from common import TINY
 from lasnn import Staged
 from lasnn.activation import QCFS
-from lasnn.data import Images
+from lasnn.data import Batches, Images
 from lasnn.errors import MachineError, UserError
 from lasnn.evaluation import conversion
 from lasnn.evaluation.conversion import BalancedIF, Converted, Distribution, check, convert, measured_thresholds
-from lasnn.evaluation.evaluate import evaluate, first_reaching, load_run
-from lasnn.evaluation.iso_accuracy import convert_until, match, sentence
+from lasnn.evaluation.evaluate import conversions, evaluate, first_reaching, load_run
+from lasnn.evaluation.few_steps import (
+    balanced_thresholds,
+    iterated_thresholds,
+    nearest_thresholds,
+    normal_currents,
+)
+from lasnn.evaluation.iso_accuracy import convert_until, furthest, match, sentence
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.operations import OperationCounter
 from lasnn.factory import make_teacher
@@ -462,7 +468,7 @@ def test_a_conversion_is_followed_to_the_end_in_a_few_runs(runs, tmp_path, monke
         (["pool", "--converted", "maxnorm"], "stage2.0 (MaxPool2d) cannot be converted"),
         (["alone", "--converted", "maxnorm"], "alone has no teacher to convert"),
         (["relu", "--converted", "qcfs"], "teacher.activation=qcfs"),
-        (["relu", "--converted", "max"], "known: maxnorm, percentile, qcfs"),
+        (["relu", "--converted", "max"], "known: light-calibration, local-balancing, maxnorm, percentile, qcfs"),
         (["relu", "--converted", "maxnorm", "--percentile", "99"], "goes with --converted percentile"),
         (["relu", "--converted", "percentile", "--percentile", "101"], "at most 100"),
         (["relu", "--membrane-start", "0.5"], "goes with --converted"),
@@ -482,3 +488,124 @@ def test_a_teacher_of_the_other_activation_is_not_taken(runs):
     [line] = runs("distill", "tiny.toml", "--dry-run", "--set", "teacher.checkpoint=qcfs", code=2).stderr.splitlines()
     assert 'was trained with activation = "qcfs"' in line
     runs("distill", "tiny.toml", "--dry-run", "--set", "teacher.checkpoint=qcfs", *given[2:])
+
+
+def normed(channels=2):
+    """A unit behind a batch norm that changes nothing: its current is the image, its output the logits."""
+    network = Staged({"stage1": nn.Sequential(ann_units()(channels))}, nn.Flatten())
+    network.stage1[0].norm.eps = 0.0
+    return Teacher(network, (0.0,) * channels, (1.0,) * channels).eval()
+
+
+def test_the_threshold_iteration_comes_to_the_best_quantiser_of_a_normal_current():
+    """Max (IRE Transactions on Information Theory 1960) has the quantisers of N(0, 1); for its positive half with equal
+    steps from half a step on the best threshold is 1.22, 1.7, 2.15 and 2.55 at T = 1, 2, 4, 8, and goes with gamma.
+    """
+    found = {}
+    for timesteps in (1, 2, 4, 8):
+        teacher = normed()
+        teacher.network.stage1[0].norm.weight.data = torch.tensor([1.0, 0.5])
+        [thresholds] = iterated_thresholds(teacher, (2, 4, 4), timesteps).values()
+        found[timesteps] = float(thresholds[0])
+        assert float(thresholds[1]) == pytest.approx(found[timesteps] / 2, rel=1e-4)
+    assert found == pytest.approx({1: 1.224, 2: 1.7, 4: 2.15, 8: 2.55}, abs=0.05)
+    # At T = 1 a spike stands for the mean of what is above half of it: phi(c)/Q(c) = 2 c.
+    half = torch.tensor(found[1] / 2, dtype=torch.float64)
+    density = (-half.square() / 2).exp() / math.sqrt(2 * math.pi)
+    assert float(density / (0.5 * torch.erfc(half / math.sqrt(2)))) == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_residual_counts_in_the_threshold_iteration_without_data():
+    teacher = trained("resnet20")
+    found = normal_currents(teacher, (3, 32, 32))
+    block = teacher.network.stage1[0]
+    assert torch.equal(found["stage1.0.act1"][0], block.act1.norm.bias)
+    # What the shortcut adds has a mean above 0, and a deviation of its own.
+    assert (found["stage1.0.act2"][0] > block.act2.norm.bias).float().mean() > 0.9
+    assert (found["stage1.0.act2"][1] > block.act2.norm.weight).float().mean() > 0.9
+
+
+def test_local_balancing_adds_twice_the_mean_of_what_is_above():
+    """Two batches of one image, two channels of two pixels: 0 and 102, 0 and 204; 51 and 255, 0 and 0."""
+    pixels = torch.tensor([[[0, 102]], [[0, 204]], [[51, 255]], [[0, 0]]], dtype=torch.uint8).view(2, 2, 1, 2)
+    data = Images(pixels, torch.zeros(2, dtype=torch.long))
+    first, second = (batch for batch, _ in Batches(data, 1, seed=0, epoch=0))
+    [found] = balanced_thresholds(normed(), data, batch_size=1).values()
+    wanted = torch.zeros(2)
+    for batch in (first, second):
+        wanted = wanted + 2 * (batch[0].flatten(1) - wanted[:, None]).clamp(min=0).mean(1)
+    torch.testing.assert_close(found, wanted)
+    # By hand, where the brighter image comes first: 0.2 + 1.0, then nothing is above it; where second: 0.4, then + 0.6.
+    assert float(found[0]) == pytest.approx(1.2 if float(first.max()) == 1.0 else 1.0)
+    assert float(found[1]) == pytest.approx(0.8)
+    dark = Images(torch.zeros_like(pixels), data.labels)
+    assert balanced_thresholds(normed(), dark, batch_size=1)["stage1.0"].tolist() == [1.0, 1.0]
+
+
+def test_light_calibration_by_hand():
+    """Every image is 0.75 in one channel and 0.25 in the other. At T = 2 from rest the nearest threshold is 0.75: two
+    spikes are 0.75, and 0.25 gives none. The second channel is then a quarter too low, and its shift is raised by it.
+    """
+    pixels = torch.empty(4, 2, 2, 2, dtype=torch.uint8)
+    pixels[:, 0], pixels[:, 1] = 192, 64
+    data = Images(pixels, torch.zeros(4, dtype=torch.long))
+    high, low = 192 / 255, 64 / 255
+    teacher = normed()
+    assert nearest_thresholds(teacher, data, 2, 0.0) == {"stage1.0": pytest.approx(high)}
+    converted = convert(teacher, "light-calibration", data, timesteps=2)
+    assert converted.network.stage1[0].norm.bias.tolist() == pytest.approx([0.0, low], abs=1e-5)
+    assert teacher.network.stage1[0].norm.bias.tolist() == [0.0, 0.0]
+    assert converted.description["calibration_images"] == 4
+
+
+@pytest.mark.parametrize("method", ["threshold-iteration", "local-balancing", "light-calibration"])
+@pytest.mark.parametrize("name", ["vgg5", "resnet19", "resnet20-sew", "resnet20-membrane"])
+def test_conversions_for_few_steps_convert_each_style(name, method):
+    teacher, data = trained(name), images(6)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    converted = convert(teacher, method, data, timesteps=4)
+    batch = data.pixels.float() / 255
+    with OperationCounter(converted, 4) as counter:
+        logits, features = converted.steps(batch, ["stage1"])
+    assert logits.isfinite().all()
+    assert set(converted.state_dict()) == {f"network.{key}" for key in without_activations(teacher.network)}
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    if name == "vgg5":
+        # A spike counts as one, whatever it carries.
+        rate = float(features["stage1"].ne(0).float().mean())
+        assert counter.after(4)["firing_rate_by_layer"]["stage1.1"] == pytest.approx(rate, rel=1e-5)
+    if method in conversion.OF_ONE_T:
+        # Made for these steps it is nearer to the ANN than with the largest activations.
+        with torch.no_grad():
+            wanted = teacher(batch)
+            other = convert(teacher, "maxnorm", data, timesteps=4)(batch)
+        assert float((logits.mean(0) - wanted).square().mean()) < float((other - wanted).square().mean())
+
+
+def test_thresholds_by_channel_are_those_of_a_layer_where_they_are_equal():
+    torch.manual_seed(0)
+    y, residual = torch.randn(3, 4, 5, 5), torch.rand(6, 4, 5, 5)
+    norm = nn.BatchNorm2d(4).eval()
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    one, each = BalancedIF(0.5, 0.5), BalancedIF(torch.full((4,), 0.5), 0.5)
+    for run in ({"constant": True}, {"constant": True, "residual": residual}):
+        found = [neuron.after_norm(y, norm, timesteps=2, **run)[0] for neuron in (one, each)]
+        assert torch.equal(*found)
+    current = norm(y).detach()[None]
+    assert torch.equal(*(neuron(current, timesteps=2)[0] for neuron in (one, each)))
+    apart = BalancedIF(torch.tensor([0.25, 0.5, 1.0, 2.0]), 0.5)
+    emitted, _ = apart(current, timesteps=2)
+    for channel, threshold in enumerate((0.25, 0.5, 1.0, 2.0)):
+        alone, _ = BalancedIF(threshold, 0.5)(current[:, :, channel], timesteps=2)
+        assert torch.equal(emitted[:, :, channel], alone)
+
+
+def test_a_method_for_one_t_converts_for_each():
+    data = images(6)
+    made = list(conversions(trained("vgg5"), "threshold-iteration", data, [1, 4]))
+    assert [(converted.timesteps, steps) for converted, steps in made] == [(1, [1]), (4, [4])]
+    lowest, highest = (converted.description["thresholds"]["stage1.1"] for converted, _ in made)
+    assert lowest < highest
+    [(_, steps)] = conversions(trained("vgg5"), "local-balancing", data, [1, 4])
+    assert steps == [1, 4]
+    assert [furthest(method, 1024) for method in ("maxnorm", "threshold-iteration")] == [1024, 64]

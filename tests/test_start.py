@@ -13,13 +13,13 @@ from torch import nn
 from lasnn import Recipe, distill, load_run
 from lasnn.architecture import resnet
 from lasnn.errors import UserError
+from lasnn.evaluation.balance import Response, best_scales, staircase
 from lasnn.network.scales import NORMS, Scales, fold
 from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.units import NormActivate, ann_units, snn_units
 from lasnn.neuron import LIF
 from lasnn.run import status
-from lasnn.training.balance import Response, best_scales, staircase
 from lasnn.training.build import build as build_parts
 from lasnn.training.stop import Stopped
 from lasnn.weights import load_state, load_weights

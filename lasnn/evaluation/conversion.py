@@ -25,6 +25,13 @@ from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
 from lasnn.errors import MachineError, UserError, unknown
+from lasnn.evaluation.balance import some
+from lasnn.evaluation.few_steps import (
+    balanced_thresholds,
+    correct_biases,
+    iterated_thresholds,
+    nearest_thresholds,
+)
 from lasnn.kernels.layout import state_dtype
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
@@ -32,10 +39,20 @@ from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormActivate, NormSpike
 from lasnn.neuron import IF
 
-Method = Literal["maxnorm", "percentile", "qcfs"]
-# Where the voltage starts, as a share of the threshold: rest in Diehl et al. (IJCNN 2015, maxnorm) and Rueckauer et al.
-# (Frontiers in Neuroscience 2017, percentile), one half in Bu et al. (ICLR 2022, qcfs).
-MEMBRANE_START = {"maxnorm": 0.0, "percentile": 0.0, "qcfs": 0.5}
+Method = Literal["maxnorm", "percentile", "qcfs", "threshold-iteration", "local-balancing", "light-calibration"]
+# Where the voltage starts, as a share of the threshold: rest in Diehl et al. (IJCNN 2015, maxnorm), Rueckauer et al.
+# (Frontiers in Neuroscience 2017, percentile) and Li et al. (ICML 2021, light-calibration), one half in Bu et al. (ICLR
+# 2022, qcfs, and CVPR 2025, local-balancing); the threshold iteration assumes one half.
+MEMBRANE_START = {
+    "maxnorm": 0.0,
+    "percentile": 0.0,
+    "qcfs": 0.5,
+    "threshold-iteration": 0.5,
+    "local-balancing": 0.5,
+    "light-calibration": 0.0,
+}
+# Those whose thresholds are chosen for one T: another T is another conversion.
+OF_ONE_T = ("threshold-iteration", "light-calibration")
 CONVERTIBLE = (nn.ReLU, QCFS)
 
 # What may stand between the units: for a spike train it commutes with the mean over time.
@@ -51,22 +68,33 @@ LINEAR = (
 class BalancedIF(IF):
     """Integrate-and-fire with soft reset whose spikes carry the value of its threshold.
 
-    Without a voltage to go on from it starts at `start` times the threshold.
+    Without a voltage to go on from it starts at `start` times the threshold. With a threshold for each channel, [C],
+    the voltage counts in thresholds.
     """
 
-    def __init__(self, threshold: float, start: float):
-        super().__init__(threshold=threshold, reset="soft")
+    def __init__(self, threshold: float | Tensor, start: float):
+        by_channel = isinstance(threshold, Tensor)
+        super().__init__(threshold=1.0 if by_channel else threshold, reset="soft")
+        self.register_buffer("by_channel", threshold if by_channel else None, persistent=False)
         self.start = start
 
     @property
-    def amplitude(self) -> float:
-        """The value of a spike."""
-        return self.options["threshold"]
+    def amplitude(self) -> float | Tensor:
+        """The value of a spike, [C] where each channel has its own."""
+        return self.options["threshold"] if self.by_channel is None else self.by_channel
+
+    def _as(self, x: Tensor, channel: int) -> float | Tensor:
+        """The amplitudes beside a tensor whose dimension number `channel` is C."""
+        if self.by_channel is None:
+            return self.amplitude
+        return self.by_channel.to(x.dtype).view(-1, *(1 for _ in x.shape[channel + 1 :]))
 
     def forward(self, current: Tensor, v0: Tensor | None = None, timesteps: int | None = None) -> tuple[Tensor, Tensor]:
+        if self.by_channel is not None:
+            current = current / self._as(current, 2)
         v0 = self._start(current[0]) if v0 is None else v0
         spikes, voltage = super().forward(current, v0, timesteps)
-        return spikes * self.amplitude, voltage
+        return spikes * self._as(spikes, 2), voltage
 
     def after_norm(
         self,
@@ -81,16 +109,28 @@ class BalancedIF(IF):
     ) -> tuple:
         if v0 is None:
             v0 = self._start(y[: len(y) if constant else len(y) // timesteps])
+        if self.by_channel is not None:
+            norm = self._in_thresholds(norm)
+            residual = None if residual is None else residual / self._as(residual, 1)
         run = {"timesteps": timesteps, "constant": constant, "v0": v0, "return_state": return_state}
         spikes, *rest = super().after_norm(y, norm, residual, **run)
-        return spikes * self.amplitude, *rest
+        return spikes * self._as(spikes, 1), *rest
+
+    def _in_thresholds(self, norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+        """The batch norm whose outputs count in thresholds."""
+        scaled = copy.copy(norm)
+        scaled._parameters = {
+            name: nn.Parameter(value / self.by_channel, requires_grad=False) for name, value in norm._parameters.items()
+        }
+        return scaled
 
     def _start(self, step: Tensor) -> Tensor:
         """The voltage before the first step."""
-        return torch.full_like(step, self.start * self.amplitude, dtype=state_dtype(step.dtype))
+        return torch.full_like(step, self.start * self.options["threshold"], dtype=state_dtype(step.dtype))
 
     def extra_repr(self) -> str:
-        return f"threshold={self.amplitude:.4g}, start={self.start}"
+        said = f"{self.amplitude:.4g}" if self.by_channel is None else f"[{len(self.by_channel)}]"
+        return f"threshold={said}, start={self.start}"
 
 
 class Converted(Student):
@@ -101,7 +141,7 @@ class Converted(Student):
         encoder: direct, with the teacher's mean and deviation.
         timesteps: T; set the attribute to run with another.
         description: method, `membrane_start` (in thresholds), `percentile` (None for other methods),
-            `calibration_images` and the `thresholds` by layer.
+            `calibration_images` and the `thresholds` by layer (the mean where each channel has its own).
     """
 
     def __init__(self, network: Staged, encoder: nn.Module, timesteps: int, description: dict[str, Any]):
@@ -126,13 +166,16 @@ def convert(
         method: where the thresholds come from. "maxnorm": the layer's largest activation (Diehl et al., IJCNN 2015).
             "percentile": of its activations above 0 (Rueckauer et al., Frontiers in Neuroscience 2017; above 0 as in
             code that follows theirs). "qcfs": what a teacher on the QCFS activation has learnt (Bu et al., ICLR 2022).
-            A layer that is silent on all images gets 1.
-        images: training images, on the teacher's device; "maxnorm" and "percentile" measure on all of them, without
-            augmentation, "qcfs" on none.
+            A layer that is silent on all images gets 1. "local-balancing": of each channel, raised batch by batch (Bu
+            et al., CVPR 2025). For the T given here: "threshold-iteration", of each channel, the best for the currents
+            that batch norm announces; "light-calibration", the best for measured activations, with batch norm's shifts
+            corrected layer by layer (Li et al., ICML 2021). See `lasnn.evaluation.few_steps`.
+        images: training images, on the teacher's device; "maxnorm", "percentile" and "local-balancing" measure on all
+            of them, without augmentation, "light-calibration" on 512, "qcfs" and "threshold-iteration" on none.
         percentile: in (0, 100].
-        membrane_start: voltage before the first step, as a share of the threshold, in [0, 1); None is 0 for "maxnorm"
-            and "percentile", 1/2 for "qcfs".
-        timesteps: T of the result; it runs at any other.
+        membrane_start: voltage before the first step, as a share of the threshold, in [0, 1); None is 1/2 for "qcfs",
+            "threshold-iteration" and "local-balancing", 0 for the others.
+        timesteps: T of the result; it runs at any other, and at another than it was made for (`OF_ONE_T`) it is worse.
         batch_size: images measured at once.
 
     Returns:
@@ -144,8 +187,18 @@ def convert(
     """
     check(teacher, method, images.shape[1:], percentile=percentile, membrane_start=membrane_start)
     start = MEMBRANE_START[method] if membrane_start is None else membrane_start
-    thresholds = learnt_thresholds(teacher) if method == "qcfs" else None
-    if thresholds is None:
+    thresholds: dict[str, float] | dict[str, Tensor]
+    measured_on = len(images)
+    if method == "qcfs":
+        thresholds, measured_on = learnt_thresholds(teacher), 0
+    elif method == "threshold-iteration":
+        thresholds, measured_on = iterated_thresholds(teacher, images.shape[1:], timesteps), 0
+    elif method == "local-balancing":
+        thresholds = balanced_thresholds(teacher, images, batch_size)
+    elif method == "light-calibration":
+        thresholds = nearest_thresholds(teacher, images, timesteps, start)
+        measured_on = sum(map(len, some(images, seed=0)))
+    else:
         share = percentile if method == "percentile" else 100.0
         thresholds = measured_thresholds(teacher, images, share, batch_size=batch_size)
     network = copy.deepcopy(teacher.network).requires_grad_(False).eval()
@@ -159,10 +212,13 @@ def convert(
         "method": method,
         "membrane_start": start,
         "percentile": percentile if method == "percentile" else None,
-        "calibration_images": 0 if method == "qcfs" else len(images),
-        "thresholds": thresholds,
+        "calibration_images": measured_on,
+        "thresholds": {name: float(torch.as_tensor(value).mean()) for name, value in thresholds.items()},
     }
-    return Converted(network, encoder, timesteps, description).eval()
+    converted = Converted(network, encoder, timesteps, description).eval()
+    if method == "light-calibration":
+        correct_biases(converted, teacher, images)
+    return converted
 
 
 def check(

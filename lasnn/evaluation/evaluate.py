@@ -1,17 +1,19 @@
 """Evaluation of a finished run at any number of time steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lasnn.data import Images, Streamed
 from lasnn.errors import UserError
-from lasnn.evaluation.conversion import Converted, Method, check, check_options, convert
+from lasnn.evaluation.conversion import OF_ONE_T, Converted, Method, check, check_options, convert
 from lasnn.evaluation.energy import break_even_rate, in_each_precision, teacher_layers
 from lasnn.evaluation.measure import measure, teacher_accuracy
 from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
 from lasnn.evaluation.speed import speed
 from lasnn.loaded_run import Run, load_run
+from lasnn.network.teacher import Teacher
 from lasnn.run import environment
 
 __all__ = ["Run", "evaluate", "load_run"]
@@ -86,24 +88,27 @@ def evaluate(
         check_conversion(run, converted, **options)
     train, test = run.images.train, run.images.test
     batch_size = run.recipe.data.batch_size
-    student = run.student
-    if converted is not None:
-        student = convert(run.teacher, converted, train, batch_size=batch_size, **options)
-    count = (draws or DRAWS) if student.encoder.random else 1
+    if converted is None:
+        students = [(run.student, list(timesteps))]
+    else:
+        students = conversions(run.teacher, converted, train, timesteps, batch_size=batch_size, **options)
     try:
-        measured = [
-            measure(
-                student,
-                test,
-                timesteps,
-                batch_size=batch_size,
-                seed=run.recipe.seed,
-                draw=draw,
-                early_exit=early_exit,
-            )
-            for draw in range(count)
-        ]
-        results = [merge(same) for same in zip(*measured, strict=True)]
+        results = []
+        for student, steps in students:
+            count = (draws or DRAWS) if student.encoder.random else 1
+            measured = [
+                measure(
+                    student,
+                    test,
+                    steps,
+                    batch_size=batch_size,
+                    seed=run.recipe.seed,
+                    draw=draw,
+                    early_exit=early_exit,
+                )
+                for draw in range(count)
+            ]
+            results += [merge(same) | {"student": student} for same in zip(*measured, strict=True)]
         image = (run.description.channels, run.description.height, run.description.width)
         teacher = {}
         if run.teacher is not None:
@@ -114,6 +119,7 @@ def evaluate(
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
             teacher["teacher_energy_with_memory"] = in_each_precision(teacher_layers(run.teacher, image))
         for result in results:
+            student = result.pop("student")
             if include_speed:
                 student.timesteps = result["timesteps"]
                 result["operations"]["dense"] = dense_operations(student.steps, image, run.device)
@@ -134,6 +140,22 @@ def break_even(result: dict[str, Any]) -> dict[str, float | None]:
         name: break_even_rate(result["firing_rate"], student, result["teacher_energy_with_memory"][name]["energy_uj"])
         for name, student in result["energy_with_memory"].items()
     }
+
+
+def conversions(
+    teacher: Teacher, method: Method, images: Images | Streamed, timesteps: Sequence[int], **options: Any
+) -> Iterator[tuple[Converted, list[int]]]:
+    """A teacher's conversions, each with those of the T that it is to be measured at: one for all, or for each its own
+    where the method chooses its thresholds for T.
+
+    Args:
+        teacher, method, images, options: as for `convert`.
+    """
+    if method not in OF_ONE_T:
+        yield convert(teacher, method, images, **options), list(timesteps)
+        return
+    for steps in timesteps:
+        yield convert(teacher, method, images, timesteps=steps, **options), [steps]
 
 
 def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lasnn.errors import UserError
-from lasnn.evaluation.conversion import Method, check
+from lasnn.evaluation.conversion import OF_ONE_T, Method, check
 from lasnn.evaluation.evaluate import evaluate, first_reaching
 from lasnn.factory import make_teacher
 from lasnn.plan import Plan
@@ -22,10 +22,12 @@ from lasnn.recipe.schema import Recipe
 from lasnn.run import RunFolder
 from lasnn.weights import digest, load_weights
 
-METHODS: tuple[Method, ...] = ("maxnorm", "percentile", "qcfs")
+METHODS: tuple[Method, ...] = get_args(Method)
 LONGEST = 1024
 # A run of T steps costs T passes, and one of 4 T gives the shorter one too: few are made in vain.
 GROWTH, SHORTEST = 4, 16
+# T that are measured at once where each needs a conversion of its own.
+TOGETHER = 4
 
 
 def qcfs_settings(recipe: Recipe) -> tuple[str, ...] | None:
@@ -39,6 +41,13 @@ def qcfs_settings(recipe: Recipe) -> tuple[str, ...] | None:
         return None
     short = ("student.timesteps=1", "distill.epochs=1", "distill.warmup_epochs=0.0")
     return ("teacher.activation=qcfs", *short, f"losses={toml_value([{'name': 'cross-entropy'}])}")
+
+
+def furthest(method: Method, longest: int) -> int:
+    """The T at which a method is given up: where each T is a conversion of its own, and all of them cost the square of
+    the longest, so early that they cost no more than twice those of another method.
+    """
+    return min(longest, math.isqrt(4 * longest)) if method in OF_ONE_T else longest
 
 
 def check_convertible(plans: Mapping[str, Plan]) -> None:
@@ -61,7 +70,7 @@ def check_convertible(plans: Mapping[str, Plan]) -> None:
 
 
 def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept: Path) -> dict[str, Any]:
-    """Convert a run's teacher and measure it at every T, until an accuracy is reached or T is `longest`.
+    """Convert a run's teacher and measure it at every T, until an accuracy is reached or it is given up (`furthest`).
 
     What is measured is kept in a file, and taken from there where it goes far enough for the same teacher.
 
@@ -74,9 +83,13 @@ def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept
     found = folder.read_json(kept.name)
     if found.get("teacher") != teacher:
         found = {"results": []}
-    while len(found["results"]) < longest and first_reaching(found["results"], accuracy) is None:
-        steps = min(longest, max(SHORTEST, GROWTH * len(found["results"])))
-        results = evaluate(run, range(1, steps + 1), converted=method, include_speed=False)
+    last = furthest(method, longest)
+    while len(found["results"]) < last and first_reaching(found["results"], accuracy) is None:
+        done = len(found["results"])
+        first, steps = 1, min(last, max(SHORTEST, GROWTH * done))
+        if method in OF_ONE_T:
+            first, steps = done + 1, min(last, done + TOGETHER)
+        results = evaluate(run, range(first, steps + 1), converted=method, include_speed=False)
         figures = ("timesteps", "accuracy", "firing_rate", "energy_uj")
         found = {
             "method": method,
@@ -84,7 +97,7 @@ def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept
             "teacher": teacher,
             "teacher_accuracy": results[0]["teacher_accuracy"],
             "converted": results[0]["converted"],
-            "results": [{key: result[key] for key in figures} for result in results],
+            "results": found["results"][: first - 1] + [{key: result[key] for key in figures} for result in results],
         }
         folder.write_json(kept.name, found)
     return found
@@ -97,6 +110,7 @@ def match(
 
     Args:
         timesteps: T of the students.
+        longest: T at which the method was given up.
         students: {seed: accuracy}.
         curves: {seed: what `convert_until` returned}.
     """

@@ -114,13 +114,18 @@ class OperationCounter:
     def _count_spikes(self, name: str):
         def hook(unit: NormSpike, inputs: tuple[Tensor, ...], named: dict[str, Tensor], spikes: Tensor) -> None:
             # A converted network's spikes carry their layer's threshold, and count as one.
-            spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
+            amplitude, emitted, numbers = getattr(unit.neuron, "amplitude", 1.0), spikes, None
+            if isinstance(amplitude, Tensor):
+                # Each channel's carry a value of their own.
+                amplitude, numbers = 1.0, spikes.detach().ne(0).to(spikes.dtype)
+                spikes = numbers
+            spikes_per_one = 1 / amplitude
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
             count[self._now] += spikes_per_one * self._by_step(spikes)
             fired = self.student.network.time.unfold(spikes).detach().ne(0).any(1)
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
-            self._mark(spikes, spikes_per_one)
+            self._mark(emitted, spikes_per_one, numbers)
             residual = inputs[1] if len(inputs) > 1 else named.get("residual")
             added = None if residual is None else self._spikes_in(residual)
             if added is not None:

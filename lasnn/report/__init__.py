@@ -36,7 +36,7 @@ def report(
         out: the HTML file; None is `report.html` in the run folder. An earlier report is replaced, no other file.
         timesteps: T, or several, of the student's accuracy; None is 1 to twice the training's T, at most 16 unless that
             is longer; where each T is a run of its own (rate encoding), the powers of two among them.
-        converted: how the teacher is converted for comparison: maxnorm, percentile, qcfs, or "none". None is qcfs where
+        converted: how the teacher is converted for comparison, by a method of `evaluate`, or "none". None is qcfs where
             the teacher has learnt its thresholds and percentile otherwise, and a teacher that cannot be converted is no
             error: the page says why.
         longest: T up to which the conversion is measured.

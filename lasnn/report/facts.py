@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lasnn.data import Batches
 from lasnn.errors import UserError
-from lasnn.evaluation.conversion import Method, convert
+from lasnn.evaluation.conversion import Method
 from lasnn.evaluation.energy import break_even_rate, in_each_precision, teacher_layers
-from lasnn.evaluation.evaluate import check_conversion
+from lasnn.evaluation.evaluate import check_conversion, conversions
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import PJ_MULTIPLY_ADD, teacher_energy_uj
@@ -265,8 +265,9 @@ def convert_teacher(
     about = timedelta(seconds=round(longest * step_seconds))
     tell(f"teacher, converted by {method}: {len(test):,} test images, up to T = {longest}, about {about} (--longest)")
     batch_size = run.recipe.data.batch_size
-    converted = convert(run.teacher, method, train, batch_size=batch_size)
-    results = measure(converted, test, timesteps, batch_size=batch_size, seed=run.recipe.seed)
+    results = []
+    for converted, steps in conversions(run.teacher, method, train, timesteps, batch_size=batch_size):
+        results += measure(converted, test, steps, batch_size=batch_size, seed=run.recipe.seed)
     known = {key: value for key, value in converted.description.items() if key != "thresholds"}
     return {**known, "results": results}
 

@@ -8,12 +8,12 @@ from lasnn import processes
 from lasnn.compatibility import starting_weights
 from lasnn.data import Images, Streamed
 from lasnn.description import describe_start
+from lasnn.evaluation.balance import balance
 from lasnn.factory import make_student
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.plan import Plan
 from lasnn.random import keyed
-from lasnn.training.balance import balance
 from lasnn.weights import digest
 
 

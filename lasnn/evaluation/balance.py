@@ -170,7 +170,18 @@ def some(images: Images | Streamed, seed: int) -> Iterator[Tensor]:
 
 def noise(ann: Teacher, image: tuple[int, int, int], seed: int) -> dict[str, tuple[Tensor, Tensor]]:
     """The same where every batch norm gives N(beta, gamma^2) in each channel, whatever it is given."""
-    draws = torch.Generator().manual_seed(seed)
+    with noise_of_norms(ann, seed) as images:
+        return recorded(ann, lambda: ann(images(image)))
+
+
+@contextmanager
+def noise_of_norms(ann: Teacher, seed: int) -> Iterator[Callable[[tuple[int, int, int]], Tensor]]:
+    """Within the block every batch norm gives N(beta, gamma^2) in each channel, whatever it is given.
+
+    Yields:
+        From C, H, W to the images to call the ANN with.
+    """
+    draws = generator(seed, "noise")
 
     def drawn(norm: nn.Module, _: object, output: Tensor) -> Tensor:
         x = torch.randn(output.shape, generator=draws).to(output.device)
@@ -182,7 +193,7 @@ def noise(ann: Teacher, image: tuple[int, int, int], seed: int) -> dict[str, tup
     hooks = [module.register_forward_hook(drawn) for module in ann.modules() if isinstance(module, NORMS)]
     try:
         device = next(ann.parameters()).device
-        return recorded(ann, lambda: ann(torch.zeros(NOISE, *image, device=device)))
+        yield lambda image: torch.zeros(NOISE, *image, device=device)
     finally:
         for hook in hooks:
             hook.remove()
