@@ -51,7 +51,8 @@ def test_by_hand(tiny):
     measure = Diagnostics(built.objective, built.plan, built.train)
     before = torch.random.get_rng_state()
     found = measure(0)["diagnostics"]
-    assert torch.equal(before, torch.random.get_rng_state()) and student.training
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert student.training
     assert all(torch.equal(value, kept[name]) for name, value in student.state_dict().items())
     assert all(parameter.grad is None for parameter in student.parameters())
     assert measure(0)["diagnostics"] == found

@@ -32,7 +32,8 @@ def test_what_is_held_out_is_of_each_image_alone():
     images = pictures(200)
     train, held = hold_out(images, 50)
     assert (len(train), len(held)) == (150, 50)
-    assert as_set(train) | as_set(held) == as_set(images) and not as_set(train) & as_set(held)
+    assert as_set(train) | as_set(held) == as_set(images)
+    assert not as_set(train) & as_set(held)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(1))
     _, again = hold_out(Images(images.pixels[order], images.labels[order]), 50)
     assert as_set(again) == as_set(held)
@@ -70,7 +71,8 @@ def test_streamed_images_are_split_as_resident_ones():
         assert kept.fingerprint() == streamed.fingerprint() != images.fingerprint()
         assert torch.equal(kept.labels, streamed.labels)
         [(pixels, labels)] = streamed.batches([torch.arange(len(streamed))])
-        assert torch.equal(pixels, kept.pixels) and torch.equal(labels, kept.labels)
+        assert torch.equal(pixels, kept.pixels)
+        assert torch.equal(labels, kept.labels)
 
 
 def test_a_run_measures_them_and_does_not_train_on_them(tiny, cached_teachers):
@@ -79,9 +81,11 @@ def test_a_run_measures_them_and_does_not_train_on_them(tiny, cached_teachers):
     epochs = run.metrics()
     assert len(epochs) == 4
     for line in epochs:
-        assert 0 <= line["validation_accuracy"] <= 1 and line["validation_nll"] > 0
+        assert 0 <= line["validation_accuracy"] <= 1
+        assert line["validation_nll"] > 0
     for key in ("validation_accuracy", "validation_nll"):
-        assert summary[key] == epochs[-1][key] and summary[f"teacher_{key}"] == epochs[1][key]
+        assert summary[key] == epochs[-1][key]
+        assert summary[f"teacher_{key}"] == epochs[1][key]
     loaded = load_run(run.path)
     assert (len(loaded.images.train), len(loaded.images.validation)) == (360, 40)
     assert not as_set(loaded.images.train) & as_set(loaded.images.validation)
@@ -118,7 +122,8 @@ def test_a_stopped_run_resumes_and_refuses_another_number(tiny, cached_teachers)
 def test_the_plan_counts_what_is_left(tiny):
     plan = read_plan(tiny, HELD)
     assert plan.summary()["images"] == {"train": 360, "validation": 40, "test": 120}
-    assert plan.steps_per_epoch == 8 and read_plan(tiny, ["data.validation=60"]).steps_per_epoch == 7
+    assert plan.steps_per_epoch == 8
+    assert read_plan(tiny, ["data.validation=60"]).steps_per_epoch == 7
     assert plan.notes[0] == "held out 40 of the 400 training images, by a hash of each; not trained on"
     with pytest.raises(UserError, match=r"data\.validation: 400 images to hold out; there are 400 training images"):
         read_plan(tiny, ["data.validation=400"])
@@ -127,7 +132,8 @@ def test_the_plan_counts_what_is_left(tiny):
 def test_the_command_says_them(tiny, lasnn, cached_teachers):
     said = lasnn("distill", tiny, "--set", "data.validation=40", "--set", "distill.epochs=1")
     text = said.stdout + said.stderr
-    assert "held out by class: T-shirt/top " in text and "(nll " in text
+    assert "held out by class: T-shirt/top " in text
+    assert "(nll " in text
 
 
 def test_rows_are_compared_by_them(tiny, lasnn, cached_teachers):
@@ -136,23 +142,27 @@ def test_rows_are_compared_by_them(tiny, lasnn, cached_teachers):
     assert "unknown --by 'loss'" in lasnn(*command[:-1], "loss", code=2).stderr
     assert "--by validation_nll" in lasnn(*command, "--against-conversion", code=2).stderr
     found = lasnn.json(*command, "--set", "data.validation=40")
-    assert found["measure"] == "validation_nll" and found["conditions"]["images"] == 40
+    assert found["measure"] == "validation_nll"
+    assert found["conditions"]["images"] == 40
     for row in found["arms"]:
         by_seed = {}
         for seed in ("0", "1"):
             folder = tiny.parent / "runs" / "compare" / "tiny" / f"{row['name']}-T2-seed{seed}"
             by_seed[seed] = json.loads((folder / "summary.json").read_text())["validation_nll"]
-        assert row["validation_nll"] == by_seed and row["mean"] == pytest.approx(sum(by_seed.values()) / 2)
+        assert row["validation_nll"] == by_seed
+        assert row["mean"] == pytest.approx(sum(by_seed.values()) / 2)
         assert "accuracy" not in row
     ours, alone = (row["validation_nll"] for row in found["arms"])
     gain = found["gains"][0]
     assert gain["mean"] == pytest.approx(sum(ours[seed] - alone[seed] for seed in ours) / 2)
     text = (tiny.parent / "runs" / "compare" / "tiny" / "compare.md").read_text()
-    assert text.startswith("Negative log-likelihood on the images held out") and "40 images held out" in text
+    assert text.startswith("Negative log-likelihood on the images held out")
+    assert "40 images held out" in text
 
 
 def test_held_out_pictures_stay_known_to_the_run(tiny, cached_teachers):
     run = distill(tiny, "run", overrides=[*HELD, "distill.epochs=1"])
     described = json.loads((run / "data.json").read_text())
-    assert described["validation"] == 40 and described["train_size"] == 400
+    assert described["validation"] == 40
+    assert described["train_size"] == 400
     assert load_run(run.path).description.validation == 40
