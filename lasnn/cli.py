@@ -264,7 +264,7 @@ def compare(
         str,
         typer.Option(
             metavar="MEASURE",
-            help="accuracy (test images), validation_accuracy or validation_nll (those data.validation holds out).",
+            help="accuracy (test images), or validation_accuracy, validation_nll (those data.validation holds out).",
         ),
     ] = "accuracy",
     out: Annotated[

@@ -102,9 +102,14 @@ def more_epochs(change: Change, recipe: Recipe, begun: bool) -> str:
         return f"{change}: the student's training has not begun"
     if change.now < change.before:
         raise UserError(f"{change}: the student's training has begun, and fewer epochs change its learning rates")
+    if table.schedule == "step":
+        raise UserError(
+            f"{change}: the student's training has begun, and its learning rate falls at shares of all epochs, so that "
+            "more of them change the rates of those that are done"
+        )
     if table.min_lr != table.lr:
         raise UserError(
-            f"{change}: the student's training has begun, and its learning rate falls along a cosine over all epochs, "
+            f"{change}: the student's training has begun, and its learning rate follows a schedule over all epochs, "
             "so that more of them change the rates of those that are done; with min_lr = lr, a constant rate, they do "
             "not"
         )

@@ -167,6 +167,7 @@ def metrics(out: Path) -> list[dict]:
         pytest.param(3, ["data.accumulate=2"], marks=pytest.mark.full),
         pytest.param(3, ["student.encoder=direct", "distill.optimizer=adamw"], marks=pytest.mark.full),
         pytest.param(2, ["distill.time_chunk=2"], marks=pytest.mark.full),
+        pytest.param(2, ["data.validation=6", "distill.ema=0.9"], marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -192,6 +193,10 @@ def test_processes_train_what_one_trains(folder, tmp_path, count, settings):
     for wanted, got in zip(metrics(one), metrics(several), strict=True):
         assert got["losses"] == pytest.approx(wanted["losses"], abs=1e-9)
         assert got["accuracy"] == wanted["accuracy"]
+        assert got.get("validation_nll") == pytest.approx(wanted.get("validation_nll"), rel=1e-9)
+        assert got.get("diagnostics", {}).keys() == wanted.get("diagnostics", {}).keys()
+        for what, value in wanted.get("diagnostics", {}).items():
+            assert got["diagnostics"][what] == pytest.approx(value, rel=1e-5)
         assert round(23 * got["accuracy"]) == pytest.approx(23 * got["accuracy"])
     wanted, got = (json.loads((out / "summary.json").read_text()) for out in (one, several))
     for key in ("accuracy", "firing_rate", "energy_uj", "images", "epochs"):

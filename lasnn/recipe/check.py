@@ -230,6 +230,7 @@ class Form:
             lowest, highest = training.get("min_lr"), training.get("lr")
             if None not in (lowest, highest) and lowest > highest:
                 found.append(((table, "min_lr"), f"{lowest:g} is above lr = {highest:g}"))
+            found += _check_schedule(table, training)
         return found
 
     def _check_start(self) -> Iterator[tuple[Place, str]]:
@@ -302,6 +303,27 @@ class Form:
         if activation not in (None, "relu") and teacher_registry(architecture) is teachers:
             message = f"{architecture!r} brings activations of its own; leave it out, or name an architecture"
             yield (name, "activation"), message
+
+
+# The keys that go with one schedule of the learning rate alone.
+OF_A_SCHEDULE = {"milestones": "step", "gamma": "step", "decay_share": "warmup-stable-decay"}
+
+
+def _check_schedule(table: str, training: dict[str, Any]) -> Iterator[tuple[Place, str]]:
+    """Complain of keys that go with another schedule, and of phases that overlap."""
+    schedule = training.get("schedule")
+    for key, wanted in OF_A_SCHEDULE.items():
+        if training.get(key) is not None and schedule not in (None, wanted):
+            message = f'has no effect with schedule = "{schedule}"; leave it out, or set schedule = "{wanted}"'
+            yield (table, key), message
+    milestones = training.get("milestones")
+    if milestones and sorted(set(milestones)) != milestones:
+        yield (table, "milestones"), "they must rise: each is a share of the training, after the one before"
+    warmup, epochs = training.get("warmup_epochs"), training.get("epochs")
+    if schedule == "warmup-stable-decay" and None not in (warmup, epochs):
+        share = training.get("decay_share") or 0.2
+        if warmup <= epochs < warmup + share * epochs:
+            yield (table, "warmup_epochs"), f"{warmup:g} of {epochs} epochs run into the last {share:.0%}, the decay"
 
 
 def teacher_registry(name: object) -> Registry:

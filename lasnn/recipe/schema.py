@@ -47,11 +47,11 @@ class Training(BaseModel):
     epochs: Count = 300
     """Passes over the training images."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW; both with a cosine schedule."""
+    """SGD with momentum, or AdamW."""
     lr: Positive = 0.1
     """Learning rate at the end of the warm-up."""
     min_lr: NonNegative = 0.0
-    """Learning rate that the cosine ends at."""
+    """Learning rate that the schedule ends at; one of steps does not fall below it."""
     warmup_epochs: NonNegative = 0.0
     """Epochs of linear warm-up from 0; fractions are allowed."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -60,6 +60,16 @@ class Training(BaseModel):
     """L2 penalty of SGD, decoupled decay of AdamW."""
     clip_norm: NonNegative = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    schedule: Literal["cosine", "step", "warmup-stable-decay"] = "cosine"
+    """How `lr` goes on after the warm-up: half a cosine; a factor at milestones; constant, then linearly down."""
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
+    """For schedule = "step": shares of the training at which `lr` is multiplied by `gamma`; left out, [0.5, 0.75]."""
+    gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For schedule = "step": the factor; left out, 0.1."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For "warmup-stable-decay": the last share of the training, in which `lr` falls to `min_lr`; left out, 0.2."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of the moving average of the weights, as 0.999; it is then what is measured and kept. 0 keeps none."""
 
 
 class AugmentTable(Part):
@@ -168,7 +178,7 @@ class DistillTable(Training, Section):
     time_chunk: Annotated[int, Field(ge=0)] = 0
     """Most time steps computed at once, the rest in turn and again backward, for a long T; 0 is all."""
     diagnostics: bool = True
-    """Measure after each epoch what each loss does to the student, and how its stages spike; no weight changes."""
+    """Measure after each epoch what each loss does to the student, and how its stages spike."""
 
 
 class LossTable(Part):
@@ -351,7 +361,7 @@ class Recipe(Section):
             if table and table.checkpoint is not None:
                 # A teacher that is read from a file has no training settings, and may not be given any.
                 for key in TeacherTable.training_keys:
-                    del tables[name][key]
+                    tables[name].pop(key, None)
             if table and table.activation != "qcfs":
                 del tables[name]["levels"]
         if self.student.init not in check.BALANCED:

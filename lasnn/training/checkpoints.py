@@ -11,6 +11,7 @@ from torch import nn
 
 from lasnn import processes
 from lasnn.errors import UserError
+from lasnn.training.average import Average
 from lasnn.training.precision import Precision
 from lasnn.training.progress import Progress
 from lasnn.weights import save_state
@@ -81,6 +82,7 @@ class Checkpoints:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
+        average: Average,
         *,
         epochs: int,
         steps: int,
@@ -88,7 +90,7 @@ class Checkpoints:
         """Load what was saved of a training; False where nothing was saved of its phase.
 
         Args:
-            progress, model, objective, optimizer, precision: get their saved states.
+            progress, model, objective, optimizer, precision, average: get their saved states.
             epochs, steps: how many epochs the training has, and how many steps an epoch has.
 
         Raises:
@@ -103,6 +105,7 @@ class Checkpoints:
             objective.load_state_dict(saved["objective"])
             optimizer.load_state_dict(saved["optimizer"])
             precision.scaler.load_state_dict(saved["scaler"])
+            average.load_state_dict(saved.get("average", {}))
             progress.load(saved, epochs, steps)
         return True
 
@@ -113,6 +116,7 @@ class Checkpoints:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         precision: Precision,
+        average: Average,
     ) -> None:
         """Write the full state: the main process does, and every process returns once the file is on the disk."""
         state = {
@@ -122,6 +126,7 @@ class Checkpoints:
             "objective": objective.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": precision.scaler.state_dict(),
+            "average": average.state_dict(),
         }
         save_state(self.path, state)
         # No process may end before it is written: the others would be ended with it.

@@ -181,6 +181,12 @@ def student_phase(
     )
 
 
+def weights_kept(recipe: Recipe) -> str:
+    """Which weights student.safetensors has, which are those that are measured."""
+    decay = recipe.distill.ema
+    return f"exponential moving average of the steps, decay {decay:g}" if decay else "of the last step"
+
+
 def finish(
     plan: Plan,
     described: DatasetDescription,
@@ -211,6 +217,7 @@ def finish(
         "images_per_second": fitted["images_per_second"],
         "epochs": recipe.distill.epochs,
         "images": len(test),
+        "weights": weights_kept(recipe),
         "seed": recipe.seed,
     }
     summary["advice"] = advice(recipe, summary, run.metrics())

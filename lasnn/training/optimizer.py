@@ -7,6 +7,9 @@ from torch import nn
 
 from lasnn.recipe.schema import Training
 
+# Of the schedules, where the recipe leaves them out.
+MILESTONES, GAMMA, DECAY_SHARE = (0.5, 0.75), 0.1, 0.2
+
 
 def make_optimizer(module: nn.Module, config: Training, fused: bool = False) -> torch.optim.Optimizer:
     """SGD or AdamW; one-dimensional parameters (batch norm, biases, tau) do not decay."""
@@ -21,10 +24,24 @@ def make_optimizer(module: nn.Module, config: Training, fused: bool = False) -> 
 
 
 def learning_rate(config: Training, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr` (Loshchilov & Hutter, ICLR 2017)."""
+    """Linear warm-up from 0 to `lr`, then the schedule.
+
+    "cosine" is half a cosine down to `min_lr` (Loshchilov & Hutter, ICLR 2017). "step" multiplies by `gamma` at each of
+    the milestones, shares of all steps (He et al., CVPR 2016). "warmup-stable-decay" stays at `lr` until the last
+    `decay_share` of all steps, in which it falls linearly towards `min_lr` (Hu et al., MiniCPM, COLM 2024; linear as in
+    Haegele et al., NeurIPS 2024).
+    """
     total, warm = config.epochs * steps_per_epoch, config.warmup_epochs * steps_per_epoch
     if step < warm:
         return config.lr * min(1.0, (step + 1) / warm)
+    if config.schedule == "step":
+        # 0.1 of 30 steps is 3.0000000000000004.
+        milestones = [math.ceil(share * total - 1e-6) for share in config.milestones or MILESTONES]
+        passed = sum(step >= milestone for milestone in milestones)
+        return max(config.min_lr, config.lr * (config.gamma or GAMMA) ** passed)
+    if config.schedule == "warmup-stable-decay":
+        left = (total - step) / ((config.decay_share or DECAY_SHARE) * total)
+        return config.min_lr + (config.lr - config.min_lr) * min(1.0, left)
     share = (step - warm) / max(1.0, total - warm)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 

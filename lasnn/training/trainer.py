@@ -3,8 +3,8 @@
     fit -> fit_epoch -> train_step -> forward_backward -> the objective
 
 What is rare has its own file, and does nothing in a plain run: several processes and gradient accumulation
-(parallel.py), half precision (precision.py), numbers that are not finite (nonfinite.py, anomaly.py), saving and
-resuming (checkpoints.py), signals (stop.py).
+(parallel.py), half precision (precision.py), averaged weights (average.py), numbers that are not finite (nonfinite.py,
+anomaly.py), saving and resuming (checkpoints.py), signals (stop.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +23,7 @@ from lasnn.errors import MachineError
 from lasnn.recipe.schema import Training
 from lasnn.registry import translate_own_errors
 from lasnn.run import RunFolder
+from lasnn.training.average import Average
 from lasnn.training.checkpoints import Buffers, Checkpoints
 from lasnn.training.nonfinite import NonFiniteMonitor, check_weights, find_layers, nonfinite_error
 from lasnn.training.objective import Objective
@@ -122,6 +123,7 @@ class Trainer:
         # Where a number is not finite, a fused optimiser skips its step on the device. Not so in fp16: its scaler skips
         # steps too, and goes on, but PyTorch's fused SGD would then read the momentum that its first step never wrote.
         self.optimizer = make_optimizer(self.learnt, phase.config, fused=not self.precision.uses_scaler)
+        self.average = Average(phase.model, phase.config.ema)
         self.objective = self.parallel.distribute(phase.model, phase.objective)
         self.progress = Progress(phase.name, tuple(phase.objective.weights))
         self.buffers = Buffers(self.learnt)
@@ -138,6 +140,7 @@ class Trainer:
             self.save()
             self.callbacks.end_epoch(metrics)
             self.stop_if_asked()
+        self.average.adopt()
         return self.progress.result()
 
     def fit_epoch(self, epoch: int) -> None:
@@ -159,6 +162,7 @@ class Trainer:
         sums = self.parallel.sum(self.forward_backward(batch))
         self.monitor.update(batch.step, sums, self.learnt)
         self.precision.step(self.optimizer, self.learnt, self.phase.config.clip_norm, self.monitor.found_inf())
+        self.average.update()
         return sums
 
     def forward_backward(self, batch: Batch) -> dict[str, Tensor]:
@@ -221,7 +225,7 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the saved state of this phase, if there is one."""
         progress, steps = self.progress, self.phase.steps_per_epoch
-        states = (progress, *self.learnt, self.optimizer, self.precision)
+        states = (progress, *self.learnt, self.optimizer, self.precision, self.average)
         if self.checkpoints.restore(*states, epochs=self.phase.config.epochs, steps=steps):
             self.callbacks.note(
                 f"resuming the {progress.phase} at epoch {progress.epoch + 1}, step {progress.step + 1}"
@@ -236,13 +240,14 @@ class Trainer:
         """Measure the model."""
         self.check_weights()
         self.phase.model.eval()
-        with translate_own_errors(lambda: f"{self.phase.name} epoch {self.progress.epoch + 1}, evaluation"):
+        where = f"{self.phase.name} epoch {self.progress.epoch + 1}, evaluation"
+        with self.average.applied(), translate_own_errors(lambda: where):
             return self.phase.evaluate()
 
     def save(self) -> None:
         """Save the full state."""
         self.check_weights()
-        self.checkpoints.save(self.progress, *self.learnt, self.optimizer, self.precision)
+        self.checkpoints.save(self.progress, *self.learnt, self.optimizer, self.precision, self.average)
 
     def stop_if_asked(self) -> None:
         """Raises Stopped where a signal has come to any process."""
