@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout
@@ -19,7 +20,6 @@ app = typer.Typer(
     # Boxes and colours are for people; a pipe gets plain lines. Standard output may be closed.
     rich_markup_mode="rich" if sys.stdout is not None and sys.stdout.isatty() else None,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Distil a trained ANN, layer by layer, into a small and fast spiking network.",
@@ -31,9 +31,25 @@ SPIN_COUNT = "3000"
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
+
+def complete_recipe(typed: str) -> list[str]:
+    """The shipped recipes that begin with what was typed, for a shell."""
+    from lasnn.recipe.load import shipped
+
+    return [name for name in shipped() if name.startswith(typed)]
+
+
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as student.timesteps=2. Repeatable."),
+]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A TOML file, or a shipped recipe's name.",
+        autocompletion=complete_recipe,
+    ),
 ]
 DataFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The folder of the run's images.  [default: where it has them]")
@@ -60,7 +76,7 @@ def options(
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run folder.  [default: runs/<recipe>-<number>]")
@@ -215,7 +231,7 @@ def export(
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     seeds: Annotated[int, typer.Option(metavar="N", help="How many seeds, from the recipe's own on.")] = 5,
     overrides: Overrides = None,
     timesteps: Annotated[
@@ -368,6 +384,69 @@ def list_parts(
     print_parts(to_stdout(), found)
 
 
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Your pictures, with a folder a class in it.")],
+    size: Annotated[
+        int | None, typer.Option(metavar="N", help="Pixels a side.  [default: of the pictures, at most 64]")
+    ] = None,
+    architecture: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of teacher and student.  [default: by size and number]")
+    ] = None,
+    timesteps: Annotated[int | None, typer.Option(metavar="T", help="Of the student.  [default: 4]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each training.  [default: by the number of pictures]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The recipe.  [default: <folder>.toml in this folder]")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing, take the defaults.")] = False,
+) -> None:
+    """Write a first recipe, with comments, for a folder of your pictures; asks four questions on a terminal."""
+    from lasnn import starter
+    from lasnn.console import print_plan, to_stdout
+
+    given = starter.Choices(size, architecture, timesteps, epochs)
+    pictures = starter.look(folder)
+    console = to_stdout()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    choices = starter.propose(pictures, given)
+    asked = not yes and sys.stdin is not None and sys.stdin.isatty() and console.is_terminal
+    say(
+        f"{pictures.root}: {len(pictures.classes)} classes, {pictures.train:,} training and {pictures.test:,} test "
+        f"pictures, {'grey' if pictures.grey else 'coloured'}, {pictures.side} pixels a side in the median"
+    )
+    if asked:
+        choices = starter.ask(choices, given, lambda question, value: typer.prompt(question, value, type=type(value)))
+    elif not yes and choices != given:
+        taken = [f"--{name} {value}" for name, value in vars(choices).items() if getattr(given, name) is None]
+        say(f"no terminal to ask on; taken: {' '.join(taken)}")
+    path, plan = starter.write(pictures, choices, out)
+    print_plan(console, plan)
+    say(f"recipe: {path}\nnext: lasnn distill {shlex.quote(str(path))}")
+
+
+@app.command()
+def schema(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="Also with the parts that this recipe's plugins register."),
+    ] = None,
+) -> None:
+    """Print the JSON schema of recipes, with which an editor completes and checks them."""
+    from lasnn.recipe.json_schema import json_schema
+    from lasnn.recipe.schema import Recipe
+
+    if recipe is not None:
+        # A plugin may print what it likes.
+        with redirect_stdout(sys.stderr):
+            Recipe.load(recipe)
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
+
+
 def list_runs(as_json: bool) -> None:
     """The runs under runs/, the newest last: how far they are, and whether they can be resumed."""
     from lasnn.run import all_runs, status
@@ -423,7 +502,7 @@ def bench_kernels(
 
 @bench.command("step")
 def bench_step(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     timesteps: Annotated[
         str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")

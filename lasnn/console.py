@@ -1,4 +1,4 @@
-"""What a distillation tells while it runs: a live line on a terminal, plain lines when piped, nothing in Python."""
+"""What a distillation tells while it runs: a bar and a live line on a terminal, plain lines when piped."""
 
 import json
 import sys
@@ -9,89 +9,96 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from lasnn.callback import Callback
+
+# Characters of a bar.
+BAR = 20
 
 
 class NoProgress(Callback):
     """Tells nobody."""
 
 
-class ConsoleProgress(Callback):
-    """One line an epoch on a stream, and on a terminal a live line for the epoch in progress."""
+class RunProgress(Callback):
+    """What a run tells of its progress; where it is shown is a subclass's."""
 
-    def __init__(self, console: Console):
-        self.console = console
-        self._live: Live | None = None
+    def __init__(self):
         self._last: Mapping[str, Any] = {}
 
+    def say(self, text: str) -> None:
+        """Show a line."""
+        raise NotImplementedError
+
+    def begin_live(self) -> bool:
+        """Begin to show the epoch in progress; False where that is not shown."""
+        return False
+
+    def live(self, text: str, share: float) -> None:
+        """Show where the epoch in progress is, and how much of the phase is done."""
+
     def start(self, plan: Any, run: Path) -> None:
-        print_plan(self.console, plan)
-        self._say(f"run folder: {run}")
         self._plan = plan
+        self.say(f"run folder: {run}")
 
     def note(self, text: str) -> None:
-        self._say(text)
+        self.say(text)
 
     def teacher(self, result: Mapping[str, Any]) -> None:
-        self._say(f"teacher: test accuracy {result['accuracy']:.4f}")
+        self.say(f"teacher: test accuracy {result['accuracy']:.4f}")
 
     def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
         if epoch == 0 or not self._last or self._last.get("phase") != phase:
             self._begun, self._begun_epoch = time.perf_counter(), epoch
         self._now = (phase, epoch, epochs, steps)
-        if self.console.is_terminal and self._live is None:
-            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
-            self._live.start()
+        self._shown = self.begin_live()
 
     def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-        if self._live is None:
+        if not self._shown:
             return
         phase, epoch, epochs, steps = self._now
         batch = self._plan.recipe.data.batch_size
         seen = min((step + 1) * batch, self._plan.data.train_size)
         terms = "  ".join(f"{name} {float(sums[name]) / seen:.4g}" for name in weights)
-        left = self._left(epoch - self._begun_epoch + (step + 1) / steps, epochs - self._begun_epoch)
+        done = epoch + (step + 1) / steps
+        left = self._left(done - self._begun_epoch, epochs - self._begun_epoch)
         accuracy = f"  accuracy {self._last['accuracy']:.4f}" if self._last.get("phase") == phase else ""
         text = (
             f"{phase} epoch {epoch + 1}/{epochs}  step {step + 1}/{steps}  {terms}{accuracy}  "
             f"{rate:.0f} images/s  {left}"
         )
-        self._live.update(Text(text))
+        self.live(text, done / epochs)
 
     def end_epoch(self, metrics: Mapping[str, Any]) -> None:
-        phase, epoch, epochs, _ = self._now
+        _, epoch, epochs, _ = self._now
         self._last = metrics
-        terms = "  ".join(f"{name} {value:.4g}" for name, value in metrics["losses"].items())
-        left = self._left(epoch + 1 - self._begun_epoch, epochs - self._begun_epoch)
-        self._say(
-            f"{phase} epoch {epoch + 1:>{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.4f} ({terms})  "
-            f"accuracy {metrics['accuracy']:.4f}  {metrics['images_per_second']:.0f} images/s  {left}"
-        )
+        self.epoch_done(metrics, epochs, self._left(epoch + 1 - self._begun_epoch, epochs - self._begun_epoch))
         if epoch + 1 == epochs:
             self.close()
+
+    def epoch_done(self, metrics: Mapping[str, Any], epochs: int, left: str) -> None:
+        """Show a whole epoch."""
+        terms = "  ".join(f"{name} {value:.4g}" for name, value in metrics["losses"].items())
+        self.say(
+            f"{metrics['phase']} epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  loss {metrics['loss']:.4f} "
+            f"({terms})  accuracy {metrics['accuracy']:.4f}  {metrics['images_per_second']:.0f} images/s  {left}"
+        )
 
     def finish(self, summary: Mapping[str, Any], run: Path) -> None:
         self.close()
         teacher = summary["teacher_accuracy"]
         beside = "" if teacher is None else f" (teacher {teacher:.4f})"
-        self._say(
+        self.say(
             f"student: test accuracy {summary['accuracy']:.4f}{beside} at T = {summary['timesteps']}, "
             f"{summary['firing_rate']:.3f} spikes per neuron and step, {summary['seconds']:.0f} s of training"
         )
         if advice := summary.get("advice"):
-            self._say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
+            self.say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
             for line in advice:
-                self._say(f"  {line}")
-        self._say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
-
-    def close(self) -> None:
-        """End the live line; what was said before stays."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+                self.say(f"  {line}")
 
     def _left(self, done: float, total: float) -> str:
         """Time left in this phase, from the pace so far."""
@@ -100,8 +107,42 @@ class ConsoleProgress(Callback):
         seconds = int((time.perf_counter() - self._begun) / done * (total - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
-    def _say(self, text: str) -> None:
+
+class ConsoleProgress(RunProgress):
+    """One line an epoch on a stream, and on a terminal a bar and a live line for the epoch in progress."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+        self._live: Live | None = None
+
+    def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, plan: Any, run: Path) -> None:
+        print_plan(self.console, plan)
+        super().start(plan, run)
+
+    def begin_live(self) -> bool:
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self._live is not None
+
+    def live(self, text: str, share: float) -> None:
+        line = Table.grid(padding=(0, 1))
+        line.add_row(ProgressBar(total=1.0, completed=share, width=BAR), Text(text, overflow="ellipsis", no_wrap=True))
+        self._live.update(line)
+
+    def finish(self, summary: Mapping[str, Any], run: Path) -> None:
+        super().finish(summary, run)
+        self.say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
+
+    def close(self) -> None:
+        """End the live line; what was said before stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def print_table(console: Console, table: Table) -> None:
@@ -217,9 +258,11 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     print_table(console, layers)
     _say_classes(console, known["classes"], results[-1])
     _say_operations(console, results[-1])
+    _show_energy_with_memory(console, shown)
     for note in (
         "ECE: expected calibration error. silent: the share of neurons that spike on no test image. µJ: 45 nm "
-        "operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy without memory access.",
+        "operation counts (0.9 pJ an addition, 4.6 pJ a multiply-addition), a proxy; with memory access: each read and "
+        "write of a weight, a voltage, a spike or a value too (docs/energy.md).",
         "MiB: of the GPU's memory, during a batch"
         if known["device"].startswith("cuda")
         else "MiB: of this whole process, during a batch",
@@ -253,6 +296,25 @@ def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
         f"{counted['dense']:,.0f} multiply-additions if computed densely"
     )
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_energy_with_memory(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
+    """The energy with memory accesses at each T and the teacher's, and the rates below which the student takes less."""
+    last = results[-1]
+    teacher = last.get("teacher_energy_with_memory")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("µJ/image with memory access", no_wrap=True)
+    further = ["teacher", f"takes less below a rate of (T = {last['timesteps']})"] if teacher else []
+    for title in [*(f"T = {result['timesteps']}" for result in results), *further]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in last["energy_with_memory"]:
+        values = [f"{result['energy_with_memory'][name]['energy_uj']:.3f}" for result in results]
+        if teacher:
+            rate = last["break_even_firing_rate"][name]
+            below = "-" if rate is None else "never" if rate == 0 else f"{rate:.4f}"
+            values += [f"{teacher[name]['energy_uj']:.3f}", below]
+        table.add_row(name, *values)
+    print_table(console, table)
 
 
 def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:

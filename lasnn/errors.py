@@ -4,7 +4,15 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
-class UserError(Exception):
+class Said(Exception):
+    """A failure that its own words explain: a notebook shows them, not the way to the line that raised it."""
+
+    def _render_traceback_(self) -> list[str]:
+        # IPython asks for it.
+        return [f"{type(self).__name__}: {self}", *getattr(self, "__notes__", ())]
+
+
+class UserError(Said):
     """What the user gave cannot work (exit code 2). `problems` holds one line each; all are shown."""
 
     def __init__(self, *problems: str):
@@ -12,7 +20,7 @@ class UserError(Exception):
         self.problems = problems
 
 
-class MachineError(Exception):
+class MachineError(Said):
     """The input is right but the work failed: a full or read-only disk, a training that diverged (exit code 1)."""
 
 

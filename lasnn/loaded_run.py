@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from lasnn.bound_data import data_changes
 from lasnn.data import Dataset, DatasetDescription, Images, Streamed
@@ -48,6 +49,12 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What `summary.json` says."""
         return self.folder.read_json("summary.json")
+
+    def __rich__(self) -> Table:
+        return self.folder.__rich__()
+
+    def _repr_html_(self) -> str:
+        return self.folder._repr_html_()
 
     @cached_property
     def data(self) -> Dataset:

@@ -9,6 +9,7 @@ last.pt              full state, from which `--resume` goes on
 summary.json         the result; its presence says that the run is done
 """
 
+import html
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from lasnn import __version__, files, lock, processes
 from lasnn.compatibility import fitted_weights
@@ -89,6 +92,45 @@ class RunFolder:
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         """Replace the epochs, as a resumed run does with those it does again."""
         files.write(self / "metrics.jsonl", "".join(json.dumps(epoch) + "\n" for epoch in epochs))
+
+    def facts(self) -> dict[str, str]:
+        """What has become of the run, for people: how far it is, or its result."""
+        if self.path.is_file():
+            return {"student": str(self.path)}
+        found = status(self.path)
+        if found["state"] != "finished":
+            at = f", {found['phase']} epoch {found['epoch']}/{found['epochs']}" if found["phase"] else ""
+            further = {"go on with": resume_command(self.path)} if found["resumable"] else {}
+            problem = {"problem": found["problem"]} if found["problem"] else {}
+            return {"run": str(self.path), "state": found["state"] + at, **further, **problem}
+        summary = self.read_json("summary.json")
+
+        def digits(name: str, places: int) -> str:
+            value = summary.get(name)
+            return f"{value:.{places}f}" if isinstance(value, int | float) else "unknown"
+
+        beside = "" if summary.get("teacher_accuracy") is None else f" (teacher {digits('teacher_accuracy', 4)})"
+        return {
+            "run": str(self.path),
+            "accuracy": digits("accuracy", 4) + beside,
+            "time steps": digits("timesteps", 0),
+            "spikes per neuron and step": digits("firing_rate", 4),
+            "energy": f"{digits('energy_uj', 3)} µJ an image, of operations",
+            "training": f"{digits('seconds', 0)} s",
+        }
+
+    def __rich__(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        for name, value in self.facts().items():
+            table.add_row(name, Text(value))
+        return table
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self.facts().items()
+        )
+        return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
     def add_metrics(self, epoch: dict[str, Any]) -> None:
         """Append one epoch."""

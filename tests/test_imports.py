@@ -17,10 +17,10 @@ LAYERS = [
     {"factory", "memory", "compatibility", "description", "problems"},
     {"probe"},
     {"plan"},
-    {"bound_data", "resume"},
+    {"bound_data", "resume", "starter"},
     {"run", "open_run", "loaded_run"},
     {"evaluation"},
-    {"training", "export", "console"},
+    {"training", "export", "console", "notebook"},
     {"bench", "compare", "report"},
     {"cli", "__main__"},
 ]

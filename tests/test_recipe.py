@@ -340,4 +340,4 @@ def test_plugins_may_be_modules(plain, monkeypatch):
 
 def test_shipped_recipes_have_a_header():
     for path in shipped().values():
-        assert path.read_text().startswith("# ")
+        assert path.read_text().startswith("#:schema ./recipe.schema.json\n# ")

@@ -153,14 +153,14 @@ def _run(case: dict[str, Any], architecture: str = "vgg9", width: int = 16) -> d
         return Recipe.from_tables(tables)
 
     # A run of two images loads all the code there is: that is no part of what a larger one takes.
-    distill(recipe(2, 10, min(case["time_chunk"], 2)), "first")
+    distill(recipe(2, 10, min(case["time_chunk"], 2)), "first", progress=None)
     wanted = recipe(case["batch_size"], case["timesteps"], case["time_chunk"])
     planned = read_plan(wanted).memory_bytes
     device = torch.device(case["device"])
     forget_peak(device)
     base = peak_memory(device)
     begin = time.perf_counter()
-    distill(wanted, "run")
+    distill(wanted, "run", progress=None)
     seconds = time.perf_counter() - begin
     return {"peak_bytes": peak_memory(device), "base_bytes": base, "planned_bytes": planned, "seconds": seconds}
 

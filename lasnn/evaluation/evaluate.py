@@ -7,6 +7,7 @@ from typing import Any
 
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import Converted, Method, check, check_options, convert
+from lasnn.evaluation.energy import break_even_rate, in_each_precision, teacher_layers
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.operations import dense_operations, teacher_energy_uj
 from lasnn.evaluation.speed import speed
@@ -46,7 +47,9 @@ def evaluate(
 
     Returns:
         One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it what `include_speed` names (see
-        `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy` and `teacher_energy_uj`. Where the encoder
+        `lasnn.evaluation.speed.speed`), of the teacher `teacher_accuracy`, `teacher_energy_uj` and
+        `teacher_energy_with_memory`, and of both `break_even_firing_rate`: for "fp32" and "int8" the spikes per neuron
+        and step at which the student takes as much energy as the teacher, memory accesses counted. Where the encoder
         draws, every figure is the mean over the draws, `accuracies` has each and `accuracy_deviation` their standard
         deviation. A conversion has `converted`: its method, options, thresholds and number of calibration images.
 
@@ -106,6 +109,7 @@ def evaluate(
         if run.teacher is not None:
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
+            teacher["teacher_energy_with_memory"] = in_each_precision(teacher_layers(run.teacher, image))
         for result in results:
             if include_speed:
                 student.timesteps = result["timesteps"]
@@ -114,9 +118,19 @@ def evaluate(
             if isinstance(student, Converted):
                 result["converted"] = student.description
             result.update(teacher)
+            if teacher:
+                result["break_even_firing_rate"] = break_even(result)
     finally:
         run.student.timesteps = run.recipe.student.timesteps
     return results
+
+
+def break_even(result: dict[str, Any]) -> dict[str, float | None]:
+    """By precision, the firing rate at which the student takes as much as its teacher, memory accesses counted."""
+    return {
+        name: break_even_rate(result["firing_rate"], student, result["teacher_energy_with_memory"][name]["energy_uj"])
+        for name, student in result["energy_with_memory"].items()
+    }
 
 
 def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:

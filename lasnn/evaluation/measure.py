@@ -53,8 +53,9 @@ def measure(
         One dict for each T, in the order given: `timesteps`, `images`, `accuracy` (a fraction), `accuracy_by_class`,
         `calibration_error` (expected, 15 bins), `confusion` (rows: true classes), `firing_rate` (spikes per neuron and
         step), `silent` (the fraction of neurons that spike on no image) and both by layer, `energy_uj` (per image; also
-        by layer), `operations` (per image), with `early_exit` also `exit`: its `threshold`, `mean_steps`, `accuracy`
-        and `energy_uj`.
+        by layer), `operations` (per image), `energy_with_memory` (per image, for "fp32" and "int8"; see
+        `lasnn.evaluation.energy.energy_with_memory`), `memory_accesses` (per image, by layer), with `early_exit` also
+        `exit`: its `threshold`, `mean_steps`, `accuracy` and `energy_uj`.
 
     Raises:
         ValueError: `early_exit` with an encoder that is not causal.

@@ -1,5 +1,6 @@
 """Spikes and synaptic operations of a spiking network, counted by hooks."""
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lasnn import processes
+from lasnn.evaluation.energy import (
+    LayerSize,
+    LayerTraffic,
+    always,
+    by_spikes,
+    has_bias,
+    in_each_precision,
+    memory_accesses,
+    multiply_additions_of,
+)
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Add, NormSpike, Product
@@ -44,6 +55,9 @@ class OperationCounter:
         # Of each layer, by step.
         self.additions: dict[str, Tensor] = {}
         self.multiply_additions: dict[str, Tensor] = {}
+        # Spikes that a layer reads, by step; of a neuron, those that a shortcut adds to its current.
+        self.spikes_in: dict[str, Tensor] = {}
+        self.sizes: dict[str, LayerSize] = {}
         # Additions of all layers for each step and image of the current batch, [T, B].
         self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
         # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass; where that is not
@@ -58,13 +72,14 @@ class OperationCounter:
         self._hooks.append(network.stem.register_forward_pre_hook(self._enter))
         for name, module in network.named_modules():
             if isinstance(module, NormSpike):
-                hook = self._count_spikes(name)
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                self._hooks.append(module.register_forward_hook(self._count_spikes(name), with_kwargs=True))
+                continue
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 hook = self._count_operations(name)
             elif isinstance(module, (*POOLS, *SAME)):
                 hook = self._pass_on
             elif isinstance(module, Add):
-                hook = self._add
+                hook = self._add(name)
             elif isinstance(module, Product):
                 hook = self._count_product(name)
             else:
@@ -97,7 +112,7 @@ class OperationCounter:
         return x if numbers is None else numbers, scale
 
     def _count_spikes(self, name: str):
-        def hook(unit: NormSpike, _: object, spikes: Tensor) -> None:
+        def hook(unit: NormSpike, inputs: tuple[Tensor, ...], named: dict[str, Tensor], spikes: Tensor) -> None:
             # A converted network's spikes carry their layer's threshold, and count as one.
             spikes_per_one = 1 / getattr(unit.neuron, "amplitude", 1.0)
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
@@ -106,6 +121,17 @@ class OperationCounter:
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
             self._mark(spikes, spikes_per_one)
+            residual = inputs[1] if len(inputs) > 1 else named.get("residual")
+            added = None if residual is None else self._spikes_in(residual)
+            if added is not None:
+                self._count(self.spikes_in, name)[self._now] += added[1] * self._by_step(added[0])
+            self.sizes[name] = LayerSize(
+                "neuron",
+                biases=has_bias(unit.norm, spikes),
+                outputs=spikes[0].numel(),
+                leak=bool(torch.as_tensor(getattr(unit.neuron, "time_constant", math.inf)).isfinite().any()),
+                shortcut=residual is not None and added is None,
+            )
 
         return hook
 
@@ -121,36 +147,45 @@ class OperationCounter:
             scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
         self._mark(output, scale, None if numbers is inputs[0] else module.forward(numbers))
 
-    def _add(self, module: Add, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        known = [self._spikes_in(x) for x in inputs]
-        if any(found is None for found in known):
-            return
-        (x, x_scale), (y, y_scale) = known
-        if x is inputs[0] and y is inputs[1] and x_scale == y_scale:
-            self._mark(output, x_scale)
-        else:
-            # As where a converted network's layers each have a value of their own.
-            self._mark(output, 1.0, module.forward(x * x_scale, y * y_scale))
+    def _add(self, name: str):
+        def hook(module: Add, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            known = [self._spikes_in(x) for x in inputs]
+            if any(found is None for found in known):
+                self.sizes[name] = LayerSize.of(module, output[0].numel(), output[0].numel(), "values")
+                return
+            (x, x_scale), (y, y_scale) = known
+            if x is inputs[0] and y is inputs[1] and x_scale == y_scale:
+                self._mark(output, x_scale)
+            else:
+                # As where a converted network's layers each have a value of their own.
+                self._mark(output, 1.0, module.forward(x * x_scale, y * y_scale))
+
+        return hook
 
     def _count_operations(self, name: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0]
             context = self.student.network.time
             found = self._spikes_in(x)
+            constant = x.shape[0] == context.batch and self.timesteps > 1
+            source = "spikes" if found is not None else "constant" if constant else "values"
+            # The last of a run's time chunks may be a single step, which does not show whether its input is constant.
+            size = self.sizes.setdefault(name, LayerSize.of(layer, x[0].numel(), output[0].numel(), source))
             if found is not None:
                 numbers, scale = found
                 fanout = self._fanout_of(layer, x, output)
                 # Summed over channels first, so that nothing of the feature's size is made.
                 by_pixel = context.unfold(numbers).sum(2, dtype=torch.float64)
+                self._count(self.spikes_in, name)[self._now] += scale * by_pixel.flatten(1).sum(1).cpu()
                 if by_pixel.ndim == 2:
                     by_pixel = by_pixel[..., None]
                 by_image = scale * (by_pixel * fanout).flatten(2).sum(2).cpu()
                 self.batch_additions[self._now] += by_image
                 self._count(self.additions, name)[self._now] += by_image.sum(1)
                 return
-            multiply_additions = output.numel() * layer.weight[0].numel()
+            multiply_additions = multiply_additions_of(layer, output)
             count = self._count(self.multiply_additions, name)
-            if x.shape[0] != context.batch:
+            if size.source == "values":
                 count[self._now] += multiply_additions / context.steps
             elif context.start == 0:
                 count[0] += multiply_additions
@@ -160,9 +195,12 @@ class OperationCounter:
     def _count_product(self, name: str):
         def hook(module: Product, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
             known = [self._spikes_in(x) for x in inputs]
-            if any(found is None for found in known):
-                # Two products of matrices.
-                count = 2 * output.numel() * output.shape[1] // module.heads
+            real = any(found is None for found in known)
+            self.sizes[name] = LayerSize.of(
+                module, inputs[0][0].numel(), output[0].numel(), "values" if real else "spikes"
+            )
+            if real:
+                count = multiply_additions_of(module, output)
                 self._count(self.multiply_additions, name)[self._now] += count / self.student.network.time.steps
                 return
             # Spikes of each head at each pixel, [T, B, heads, pixels].
@@ -173,6 +211,8 @@ class OperationCounter:
             # A spike of a key is added up for each value's that it meets, then a row of them for each query's.
             met = (keys * values).flatten(2).sum(2) + queries.flatten(2).sum(2) * (output.shape[1] // module.heads)
             by_image = met.cpu()
+            read = sum(x.flatten(1).sum(1) for x in (queries, keys, values))
+            self._count(self.spikes_in, name)[self._now] += read.cpu()
             self.batch_additions[self._now] += by_image
             self._count(self.additions, name)[self._now] += by_image.sum(1)
 
@@ -216,16 +256,18 @@ class OperationCounter:
 
     def join(self) -> None:
         """Take in what the other processes have counted of their images."""
-        counts = ("spikes", "additions", "multiply_additions")
+        counts = ("spikes", "additions", "multiply_additions", "spikes_in")
         own = {name: getattr(self, name) for name in ("images", *counts)}
-        every = processes.all_gather({**own, "first": {name: step.cpu() for name, step in self.first.items()}})
+        first = {name: step.cpu() for name, step in self.first.items()}
+        every = processes.all_gather({**own, "first": first, "sizes": self.sizes})
         self.images = sum(part["images"] for part in every)
         for name in counts:
             setattr(self, name, merge_by_name([part[name] for part in every], torch.add))
         self.first = merge_by_name([part["first"] for part in every], torch.minimum)
+        self.sizes = {name: size for part in every for name, size in part["sizes"].items()}
 
     def after(self, steps: int) -> dict[str, Any]:
-        """Firing rates, silent fractions and energy of a run of the first `steps` steps."""
+        """Firing rates, silent fractions, energy and memory accesses of a run of the first `steps` steps."""
         spikes = {name: float(count[:steps].sum()) for name, count in self.spikes.items()}
         neurons = {name: first.numel() for name, first in self.first.items()}
         silent = {name: int((first >= steps).sum()) for name, first in self.first.items()}
@@ -238,6 +280,7 @@ class OperationCounter:
             for name, count in operations[kind].items():
                 pj[name] += each * count
         total = max(1, sum(neurons.values()))
+        layers = self.layers(steps)
         return {
             "firing_rate": sum(spikes.values()) / (steps * self.images * total),
             "firing_rate_by_layer": {name: spikes[name] / (steps * self.images * neurons[name]) for name in spikes},
@@ -246,7 +289,22 @@ class OperationCounter:
             "energy_uj": 1e-6 * sum(pj.values()),
             "energy_uj_by_layer": {name: 1e-6 * value for name, value in pj.items()},
             "operations": {kind: sum(counts.values()) for kind, counts in operations.items()},
+            "energy_with_memory": in_each_precision(layers),
+            "memory_accesses": memory_accesses(layers),
         }
+
+    def layers(self, steps: int) -> dict[str, LayerTraffic]:
+        """What each layer does for an image in a run of the first `steps` steps, in the order of the network."""
+
+        def mean(counts: dict[str, Tensor], name: str) -> float:
+            return float(counts[name][:steps].sum()) / self.images if name in counts else 0.0
+
+        found = {}
+        for name, size in self.sizes.items():
+            spikes = [mean(counts, name) for counts in (self.spikes_in, self.additions, self.spikes)]
+            rest = always(size, mean(self.multiply_additions, name), steps)
+            found[name] = LayerTraffic(size, by_spikes(size, *spikes), rest)
+        return found
 
     def energy_by_image(self) -> Tensor:
         """Energy in µJ of the first 1, 2, ..., T steps of each image of the current batch, [T, B]."""

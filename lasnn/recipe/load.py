@@ -115,8 +115,9 @@ def shipped() -> dict[str, Path]:
 
 
 def summary(path: Path) -> str:
-    """What a recipe file says of itself: the first line of its header comment."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+    """What a recipe file says of itself: the first line of its header comment, behind the line for editors."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if not line.startswith("#:")), "").removeprefix("#").strip()
 
 
 @dataclass(frozen=True)

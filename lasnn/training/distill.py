@@ -10,7 +10,7 @@ trainer.py has the loop, objective.py the terms.
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from lasnn.factory import load_data, make_augmentation, make_student
 from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
+from lasnn.notebook import default_progress
 from lasnn.open_run import bind, is_done, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept, keyed
@@ -46,7 +47,7 @@ def distill(
     *,
     overrides: Iterable[str] = (),
     resume: bool = False,
-    progress: Callback | None = None,
+    progress: Callback | Literal["auto"] | None = "auto",
     callbacks: Iterable[Callback | str] = (),
     detect_anomaly: bool = False,
 ) -> RunFolder:
@@ -57,7 +58,8 @@ def distill(
         out: the run folder; by default `runs/<recipe>-<number>`.
         overrides: `key.path=value` settings, as for `Recipe.load`.
         resume: continue the run in `out` from its last saved state.
-        progress: a callback that shows the progress.
+        progress: a callback that shows the progress; "auto" is a table in a notebook, a bar on a terminal and plain
+            lines elsewhere, None nothing.
         callbacks: further ones, as objects or by the names under which they are registered.
         detect_anomaly: check every step, and name the operation that first gives a NaN gradient; slow.
 
@@ -73,6 +75,7 @@ def distill(
     resume = resume or processes.restarted()
     plan = read_plan(recipe, list(overrides))
     check_processes(plan.recipe)
+    progress = default_progress() if progress == "auto" else progress
     # A plugin's callback is known once the recipe has been read.
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():

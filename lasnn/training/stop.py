@@ -2,21 +2,25 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lasnn import processes
+from lasnn.errors import Said
 
 
-class Stopped(Exception):
+class Stopped(Said):
     """A signal ended the run after a whole step; its state is saved in `state`."""
 
     def __init__(self, signum: int, state: Path):
         super().__init__(f"stopped by {signal.Signals(signum).name}; the state is in {state}")
         self.signum = signum
         self.run = state.parent
+        # Python and notebooks show it behind the message; the command says it in its own words.
+        self.add_note(f"go on with: distill({str(self.run / 'recipe.toml')!r}, {str(self.run)!r}, resume=True)")
 
 
 class StopRequest:
@@ -33,10 +37,16 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within the block SIGINT and SIGTERM only ask for a stop after the current step; a second one kills at once."""
+    """Within the block SIGINT and SIGTERM only ask for a stop after the current step; a second one kills at once.
+
+    In a notebook's kernel a second one interrupts the step, and what else the notebook holds stays: the last save is as
+    good as ever.
+    """
     request = StopRequest()
 
     def handle(signum: int, _: object) -> None:
+        if request.signum and "ipykernel" in sys.modules:
+            raise KeyboardInterrupt
         if request.signum:
             os._exit(128 + signum)
         request.signum = signum
