@@ -11,7 +11,7 @@ ARGS ?=
 # their order, in which the long ones of the kernels come first.
 JOBS ?= 2
 
-.PHONY: help quickstart test test-all test-readers docs lint format install clean
+.PHONY: help quickstart test test-all test-readers docs lint types package format install clean
 
 help:
 	@echo "make quickstart   set up, then train, distil and evaluate on the embedded data"
@@ -19,6 +19,8 @@ help:
 	@echo "make test-all     the same with the full grids, the peers and the long runs"
 	@echo "make test-readers set up, then read NIR exports back in SpikingJelly, snnTorch and norse"
 	@echo "make docs         set up, then build the site into docs/_build/html; its pages are executed"
+	@echo "make types        set up, then check the types of the public names with mypy"
+	@echo "make package      set up, then build sdist and wheel, and try each in an environment of its own"
 	@echo "make format       sort imports and format the code"
 	@echo "make clean        remove the environment"
 
@@ -46,6 +48,18 @@ docs: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# As the package is laid out once installed, kernels/ being lasnn.kernels; mypy's cache there makes a second call quick.
+TYPES := build/types
+types: $(READY)
+	@rm -rf $(TYPES)/lasnn && mkdir -p $(TYPES) && cp -r lasnn $(TYPES)/lasnn && cp -r kernels recipes $(TYPES)/lasnn/
+	@cp tests/typed_use.py $(TYPES)/
+	cd $(TYPES) && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+package: $(READY)
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python -m pytest -m '' -rA tests/test_wheel.py
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

@@ -10,6 +10,8 @@ sys.path.insert(0, str(HERE))
 # Cells call `lasnn` and `python` of this environment; one thread each, so that the same page has the same figures.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# IPython asks for colours, which lasnn leaves out of what is piped.
+os.environ |= {"TTY_COMPATIBLE": "0", "NO_COLOR": "1", "COLUMNS": "110"}
 os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
 
 from lasnn import __version__ as release  # noqa: E402

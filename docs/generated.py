@@ -156,7 +156,11 @@ def api(module: str) -> str:
         elif callable(value):
             found.append(described("function", name, value))
         else:
-            said = f"`{value!r}`" if isinstance(value, str | tuple) else f"Registered: {', '.join(f'`{one}`' for one in value)}."
+            said = (
+                f"`{value!r}`"
+                if isinstance(value, str | tuple)
+                else f"Registered: {', '.join(f'`{one}`' for one in value)}."
+            )
             found.append(f"````{{py:data}} {name}\n\n{said}\n````")
     return "\n\n".join(found)
 
@@ -199,7 +203,7 @@ SECTION = re.compile(r"^(Args|Returns|Args, returns|Raises|Attributes|Source): *
 def docstring(value: Any) -> str:
     """A docstring as Markdown: its sections as lists, what is indented as code."""
     found, code, inside = [], [], False
-    for line in [*(inspect.getdoc(value) or "").splitlines(), "end"]:
+    for line in [*inspect.cleandoc(value.__doc__ or "").splitlines(), "end"]:
         section = SECTION.match(line)
         if code and (line.strip() and not line.startswith("    ")):
             found += ["", "```python", *inspect.cleandoc("\n".join(code)).splitlines(), "```", ""]
@@ -217,7 +221,9 @@ def docstring(value: Any) -> str:
         elif inside and re.match(r"^ {4}\S", line):
             name, colon, said = line.strip().partition(": ")
             named = colon and re.fullmatch(r"[\w, *]+", name)
-            found.append(f"- `{name}`: {escape(said)}" if named else f"{'- ' if found[-1] == '' else '  '}{escape(line.strip())}")
+            found.append(
+                f"- `{name}`: {escape(said)}" if named else f"{'- ' if found[-1] == '' else '  '}{escape(line.strip())}"
+            )
         elif inside and line.strip():
             found.append(f"  {escape(line.strip())}")
         else:
@@ -238,7 +244,7 @@ def file(name: str) -> str:
     def link(found: re.Match) -> str:
         target = (ROOT / name).parent / found[1]
         inside = target.resolve().relative_to(ROOT)
-        return f"](/{SITE.get(str(inside)) or inside.relative_to('docs')}{found[2]})"
+        return f"](/{SITE.get(str(inside)) or inside.relative_to('docs')}{found[2] or ''})"
 
     return re.sub(r"\]\(([^)#:]+)(#[^)]*)?\)", lambda found: link(found) if found[1] else found[0], text)
 

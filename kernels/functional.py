@@ -4,7 +4,7 @@ Shapes: T time steps, B batch, C channels, H x W pixels, N = H*W; `...` any shap
 """
 
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,34 @@ LIF_OPTIONS = {
     for name, parameter in signature(lif).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name != "timesteps"
 }
+
+
+@overload
+def norm_lif(
+    y: Tensor,
+    norm: nn.BatchNorm2d,
+    residual: Tensor | None = None,
+    *,
+    v0: Tensor | None = None,
+    return_state: Literal[False] = False,
+    timesteps: int,
+    constant: bool = False,
+    **lif_options: Any,
+) -> tuple[Tensor, BatchStatistics | None]: ...
+
+
+@overload
+def norm_lif(
+    y: Tensor,
+    norm: nn.BatchNorm2d,
+    residual: Tensor | None = None,
+    *,
+    v0: Tensor | None = None,
+    return_state: Literal[True],
+    timesteps: int,
+    constant: bool = False,
+    **lif_options: Any,
+) -> tuple[Tensor, Tensor, BatchStatistics | None]: ...
 
 
 def norm_lif(

@@ -5,6 +5,27 @@ The public names below are the map of the library. They are resolved on first us
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lasnn.callback import Callback
+    from lasnn.evaluation.evaluate import evaluate
+    from lasnn.loaded_run import load_run
+    from lasnn.network.staged import Staged
+    from lasnn.recipe.schema import Recipe
+    from lasnn.registry import (
+        architectures,
+        augmentations,
+        callbacks,
+        datasets,
+        encoders,
+        exporters,
+        losses,
+        neurons,
+        teachers,
+    )
+    from lasnn.training.build import build
+    from lasnn.training.distill import distill
 
 __version__ = "0.1.0"
 
@@ -26,14 +47,33 @@ _HOMES = {
     "evaluate": "lasnn.evaluation.evaluate",
     "load_run": "lasnn.loaded_run",
 }
-__all__ = ["__version__", *_HOMES]
+# Written out, for type checkers; a test holds them together.
+__all__ = [
+    "Callback",
+    "Recipe",
+    "Staged",
+    "__version__",
+    "architectures",
+    "augmentations",
+    "build",
+    "callbacks",
+    "datasets",
+    "distill",
+    "encoders",
+    "evaluate",
+    "exporters",
+    "load_run",
+    "losses",
+    "neurons",
+    "teachers",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'lasnn' has no attribute {name!r}; it has: {', '.join(sorted(_HOMES))}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})

@@ -58,7 +58,7 @@ class CallbackList(Callback):
         self.told: list[tuple[Callback, Entry | None]] = []
         for one in told:
             entry = callbacks[one] if isinstance(one, str) else None
-            callback = callbacks.build(one) if entry else one
+            callback = callbacks.build(one) if isinstance(one, str) else one
             if not isinstance(callback, Callback):
                 what = f"callback {one!r} ({entry.where})" if entry else repr(one)
                 raise UserError(f"{what} must be a lasnn.Callback")
@@ -98,7 +98,7 @@ class CallbackList(Callback):
 class TensorBoard(Callback):
     """Loss terms, accuracy, learning rate and speed over the steps, in the run folder's `tensorboard`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

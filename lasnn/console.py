@@ -26,7 +26,7 @@ class NoProgress(Callback):
 class RunProgress(Callback):
     """What a run tells of its progress; where it is shown is a subclass's."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._last: Mapping[str, Any] = {}
 
     def say(self, text: str) -> None:

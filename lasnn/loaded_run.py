@@ -124,8 +124,8 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     if not weights.is_file():
         raise UserError(f"{folder.path} has no student yet; finish it with `{resume_command(folder.path)}`")
     if data_root is not None:
-        where = str(expanded(data_root, "--data").absolute())
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": where})})
+        root = str(expanded(data_root, "--data").absolute())
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     where = pick_device(device)
     description = _description(weights, recipe)
     student = make_student(recipe, description)

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from lasnn.errors import MachineError, UserError, out_of_memory, unknown
 from lasnn.option_types import describe_type
 
+Part = TypeVar("Part", bound=Callable[..., Any])
 REQUIRED = inspect.Parameter.empty
 # A plugin that is a file is imported as a module of this name, its stem, and a digest of its content.
 PLUGIN = "lasnn_plugin_"
@@ -57,7 +58,7 @@ class Entry:
 
     kind: str
     name: str
-    function: Callable
+    function: Callable[..., Any]
     inputs: tuple[str, ...]
     options: dict[str, Option]
     sizes: tuple[str, ...] = ()
@@ -136,7 +137,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[Callable], Callable]:
+    def register(self, name: str) -> Callable[[Part], Part]:
         """Decorator that adds a function or class under `name`.
 
         A newer definition of the same qualified name (a notebook's cell run again, an edited plugin) takes the place of
@@ -152,7 +153,7 @@ class Registry:
         # Built-in parts come first, so that it is the newcomer who is told that a name is taken.
         self._load()
 
-        def add(function: Callable) -> Callable:
+        def add(function: Part) -> Part:
             entry = self._check(_entry(self.kind, name, function))
             replaces = self._replaced_by(entry)
             if replaces:
@@ -208,7 +209,7 @@ class Registry:
         self._load()
         return name in self._entries
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __len__(self) -> int:
@@ -249,7 +250,7 @@ def recorded() -> Iterator[list[tuple[Registry, Entry]]]:
 
 
 @contextmanager
-def translate_errors(entry: Entry):
+def translate_errors(entry: Entry) -> Iterator[None]:
     """Turn what a user's own part raises into one line that names it, with the line of its code; a built-in part's
     error is a bug, and shown.
     """
@@ -264,7 +265,7 @@ def translate_errors(entry: Entry):
 
 
 @contextmanager
-def translate_own_errors(where: Callable[[], str]):
+def translate_own_errors(where: Callable[[], str]) -> Iterator[None]:
     """The same for a block in which any of a user's own parts may run.
 
     Args:
@@ -302,7 +303,7 @@ def raised_at(error: BaseException) -> str:
     return place
 
 
-def _entry(kind: str, name: str, function: Callable) -> Entry:
+def _entry(kind: str, name: str, function: Callable[..., Any]) -> Entry:
     try:
         parameters = _parameters(function)
     except NameError as error:
@@ -320,7 +321,7 @@ def _entry(kind: str, name: str, function: Callable) -> Entry:
     return Entry(kind, name, function, tuple(inputs), options)
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter]:
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters of a function or of a class; `**options` of a subclass stand for those of the class above it."""
     if not inspect.isclass(function):
         return list(inspect.signature(function, eval_str=True).parameters.values())
@@ -359,7 +360,7 @@ LOSS_SIZES = ("student_shapes", "teacher_shapes", "num_classes")
 
 def _loss_entry(entry: Entry) -> Entry:
     if inspect.isclass(entry.function):
-        entry = replace(entry, inputs=_forward_inputs(entry), sizes=entry.inputs)
+        entry = replace(entry, inputs=_forward_inputs(entry, entry.function), sizes=entry.inputs)
     if strange := [name for name in entry.sizes if name not in LOSS_SIZES]:
         raise ValueError(
             f"the constructor of loss {entry.name!r} asks for {', '.join(strange)}; its positional parameters are "
@@ -374,11 +375,11 @@ def _loss_entry(entry: Entry) -> Entry:
     return entry
 
 
-def _forward_inputs(entry: Entry) -> tuple[str, ...]:
+def _forward_inputs(entry: Entry, loss: Any) -> tuple[str, ...]:
     """The positional parameters of the `forward` of a loss that is a class."""
-    if not any(map(_is_nn_module, entry.function.__mro__)):
+    if not any(map(_is_nn_module, loss.__mro__)):
         raise ValueError(f"loss {entry.name!r} is a class, but no nn.Module; what has no learnt parts is a function")
-    _, *parameters = inspect.signature(entry.function.forward).parameters.values()
+    _, *parameters = inspect.signature(loss.forward).parameters.values()
     for parameter in parameters:
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             raise ValueError(

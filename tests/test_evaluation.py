@@ -169,6 +169,13 @@ def test_the_command_says_it_all(runs):
     operations = found["operations"]
     assert operations["dense"] > operations["additions"] > 0
     assert found["teacher_energy_uj"] > 0
+    for precision, teacher in found["teacher_energy_with_memory"].items():
+        student = found["energy_with_memory"][precision]
+        assert found["energy_uj"] < student["energy_uj"] or precision == "int8"
+        assert teacher["energy_uj"] > 0
+        at = found["break_even_firing_rate"][precision]
+        assert (at > found["firing_rate"]) == (student["energy_uj"] < teacher["energy_uj"])
+    assert set(found["memory_accesses"]) == set(found["energy_with_memory"]["fp32"]["by_layer"])
     shown = runs("evaluate", "direct", "--timesteps", "1,2", "--exit", "0.5").stdout
     for word in (
         "ECE",
@@ -179,6 +186,8 @@ def test_the_command_says_it_all(runs):
         "mean steps",
         "accuracy by class",
         "additions by spikes",
+        "with memory access",
+        "takes less below a rate of",
     ):
         assert word in shown, word
 

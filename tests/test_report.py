@@ -210,6 +210,13 @@ def test_figures_agree_with_evaluate(runs, pages):
     assert found["energy_uj"] == run.summary["energy_uj"]
     assert found["teacher_energy_uj"] == pytest.approx(by_t[2]["teacher_energy_uj"])
     assert f"{100 * run.summary['accuracy']:.2f} %" in page
+    for name, student in by_t[2]["energy_with_memory"].items():
+        teacher = by_t[2]["teacher_energy_with_memory"][name]
+        row = re.search(rf">{name}, with memory</th>(.*?)</tr>", page, re.DOTALL).group(1)
+        shown = re.findall("<td>(.*?)</td>", row)
+        assert shown[:2] == [f"{one['energy_uj']:.3g}" for one in (student, teacher)]
+        rate = by_t[2]["break_even_firing_rate"][name]
+        assert shown[2] == (f"{rate:.3f}" if rate else "no rate")
     _, test, _ = load_data(run.recipe, run.data, run.device)
     teacher, layers = measure_teacher(run, test)
     assert sum(layers["energy"].values()) == pytest.approx(teacher["energy_uj"])

@@ -5,17 +5,67 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 
 import pytest
 
 from common import ROOT
+from lasnn import __version__
 
 
 def run(*arguments, **options):
     result = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, check=False, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_every_room_is_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    rooms = {path.parent.relative_to(ROOT) for path in (ROOT / "lasnn").rglob("*.py")}
+    rooms |= {path.parent.relative_to(ROOT) for room in ("kernels", "recipes") for path in (ROOT / room).rglob("*.py")}
+    inside = {".".join(room.parts) if room.parts[0] == "lasnn" else ".".join(("lasnn", *room.parts)) for room in rooms}
+    assert listed == inside
+
+
+def test_there_is_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lasnn.__version__"}
+    assert "version" not in project["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in citation
+    assert f"\n## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.full
+def test_source_distribution(tmp_path):
+    """It holds what the checkout does, and a wheel is built from it that holds what the checkout's does."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info"))
+    run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})", cwd=source)
+    [archive] = tmp_path.glob("lasnn-*.tar.gz")
+    assert __version__ in archive.name
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+        opened.extractall(tmp_path / "unpacked", filter="data")
+    for pattern in (
+        "lasnn/**/*.py",
+        "kernels/**/*.py",
+        "recipes/*",
+        "tests/**/*.py",
+        "docs/*",
+        "CITATION.cff",
+        "LICENSE",
+    ):
+        for path in source.glob(pattern):
+            assert not path.is_file() or str(path.relative_to(source)) in names, path
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, unpacked)
+    [wheel] = tmp_path.glob("lasnn-*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert {"lasnn/py.typed", "lasnn/kernels/py.typed", "lasnn/recipes/recipe.schema.json"} <= inside
 
 
 @pytest.mark.full
@@ -29,7 +79,7 @@ def test_wheel(tmp_path):
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "recipes").glob("*.toml")]:
         assert f"lasnn/{path.relative_to(ROOT)}" in names
     for path in (ROOT / "lasnn").rglob("*"):
-        if path.suffix in (".py", ".gz", ".html", ".css") or path.name == "LICENSE":
+        if path.suffix in (".py", ".gz", ".html", ".css", ".typed") or path.name == "LICENSE":
             assert str(path.relative_to(ROOT)) in names
     assert not any(name.startswith(("kernels/", "recipes/", "tests/")) for name in names)
 

@@ -30,7 +30,7 @@ class Images:
     labels: Tensor
     known_by: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("pixels", "labels"):
             if not isinstance(value := getattr(self, name), Tensor):
                 raise ValueError(f"{name} must be a tensor, not {type(value).__name__}; torch.as_tensor makes one")
@@ -49,7 +49,8 @@ class Images:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """N, C, H, W."""
-        return tuple(self.pixels.shape)
+        images, channels, height, width = self.pixels.shape
+        return images, channels, height, width
 
     @property
     def device(self) -> torch.device:

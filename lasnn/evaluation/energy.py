@@ -8,7 +8,7 @@ formulas, what lasnn adds to the paper, and what is not counted.
 T is the number of time steps; a count is per image and of all T steps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
@@ -303,7 +303,7 @@ def teacher_layers(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, L
         before = found.get(name)
         found[name] = LayerTraffic(size, Traffic(), traffic if before is None else before.always + traffic)
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[..., None]:
         def see(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> None:
             outputs = output.numel()
             if isinstance(layer, NormActivate):

@@ -6,7 +6,7 @@ part's signature whatever is wrong with the other tables. What follows only once
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,7 +27,7 @@ SUPPLIED = ("in_channels", "num_classes")
 
 
 def checked(
-    model: type[Model], tables: dict[str, Any], source: str, overridden: set[str], problems: Iterable[str]
+    model: type[Model], tables: dict[str, Any], source: str, overridden: Set[str], problems: Iterable[str]
 ) -> Model:
     """A recipe of nested dicts as its model, with everything that was left out written down.
 

@@ -8,9 +8,10 @@ parts stand among the table's properties as well, where an editor looks for what
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 
@@ -18,7 +19,6 @@ from lasnn.recipe.check import SUPPLIED
 from lasnn.recipe.schema import (
     AugmentTable,
     DataTable,
-    DistillTable,
     EncoderTable,
     LossTable,
     NeuronTable,
@@ -30,6 +30,7 @@ from lasnn.recipe.schema import (
 from lasnn.registry import (
     REQUIRED,
     Entry,
+    Registry,
     architectures,
     augmentations,
     datasets,
@@ -65,7 +66,7 @@ class NamedTable:
 def tables() -> dict[str, NamedTable]:
     """The tables that name a part, by their place in the recipe."""
 
-    def entries(*registries: Iterable[str]) -> dict[str, Entry]:
+    def entries(*registries: Registry) -> dict[str, Entry]:
         return {name: registry[name] for registry in reversed(registries) for name in registry}
 
     return {
@@ -99,13 +100,11 @@ def json_schema() -> Schema:
     properties["student"]["encoder"] = {**described(properties["student"]["encoder"]), **by_name["encoder"]}
     properties["student"]["neuron"] = named["neuron"]
     root = own_properties(Recipe)
-    root |= {"data": named["data"], "teacher": named["teacher"], "student": named["student"]}
-    root["distill"] = {
-        "type": "object",
-        "description": inspect.getdoc(DistillTable),
-        "properties": own_properties(DistillTable),
-        "additionalProperties": False,
-    }
+    for key, info in Recipe.model_fields.items():
+        union = get_origin(info.annotation) in (Union, UnionType)
+        for kind in get_args(info.annotation) if union else (info.annotation,):
+            if inspect.isclass(kind) and issubclass(kind, Section):
+                root[key] = named[key] if key in named else plain_table(kind)
     root["losses"] = {**described(root["losses"]), "type": "array", "items": named["losses"]}
 
     def of(place: str) -> Schema:
@@ -135,6 +134,16 @@ def json_schema() -> Schema:
                 "losses": {"items": of("losses")},
             }
         },
+    }
+
+
+def plain_table(model: type[Section]) -> Schema:
+    """The schema of a table that names no part."""
+    return {
+        "type": "object",
+        "description": inspect.getdoc(model),
+        "properties": own_properties(model),
+        "additionalProperties": model.model_config.get("extra") == "allow",
     }
 
 

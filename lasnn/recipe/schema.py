@@ -7,6 +7,7 @@ an option of the registered part that the table names, and is checked against th
 
 import math
 import sys
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -280,8 +281,8 @@ class Recipe(Section):
         cls,
         tables: dict[str, Any],
         source: str = "recipe",
-        overridden: set[str] = frozenset(),
-        problems: list[str] = (),
+        overridden: Set[str] = frozenset(),
+        problems: Iterable[str] = (),
     ) -> "Recipe":
         """Check a recipe given as nested dicts, as `tomllib` returns them.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lasnn.data import Batches
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import Method, convert
+from lasnn.evaluation.energy import break_even_rate, in_each_precision, teacher_layers
 from lasnn.evaluation.evaluate import check_conversion
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
@@ -91,6 +92,7 @@ def gather(
         "student": student,
         "teacher": teacher,
         "layers": by_layer(run, at_t, layers),
+        "energy": energies(run, at_t),
         "conversion": conversion,
         "attention": measure_attention(run, test, count),
         "confusions": worst_confusions(at_t["confusion"]),
@@ -212,6 +214,20 @@ def hooked(network: Staged, kinds: tuple[type, ...], see: Callable[[str, nn.Modu
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def energies(run: Run, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """By precision, the energy with memory accesses: `student` and `teacher` (see `energy_with_memory`), `below`, the
+    firing rate below which the student takes less; the last two are None where there is no teacher.
+    """
+    image = (run.description.channels, run.description.height, run.description.width)
+    theirs = None if run.teacher is None else in_each_precision(teacher_layers(run.teacher, image))
+    found = []
+    for name, student in result["energy_with_memory"].items():
+        teacher = None if theirs is None else theirs[name]
+        below = None if teacher is None else break_even_rate(result["firing_rate"], student, teacher["energy_uj"])
+        found.append({"precision": name, "student": student, "teacher": teacher, "below": below})
+    return found
 
 
 def by_layer(run: Run, result: dict[str, Any], teacher: dict[str, dict[str, float]] | None) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ class Stopped(Said):
 class StopRequest:
     """Whether a signal has asked for the end of the run."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signum = 0
 
     def agree(self, save_due: bool = False) -> tuple[int, bool]:
