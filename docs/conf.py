@@ -32,7 +32,8 @@ nb_execution_mode = "force"
 nb_execution_in_temp = True
 # A cell that fails is a warning, which `make docs` makes an error once all pages were tried.
 nb_execution_show_tb = True
-nb_execution_timeout = 300
+# Seconds a cell, for what hangs: on a machine with nothing else to do none takes two minutes.
+nb_execution_timeout = 900
 nb_merge_streams = True
 # Nothing is fetched when a page is read.
 nb_ipywidgets_js = {}
@@ -43,6 +44,9 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+# An option's two dashes stay two dashes.
+smartquotes = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#a8441c", "color-brand-content": "#a8441c"},
     "dark_css_variables": {"color-brand-primary": "#f0976a", "color-brand-content": "#f0976a"},

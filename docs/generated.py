@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from importlib import import_module
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def keys() -> str:
     found = []
     for title, model in tables():
         rows = [
-            (f"`{key}`", kind, shown(default), meaning)
+            (f"`{key}`", kind, shown(default), re.sub(r"docs/(\w+)\.md", r"[](/\1.md)", meaning))
             for key, kind, default, meaning in fields(model)
             if not is_table(model, key)
         ]
@@ -97,6 +98,7 @@ def commands() -> str:
         inner = getattr(command, "commands", {})
         if not inner:
             usage = " ".join([name, *command.collect_usage_pieces(click.Context(command, info_name=name))])
+            usage = usage.replace("[[", "[").replace("]]", "]").replace("{", "").replace("}", "")
             rows = []
             for parameter in command.params:
                 record = parameter.get_help_record(click.Context(command)) or (parameter.name, "")
@@ -273,6 +275,14 @@ def replace(app: Any, page: str, source: list[str]) -> None:
     source[0] = MARK.sub(lambda found: generate(found[1], found[2]), source[0])
 
 
+def spread(app: Any, environment: Any, pages: list[str]) -> None:
+    """Put executed pages between the others, so that each process that reads has its share of them."""
+    executed = [page for page in pages if "file_format: mystnb" in Path(environment.doc2path(page)).read_text()]
+    plain = [page for page in pages if page not in executed]
+    pages[:] = [page for pair in zip_longest(executed, plain) for page in pair if page]
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", replace)
+    app.connect("env-before-read-docs", spread)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
