@@ -43,7 +43,7 @@ test-readers: $(READY)
 # A warning is an error, as is a link that leads nowhere or a cell that fails. Pages are built anew, in two processes.
 docs: $(READY)
 	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
-	$(VENV)/bin/python -m sphinx --fresh-env --write-all --jobs 2 --fail-on-warning --keep-going --quiet docs docs/_build/html
+	$(VENV)/bin/python -m sphinx --fresh-env --write-all --jobs 2 --fail-on-warning --quiet docs docs/_build/html
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
