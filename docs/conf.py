@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE))
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # IPython asks for colours, which lasnn leaves out of what is piped.
-os.environ |= {"TTY_COMPATIBLE": "0", "NO_COLOR": "1", "COLUMNS": "110"}
+os.environ |= {"TTY_COMPATIBLE": "0", "NO_COLOR": "1", "COLUMNS": "100"}
 os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
 
 from lasnn import __version__ as release  # noqa: E402
