@@ -1,8 +1,10 @@
 """How Sphinx builds the site: `make docs`. Pages with code cells are executed, and one that fails fails the build."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -12,6 +14,12 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # IPython asks for colours, which lasnn leaves out of what is piped.
 os.environ |= {"TTY_COMPATIBLE": "0", "NO_COLOR": "1", "COLUMNS": "100"}
+# The kernels' profile, which goes with this process.
+ipython = TemporaryDirectory()
+startup = Path(ipython.name, "profile_default", "startup")
+startup.mkdir(parents=True)
+shutil.copy(HERE / "bash_cell.py", startup)
+os.environ["IPYTHONDIR"] = ipython.name
 os.environ["MATPLOTLIBRC"] = str(HERE / "matplotlibrc")
 
 from lasnn import __version__ as release  # noqa: E402
@@ -22,6 +30,8 @@ version = release
 extensions = ["myst_nb", "generated"]
 exclude_patterns = ["_build", "study"]
 nitpicky = True
+# Of blocks that do not say.
+highlight_language = "none"
 # Types in signatures are of PyTorch and of Python, which have no pages here.
 nitpick_ignore_regex = [("py:.*", ".*")]
 
