@@ -53,6 +53,21 @@ def test_options_are_what_is_written(discs, lasnn):
     assert "no terminal" not in lasnn("init", discs, "--yes", "--out", "other.toml").stdout
 
 
+def test_what_was_not_given_is_asked(discs):
+    asked = []
+
+    def answer(question, proposal):
+        asked.append((question, proposal))
+        return 3 if isinstance(proposal, int) else proposal
+
+    given = starter.Choices(architecture="vgg9")
+    proposed = starter.propose(starter.look(discs), given)
+    assert starter.ask(proposed, given, answer) == starter.Choices(3, "vgg9", 3, 3)
+    assert [proposal for _, proposal in asked] == [32, 4, 60]
+    assert [question for question, _ in asked] == [starter.QUESTIONS[key] for key in ("size", "timesteps", "epochs")]
+
+
+@pytest.mark.full
 def test_a_recipe_of_it_learns(discs, lasnn):
     lasnn("init", discs, "--yes", "--epochs", 2, "--size", 16)
     short = ["--set", "teacher.width=4", "--set", "student.width=4", "--set", "teacher.warmup_epochs=0"]
@@ -61,6 +76,7 @@ def test_a_recipe_of_it_learns(discs, lasnn):
     assert done["timesteps"] == 4
 
 
+@pytest.mark.full
 def test_on_a_terminal_four_questions_are_asked(discs, tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "lasnn", "init", str(discs), "--timesteps", "2"]
