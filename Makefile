@@ -11,13 +11,14 @@ ARGS ?=
 # their order, in which the long ones of the kernels come first.
 JOBS ?= 2
 
-.PHONY: help quickstart test test-all test-readers lint types package format install clean
+.PHONY: help quickstart test test-all test-readers docs lint types package format install clean
 
 help:
 	@echo "make quickstart   set up, then train, distil and evaluate on the embedded data"
 	@echo "make test         set up, then lint and run the tests"
 	@echo "make test-all     the same with the full grids, the peers and the long runs"
 	@echo "make test-readers set up, then read NIR exports back in SpikingJelly, snnTorch and norse"
+	@echo "make docs         set up, then build the site into docs/_build/html; its pages are executed"
 	@echo "make types        set up, then check the types of the public names with mypy"
 	@echo "make package      set up, then build sdist and wheel, and try each in an environment of its own"
 	@echo "make format       sort imports and format the code"
@@ -38,6 +39,11 @@ test-all: $(READY) lint
 test-readers: $(READY)
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev,bench]' norse==1.1.0
 	$(VENV)/bin/python -m pytest -m '' -rA tests/test_nir_readers.py
+
+# A warning is an error, as is a link that leads nowhere or a cell that fails. Pages are built anew, in two processes.
+docs: $(READY)
+	$(VENV)/bin/python -m pip install --quiet -e '.[docs]'
+	$(VENV)/bin/python -m sphinx --fresh-env --write-all --jobs 2 --fail-on-warning --quiet docs docs/_build/html
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

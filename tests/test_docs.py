@@ -45,6 +45,7 @@ def reference() -> str:
             if kind == "a table" or key == "losses":
                 continue
             shown = "" if default is None else default if default == "required" else f"`{default!r}`".replace("'", '"')
+            meaning = " ".join(meaning.split())
             lines.append(f"| `{key}` | {kind} | {shown} | {meaning} |".replace("True", "true"))
         lines.append("")
     return "\n".join(lines)
