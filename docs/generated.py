@@ -1,7 +1,8 @@
 """Parts of the site that are made from the code when it is built: a Sphinx extension.
 
 A line `<!-- generated: KIND [ARGUMENT] -->` of a page is replaced by Markdown, before the page is parsed: `keys` of a
-recipe, `commands`, `parts` of all registries, `recipes`, the `api` of a module, and a `file` of the checkout.
+recipe, `commands`, `parts` of all registries, `recipes`, the cards of `models`, the `api` of a module, and a `file` of
+the checkout.
 """
 
 import inspect
@@ -23,6 +24,7 @@ def generate(kind: str, argument: str = "") -> str:
         "commands": commands,
         "parts": parts,
         "recipes": recipes,
+        "models": models,
         "api": lambda: api(argument),
         "file": lambda: file(argument),
     }[kind]()
@@ -137,6 +139,14 @@ def parts() -> str:
             if rows:
                 found.append(table(("option", "allowed values", "default"), rows))
     return "\n\n".join(found)
+
+
+def models() -> str:
+    """The cards of the students that ship, their titles below that of the page."""
+    from lasnn.run import shipped_models
+
+    cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in shipped_models().values()]
+    return "\n\n".join(f"#{card}" for card in cards)
 
 
 def recipes() -> str:
