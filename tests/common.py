@@ -27,6 +27,7 @@ epochs = 2
 architecture = "vgg5"
 width = 4
 timesteps = 2
+init = "random"
 
 [distill]
 epochs = 2

@@ -126,7 +126,7 @@ def test_dry_run_needs_no_data_and_writes_nothing(lasnn, tmp_path):
     for expected in ("teacher  vgg5", "parameters", "steps", "MiB", "stage3"):
         assert expected in out
     plan = lasnn.json("distill", "quickstart", "--dry-run", "--set", "data.name=fashion-mnist")
-    assert plan["images"] == {"train": 60000, "test": 10000}
+    assert plan["images"] == {"train": 60000, "test": 10000, "validation": 0}
     assert [pair["student"] for pair in plan["pairs"]] == ["stage1", "stage2", "stage3"]
     assert os.listdir(tmp_path) == []
 
@@ -283,10 +283,11 @@ def test_a_signal_before_the_training_ends_the_command(done):
 
 
 def test_a_users_architecture_learns_from_a_shipped_teacher(lasnn, tmp_path):
-    """The README's example of a plugin, distilled from a shipped architecture, then evaluated from its run folder."""
+    """The tutorial's example of a plugin, distilled from a shipped architecture, then evaluated from its run folder."""
     from common import TINY, TINY_DATA
 
-    code = re.search(r"```python\n(from torch import nn.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+    tutorial = (ROOT / "docs" / "tutorials" / "architecture.md").read_text()
+    code = re.search(r"%%writefile my_nets.py\n(.*?)```", tutorial, re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 14
     (tmp_path / "my_nets.py").write_text(code)
     (tmp_path / "tiny_clothes.py").write_text(TINY_DATA)

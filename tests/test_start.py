@@ -24,6 +24,14 @@ from lasnn.training.build import build as build_parts
 from lasnn.training.stop import Stopped
 from lasnn.weights import load_state, load_weights
 
+
+@pytest.fixture
+def tiny(tiny):
+    """The tests' recipe, which names no start."""
+    tiny.write_text(tiny.read_text().replace('init = "random"\n', ""))
+    return tiny
+
+
 # A teacher of another family than the student, and the student's twin.
 TWIN = ["teacher.architecture=vgg9", "teacher.epochs=1", "start.architecture=vgg5", "start.width=4", "start.epochs=2"]
 SHORT = [*TWIN, "distill.epochs=1"]
