@@ -100,7 +100,7 @@ class RunProgress(Callback):
             f"{summary['firing_rate']:.3f} spikes per neuron and step, {summary['seconds']:.0f} s of training"
         )
         if summary["weights"].startswith("exponential"):
-            self._say(f"student.safetensors has the {summary['weights']}: these are what was measured")
+            self.say(f"student.safetensors has the {summary['weights']}: these are what was measured")
         if advice := summary.get("advice"):
             self.say(f"the student is {teacher - summary['accuracy']:.3f} below its teacher; what to try:")
             for line in advice:

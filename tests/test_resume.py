@@ -41,7 +41,7 @@ def test_the_others_are_named_together(tiny):
     with pytest.raises(UserError) as error:
         distill(tiny, "out", overrides=[*SHORT, "seed=1", "student.timesteps=3", "distill.epochs=3"], resume=True)
     [line] = error.value.problems
-    for part in ("seed: was 0, now 1", "student.timesteps: was 2, now 3", "distill.epochs: was 2, now 3", "cosine"):
+    for part in ("seed: was 0, now 1", "student.timesteps: was 2, now 3", "distill.epochs: was 2, now 3", "min_lr"):
         assert part in line
 
 

@@ -25,7 +25,11 @@ def test_every_room_is_packaged():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     rooms = {path.parent.relative_to(ROOT) for path in (ROOT / "lasnn").rglob("*.py")}
-    rooms |= {path.parent.relative_to(ROOT) for room in ("kernels", "recipes") for path in (ROOT / room).rglob("*.py")}
+    rooms |= {
+        path.parent.relative_to(ROOT)
+        for room in ("kernels", "models", "recipes")
+        for path in (ROOT / room).rglob("*.py")
+    }
     inside = {".".join(room.parts) if room.parts[0] == "lasnn" else ".".join(("lasnn", *room.parts)) for room in rooms}
     assert listed == inside
 

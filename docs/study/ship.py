@@ -8,11 +8,10 @@ RUN is the run's folder, UNIT its name in results.jsonl. It needs the whole data
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
-import tomllib
-
-from lasnn import evaluate
+from lasnn import evaluate, load_run
 from lasnn.files import write
 from lasnn.recipe.load import dump_toml
 
@@ -22,8 +21,9 @@ KEPT = ("data.json", "metrics.jsonl", "student.safetensors", "summary.json", "te
 TIMESTEPS = (1, 2, 4, 8)
 CARD = """# {title}
 
-{sentence} Images of 28 x 28 in [0, 1] in, logits of ten classes out; {parameters:,} parameters, {neuron} neurons, direct encoding,
-trained at T = {timesteps}. Its teacher, an ANN of the same architecture: {teacher:.4f}. One seed; the last epoch, not the best.
+{sentence} Images of 28 x 28 in [0, 1] in, logits of ten classes out;
+{parameters:,} parameters, {neuron} neurons, direct encoding, trained at T = {timesteps}. Its teacher, an ANN of the same
+architecture: {teacher:.4f}. One seed; the last epoch, not the best.
 
 | T | all 10,000 test images | the 2,000 that ship with lasnn | spikes per neuron and step | µJ an image |
 |---|---|---|---|---|
@@ -39,9 +39,10 @@ lasnn export model:{name} --format onnx
 ```
 
 - Data: Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747; MIT licence), 60,000 training images, flips.
-- Recipe: `recipe.toml` here; the teacher of the same seed takes part of it. Run `{unit}` of docs/study/results.jsonl.
-- Conditions: fp32 on an x86-64 CPU, one thread, seed {seed}, {seconds:,} s beside other work; lasnn {lasnn} at {commit}, torch {torch},
-  Python {python}.
+- Recipe: `recipe.toml` here, which also says how its teacher was trained. Run `{unit}` of
+  docs/study/results.jsonl.
+- Conditions: fp32 on an x86-64 CPU, one thread, seed {seed}, {seconds:,} s beside other work; lasnn {lasnn} at {commit},
+  torch {torch}, Python {python}.
 - Licence: MIT, as lasnn.
 """
 
@@ -65,14 +66,14 @@ def main(run: Path, name: str, unit: str) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     # A card comes first: a model is listed by its title.
     student = recipe["student"]
-    title = f"A spiking {student['architecture'].upper().replace('VGG', 'VGG-')} for Fashion-MNIST, T = {student['timesteps']}"
+    name_of = student["architecture"].upper().replace("VGG", "VGG-")
+    title = f"A spiking {name_of} for Fashion-MNIST, T = {student['timesteps']}"
     write(folder / "README.md", f"# {title}\n")
-    from lasnn import load_run
-
     whole = evaluate(load_run(f"model:{name}", data_root=shared["data"]["root"]), TIMESTEPS, include_speed=False)
     part = evaluate(f"model:{name}", TIMESTEPS, include_speed=False)
     rows = [
-        f"| {a['timesteps']} | {a['accuracy']:.4f} | {b['accuracy']:.4f} | {a['firing_rate']:.3f} | {a['energy_uj']:.2f} |"
+        f"| {a['timesteps']} | {a['accuracy']:.4f} | {b['accuracy']:.4f} "
+        f"| {a['firing_rate']:.3f} | {a['energy_uj']:.2f} |"
         for a, b in zip(whole, part, strict=True)
     ]
     network = load_run(f"model:{name}").student
