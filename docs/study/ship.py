@@ -21,16 +21,16 @@ KEPT = ("data.json", "metrics.jsonl", "student.safetensors", "summary.json", "te
 TIMESTEPS = (1, 2, 4, 8)
 CARD = """# {title}
 
-{sentence} Images of 28 x 28 in [0, 1] in, logits of ten classes out;
-{parameters:,} parameters, {neuron} neurons, direct encoding, trained at T = {timesteps}. Its teacher, an ANN of the same
-architecture: {teacher:.4f}. One seed; the last epoch, not the best.
+{sentence}
+Images of 28 x 28 in [0, 1] in, logits of ten classes out; {parameters:,} parameters, {neuron} neurons, direct encoding,
+trained at T = {timesteps}. Its teacher, an ANN of the same architecture: {teacher:.4f}. One seed, the last epoch.
 
 | T | all 10,000 test images | the 2,000 that ship with lasnn | spikes per neuron and step | µJ an image |
 |---|---|---|---|---|
 {rows}
 
 µJ: 45 nm operation counts, without memory accesses, by which a student is not cheaper here (docs/energy.md).
-Trained at one T, it is best there: its batch norms know the statistics of that T.
+It was trained at T = {timesteps} alone, and its batch norms have the statistics of that T.
 
 ```sh
 lasnn evaluate model:{name} --timesteps 1,2,4
@@ -41,8 +41,8 @@ lasnn export model:{name} --format onnx
 - Data: Fashion-MNIST (Xiao, Rasul and Vollgraf, arXiv 1708.07747; MIT licence), 60,000 training images, flips.
 - Recipe: `recipe.toml` here, which also says how its teacher was trained. Run `{unit}` of
   docs/study/results.jsonl.
-- Conditions: fp32 on an x86-64 CPU, one thread, seed {seed}, {seconds:,} s beside other work; lasnn {lasnn} at {commit},
-  torch {torch}, Python {python}.
+- Conditions: fp32 on an x86-64 CPU, one thread, seed {seed}, {seconds:,} s beside other work; lasnn {lasnn} at
+  {commit}, torch {torch}, Python {python}.
 - Licence: MIT, as lasnn.
 """
 
