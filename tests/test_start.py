@@ -310,3 +310,41 @@ def test_a_recipe_with_a_start_is_written_and_read_again(tiny):
     tiny.with_name("again.toml").write_text(text)
     assert Recipe.load(tiny.with_name("again.toml")).model_dump() == recipe.model_dump()
     assert isinstance(build_parts(recipe, train_teacher=True).student, Student)
+
+
+OWN_NEURONS = """
+import torch
+
+from lasnn import neurons
+from lasnn.kernels import lif
+from lasnn.neuron import LIF
+
+
+@neurons.register("by-channel")
+class ByChannel(LIF):
+    '''Its threshold is higher in every second channel.'''
+
+    def forward(self, current, v0=None, timesteps=None):
+        scale = torch.ones(current.shape[2], 1, 1)
+        scale[1::2] = 0.5
+        return lif(current * scale, v0, tau=self.time_constant, timesteps=timesteps, **self.options)
+
+
+@neurons.register("breaks")
+class Breaks(LIF):
+    '''It takes what a network gives it, and nothing else.'''
+
+    def forward(self, current, v0=None, timesteps=None):
+        if current.shape[3] > 1000:
+            raise RuntimeError("too tall")
+        return super().forward(current, v0, timesteps)
+"""
+
+
+def test_a_neuron_of_ones_own_is_converted_channel_by_channel(tiny):
+    (tiny.parent / "own.py").write_text(OWN_NEURONS)
+    tiny.write_text(tiny.read_text().replace('plugins = ["', 'plugins = ["own.py", "'))
+    found = build_parts(tiny, overrides=["student.neuron.name=by-channel"], train_teacher=True)
+    assert found.plan.start.converted
+    with pytest.raises(UserError, match=r"the converted start: RuntimeError: too tall.*own\.py:\d+"):
+        build_parts(tiny, overrides=["student.neuron.name=breaks"])

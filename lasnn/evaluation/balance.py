@@ -24,7 +24,7 @@ from lasnn.network.scales import NORMS, Scales, fold
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import NormActivate
+from lasnn.network.units import NormActivate, NormSpike
 from lasnn.random import generator
 
 # Training images that currents are measured on, and currents kept of each batch and unit.
@@ -80,7 +80,7 @@ def balance(student: Student, ann: Teacher, image: tuple[int, int, int], images:
     found = Scales(ann.network, image)
     inputs = noise(ann, image, seed) if images is None else measured(ann, images, seed)
     responses = {
-        name: Response(current, output, *staircase(student.network.get_submodule(name).neuron, student.timesteps))
+        name: Response(current, output, *staircase_of(student.network.get_submodule(name), student.timesteps))
         for name, (current, output) in inputs.items()
     }
     fold(student.network, found, best_scales(found, responses))
@@ -106,15 +106,22 @@ def measure_statistics(student: Student, images: Images | Streamed, seed: int) -
         norm.momentum = momentum
 
 
-def staircase(neuron: nn.Module, timesteps: int) -> tuple[Tensor, float]:
-    """A neuron's spikes a step, over T steps from rest, at constant currents from 0 to `REACH` thresholds; and its
-    threshold, 1 where it does not say one.
+def staircase_of(unit: NormSpike, timesteps: int) -> tuple[Tensor, float]:
+    """The staircase of a unit's neuron; one of a user's own may differ from channel to channel."""
+    return staircase(unit.neuron, timesteps, 1 if unit.fused else getattr(unit.norm, "num_features", 1))
+
+
+def staircase(neuron: nn.Module, timesteps: int, channels: int = 1) -> tuple[Tensor, float]:
+    """A neuron's spikes a step, over T steps from rest, at constant currents from 0 to `REACH` thresholds, the mean of
+    so many channels; and its threshold, 1 where it does not say one.
     """
     threshold = float(getattr(neuron, "options", {}).get("threshold", 1.0))
     device = next((p.device for p in neuron.parameters()), torch.device("cpu"))
     current = torch.arange(int(REACH * FINE), device=device) / FINE * threshold
-    spikes, _ = neuron(current[None].expand(timesteps, -1).contiguous(), timesteps=timesteps)
-    return spikes.float().mean(0).cpu(), threshold
+    # A pixel for each current, [T, 1, C, pixels, 1], as the neuron has it in a network.
+    image = current.view(1, 1, 1, -1, 1).expand(timesteps, 1, channels, -1, 1).contiguous()
+    spikes, _ = neuron(image, timesteps=timesteps)
+    return spikes.float().mean((0, 1, 2, 4)).cpu(), threshold
 
 
 def best_scales(found: Scales, responses: Mapping[str, Response]) -> dict[int, float]:

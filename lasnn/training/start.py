@@ -14,6 +14,7 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher, without_activations
 from lasnn.plan import Plan
 from lasnn.random import keyed
+from lasnn.registry import translate_own_errors
 from lasnn.weights import digest
 
 
@@ -45,7 +46,8 @@ def new_student(
 def _convert(plan: Plan, student: Student, ann: Teacher, images: Images | Streamed) -> None:
     shape = (plan.data.channels, plan.data.height, plan.data.width)
     measured = plan.recipe.student.calibration == "images"
-    balance(student, ann, shape, images if measured else None, plan.recipe.seed)
+    with translate_own_errors(lambda: "the converted start"):
+        balance(student, ann, shape, images if measured else None, plan.recipe.seed)
 
 
 def _weights(plan: Plan, anns: Mapping[str, Teacher | None], student: Student) -> dict[str, Tensor]:
