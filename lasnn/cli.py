@@ -54,6 +54,13 @@ RecipeName = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The folder of the run's images.  [default: where it has them]")
 ]
+# Of several benchmarks.
+BenchTimesteps = Annotated[str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")]
+Rounds = Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")]
+ResultsFolder = Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")]
+IntoPage = Annotated[
+    Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on standard output.")]
 
 
@@ -493,10 +500,8 @@ def bench_kernels(
         str | None, typer.Option(metavar="NAMES", help="lif, norm_lif, norm_lif+residual, ...  [default: all]")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny shapes and few rounds: whether it runs.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
-    write: Annotated[
-        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
-    ] = None,
+    out: ResultsFolder = Path("runs/bench"),
+    write: IntoPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Each op forward and backward: checked, then timed beside SpikingJelly where it is installed."""
@@ -521,15 +526,11 @@ def bench_kernels(
 def bench_step(
     recipe: RecipeName,
     overrides: Overrides = None,
-    timesteps: Annotated[
-        str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")
-    ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")] = 15,
+    timesteps: BenchTimesteps = None,
+    rounds: Rounds = 15,
     neighbour: Annotated[bool, typer.Option("--neighbour", help="Measure it again beside a busy process.")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
-    write: Annotated[
-        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
-    ] = None,
+    out: ResultsFolder = Path("runs/bench"),
+    write: IntoPage = None,
     as_json: AsJson = False,
 ) -> None:
     """A whole training step, beside SpikingJelly's layers and beside its convolutions alone."""
@@ -553,39 +554,29 @@ def bench_step(
 
 @bench.command("inference")
 def bench_inference(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or a shipped recipe's name.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
-    timesteps: Annotated[
-        str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")
-    ] = None,
-    rounds: Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")] = 15,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")] = Path("runs/bench"),
-    write: Annotated[
-        Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
-    ] = None,
+    timesteps: BenchTimesteps = None,
+    rounds: Rounds = 15,
+    out: ResultsFolder = Path("runs/bench"),
+    write: IntoPage = None,
     as_json: AsJson = False,
 ) -> None:
     """A student's forward pass, whole and step by step, beside SpikingJelly's layers and its convolutions alone."""
-    steps = () if timesteps is None else tuple(parse_timesteps(timesteps))
+    steps = () if timesteps is None else parse_timesteps(timesteps)
     with json_alone(as_json) as answer:
         from lasnn.bench.inference import LEGEND, Options, head, measure, save, table
         from lasnn.console import print_bench, to_stderr, to_stdout
 
-        options = Options.read(recipe, tuple(overrides or ()), steps, rounds, out, write)
+        options = Options.read(recipe, overrides or [], steps, rounds, out, write)
         with to_stderr().status("") as status:
             result = measure(options, status.update)
         files = [str(path) for path in save(result, options)]
         answer.update({"files": files, **result})
     if not as_json:
         titles, lines = table(result)
-        print_bench(
-            to_stdout(),
-            head(result),
-            titles,
-            lines,
-            [LEGEND, *result["notes"], f"files: {', '.join(files)}"],
-            groups=0,
-        )
+        notes = [LEGEND, *result["notes"], f"files: {', '.join(files)}"]
+        print_bench(to_stdout(), head(result), titles, lines, notes, groups=0)
 
 
 @bench.command("memory")

@@ -126,7 +126,7 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
         The run; `.student` is an `nn.Module` in eval mode, images [B, C, H, W] in [0, 1] -> logits [B, K].
 
     Raises:
-        UserError: it is no run, or has no trained student.
+        UserError: it is no run, has no trained student, or `data_root` is no folder.
     """
     folder = find_run(run)
     if folder.path.is_file():
@@ -137,6 +137,9 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
         raise UserError(f"{folder} has no student yet; finish it with `{resume_command(folder.path)}`")
     if data_root is not None:
         root = str(expanded(data_root, "--data").absolute())
+        # Some data sets look elsewhere where their folder is not there, and would be measured in its place.
+        if not Path(root).is_dir():
+            raise UserError(f"--data: no folder {data_root}; name the one of the run's images")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     elif folder.model and (part := datasets[recipe.data.name].function.shipped_part):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": part})})

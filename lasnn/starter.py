@@ -152,7 +152,7 @@ def recipe_text(pictures: Pictures, choices: Choices, file: str) -> str:
 #
 #   lasnn distill {command} --dry-run    checks it and prints the plan
 #   lasnn distill {command}              trains the teacher, then the student under it
-#   lasnn report{" " * (len(command) + 10)}shows what became of it
+#   lasnn report{" " * (len(command) + 16)}shows what became of it
 #
 # What a part takes: lasnn list. The settings of the trainings are those of the shipped quickstart, with batches and
 # epochs by the number of pictures; they were not tuned on these.

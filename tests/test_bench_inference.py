@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from lasnn.bench import inference as bench
 from lasnn.plan import read_plan
@@ -37,15 +36,19 @@ def test_the_passes_give_the_same_logits(architecture, encoder):
     """Whole and step by step; of SpikingJelly too where it is there, but for spikes that flip by a rounding."""
     settings = [f"{who}.architecture={architecture}" for who in ("teacher", "student")]
     settings += [f"student.encoder={encoder}", 'distill.pairs=["stage1","stage2","stage3"]']
+    # Every layer spikes, so that a voltage that is not carried shows.
+    settings += ["student.neuron.threshold=0.2", "student.timesteps=4"]
     passes, notes = bench.passes_of(read_plan("quickstart", [*SMALL, *settings]), 3, peer=True)
     assert not notes or "spikingjelly" in notes[0].lower()
     own = passes.pop(bench.LASNN)(0)
     passes.pop(bench.FLOOR)
-    assert len(passes) >= 1
-    for run in passes.values():
+    assert bench.STREAM in passes
+    for name, run in passes.items():
+        # A rounding flips a spike of SpikingJelly's at the most.
+        near = 1e-5 if name == bench.STREAM else 1e-3
         # A fresh node each time: the second call starts from rest as the first did.
         for number in range(2):
-            torch.testing.assert_close(run(number), own, rtol=bench.SAME_LOGITS, atol=bench.SAME_LOGITS)
+            assert (run(number) - own).abs().max() <= near * own.abs().max(), name
 
 
 def test_an_encoder_that_decides_all_steps_at_once_is_not_run_step_by_step():

@@ -52,6 +52,8 @@ def test_the_commands_take_it(lasnn):
     assert made["file"].startswith(f"{name}-student-t")
     assert (lasnn.folder / made["file"]).is_file()
     assert json.loads(json.dumps(made))["verified"]
+    line = lasnn("evaluate", f"model:{name}", "--data", "nowhere", code=2).stderr
+    assert line == "lasnn: --data: no folder nowhere; name the one of the run's images\n"
     assert f"unknown model '{name}x'; did you mean '{name}'?" in lasnn("evaluate", f"model:{name}x", code=2).stderr
 
 

@@ -13,11 +13,11 @@ from torch import nn
 from lasnn import Recipe, distill, load_run
 from lasnn.architecture import resnet
 from lasnn.errors import UserError
-from lasnn.evaluation.balance import Response, best_scales, staircase
+from lasnn.evaluation.balance import Response, best_scales, staircase, staircase_of
 from lasnn.network.scales import NORMS, Scales, fold
 from lasnn.network.staged import build
 from lasnn.network.student import Student
-from lasnn.network.units import NormActivate, ann_units, snn_units
+from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
 from lasnn.neuron import LIF
 from lasnn.run import status
 from lasnn.training.build import build as build_parts
@@ -346,5 +346,10 @@ def test_a_neuron_of_ones_own_is_converted_channel_by_channel(tiny):
     tiny.write_text(tiny.read_text().replace('plugins = ["', 'plugins = ["own.py", "'))
     found = build_parts(tiny, overrides=["student.neuron.name=by-channel"], train_teacher=True)
     assert found.plan.start.converted
+    unit = next(module for module in found.student.modules() if isinstance(module, NormSpike))
+    table, _ = staircase_of(unit, 2)
+    plain, _ = staircase(LIF(), 2)
+    # In every second channel a current counts half.
+    assert torch.equal(table[::2], (plain[::2] + plain[: len(plain) // 2]) / 2)
     with pytest.raises(UserError, match=r"the converted start: RuntimeError: too tall.*own\.py:\d+"):
         build_parts(tiny, overrides=["student.neuron.name=breaks"])

@@ -4,7 +4,7 @@ step by step as in a stream, beside the same network of SpikingJelly's layers an
 Images are random, of the recipe's size, and the weights are fresh: no data set is read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lasnn.bench import page
 from lasnn.bench.kernels import first_line, more_conditions, spikingjelly_version
-from lasnn.bench.step import FLOOR, LASNN, PEER, PeerUnit, figures, layer_calls, peer_network, ratio
+from lasnn.bench.step import FLOOR, LASNN, PEER, PeerUnit, figures, layer_calls, peer_network, plans_at, ratio
 from lasnn.bench.timing import turns
 from lasnn.errors import UserError
 from lasnn.factory import make_encoder, make_student
 from lasnn.network.student import Student
-from lasnn.plan import Plan, read_plan
+from lasnn.plan import Plan
 from lasnn.random import keyed
 from lasnn.run import environment
 
@@ -61,8 +61,8 @@ class Options:
     def read(
         cls,
         recipe: str,
-        overrides: tuple[str, ...] = (),
-        timesteps: tuple[int, ...] = (),
+        overrides: Sequence[str] = (),
+        timesteps: Sequence[int] = (),
         rounds: int = 15,
         out: Path = Path("runs/bench"),
         write: Path | None = None,
@@ -72,16 +72,9 @@ class Options:
         Raises:
             UserError: with a line for every mistake.
         """
-        first = read_plan(recipe, list(overrides))
-        steps = timesteps or (first.recipe.student.timesteps,)
-        plans = [read_plan(recipe, [*overrides, f"student.timesteps={step}"]) for step in steps]
-        problems = page.folder_problems(out)
-        if write is not None:
-            problems += page.page_problems(write, section(plans[0]))
-        if problems:
-            raise UserError(*problems)
-        out.mkdir(parents=True, exist_ok=True)
-        return cls(tuple(plans), tuple(overrides), rounds, out, write)
+        plans = plans_at(recipe, overrides, timesteps)
+        page.prepare(out, write, section(plans[0]))
+        return cls(plans, tuple(overrides), rounds, out, write)
 
 
 def section(plan: Plan) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lasnn import kernels
-from lasnn.bench.page import folder_problems, page_problems
+from lasnn.bench.page import folder_problems, make_folder, page_problems
 from lasnn.bench.report import COLUMNS, section
 from lasnn.bench.timing import Times, copy_gb_per_s, kept_bytes, take_turns
 from lasnn.errors import UserError, unknown
@@ -107,10 +107,7 @@ class Options:
             problems += page_problems(write, section(where.type))
         if problems:
             raise UserError(*problems)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}") from error
+        make_folder(out)
         return cls(where, tuple(map(int, steps)), tuple(dtypes), tuple(ops), quick, out, write)
 
     def cases(self) -> list["Case"]:

@@ -8,7 +8,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lasnn.errors import UserError
 from lasnn.files import write as write_file
+
+
+def prepare(out: Path, write: Path | None, name: str) -> None:
+    """Make the folder of results.
+
+    Raises:
+        UserError: it cannot be made, or the page `write` has no section of that name to fill.
+    """
+    problems = folder_problems(out)
+    if write is not None:
+        problems += page_problems(write, name)
+    if problems:
+        raise UserError(*problems)
+    make_folder(out)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of results.
+
+    Raises:
+        UserError: the system refuses it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
 
 
 def folder_problems(out: Path) -> list[str]:

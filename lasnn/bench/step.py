@@ -88,18 +88,21 @@ class Options:
         Raises:
             UserError: with a line for every mistake.
         """
-        first = read_plan(recipe, list(overrides))
-        steps = timesteps or (first.recipe.student.timesteps,)
-        plans = [read_plan(recipe, [*overrides, f"student.timesteps={step}"]) for step in steps]
-        problems = page.folder_problems(out)
-        if write is not None:
-            problems += page.page_problems(write, section(plans[0]))
-        if problems:
-            raise UserError(*problems)
-        out.mkdir(parents=True, exist_ok=True)
+        plans = plans_at(recipe, overrides, timesteps)
+        page.prepare(out, write, section(plans[0]))
         # Processes that measure memory read the recipe again.
         source = str(find(recipe).absolute())
-        return cls(tuple(plans), source, tuple(overrides), rounds, neighbour, out, write)
+        return cls(plans, source, tuple(overrides), rounds, neighbour, out, write)
+
+
+def plans_at(recipe: str, overrides: Sequence[str], timesteps: Sequence[int]) -> tuple[Plan, ...]:
+    """A recipe's plan at each T; without any, at its own.
+
+    Raises:
+        UserError: the recipe cannot work.
+    """
+    own = read_plan(recipe, list(overrides))
+    return tuple(read_plan(recipe, [*overrides, f"student.timesteps={steps}"]) for steps in timesteps) or (own,)
 
 
 def section(plan: Plan) -> str:
