@@ -7,45 +7,32 @@ Run it from a checkout that stays as it is meanwhile: a line names the commit th
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import time
 from pathlib import Path
 
+import numpy
 import torch
+from units import TEACHERS, UNITS
 
-from lasnn import build, distill, evaluate
-from lasnn.evaluation.measure import teacher_accuracy
+from lasnn import build, distill, load_run
+from lasnn.evaluation.measure import measure, teacher_accuracy
 from lasnn.run import environment
+from lasnn.training.diagnostics import norm
 
 HERE = Path(__file__).absolute().parent
-TEACHERS = HERE / "teachers"
-# The networks that are trained first: a twin of the student, and the wider one that teaches.
-NETWORKS = {"vgg5": ["teacher.architecture=vgg5"], "vgg9": ["teacher.architecture=vgg9"]}
-UNITS = {
-    f"teacher/{name}/{seed}": [*settings, f"seed={seed}", "student.init=random"]
-    for seed in range(3)
-    for name, settings in NETWORKS.items()
-}
-# A student of copied weights and cross-entropy alone: the control, and what ships.
-UNITS |= {
-    f"student/copied/T{steps}/{seed}": [
-        "teacher.architecture=vgg5",
-        f"teacher.checkpoint={TEACHERS / f'vgg5-{seed}.safetensors'}",
-        "student.init=teacher",
-        f"student.timesteps={steps}",
-        "distill.lr=0.05",
-        f"seed={seed}",
-    ]
-    for seed in range(3)
-    for steps in (1, 4, 2)
-}
-# Where a student's accuracy is measured besides.
+# Where a student that may ship is measured besides its own T.
 TIMESTEPS = (1, 2, 4, 8)
+# A term's weight that is to be found: so much of cross-entropy's gradient.
+SHARE = re.compile(r'weight = "share ([\d.]+)"')
+BATCHES = 8
 
 
 def train_teacher(unit: str, settings: list[str]) -> dict:
@@ -56,17 +43,61 @@ def train_teacher(unit: str, settings: list[str]) -> dict:
     kept = TEACHERS / f"{unit.removeprefix('teacher/').replace('/', '-')}.safetensors"
     shutil.move(trained, kept)
     accuracy = teacher_accuracy(built.teacher, built.test, batch_size=500)
-    return {"accuracy": accuracy, "digest": hashlib.sha256(kept.read_bytes()).hexdigest()[:16]}
+    return {"accuracy": accuracy, "digest": digest(kept)}
 
 
 def train_student(unit: str, settings: list[str]) -> dict:
-    """Distils a student and measures it at several T."""
+    """Distils a student and measures it on all test images; `correct` has a bit of each, packed, base64."""
+    settings, weight = with_weight(settings)
     run = distill(HERE / "study.toml", "run", overrides=settings, progress=None)
-    results = evaluate(run.path, TIMESTEPS, include_speed=False)
+    loaded = load_run(run.path)
+    own = loaded.recipe.student.timesteps
+    correct = []
+
+    def watch(means: torch.Tensor, labels: torch.Tensor, _: torch.Tensor) -> None:
+        correct.append(means[own - 1].argmax(-1) == labels)
+
+    timesteps = TIMESTEPS if unit.startswith("student/") else (own,)
+    results = measure(
+        loaded.student, loaded.images.test, timesteps, batch_size=500, seed=loaded.recipe.seed, watch=watch
+    )
     summary = run.read_json("summary.json")
-    kept = ("accuracy", "teacher_accuracy", "firing_rate", "energy_uj")
-    by_steps = {str(result["timesteps"]): result["accuracy"] for result in results}
-    return {**{name: summary[name] for name in kept}, "accuracy_by_timesteps": by_steps}
+    kept = ("accuracy", "teacher_accuracy", "validation_accuracy", "validation_nll", "firing_rate", "energy_uj")
+    epochs = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return {
+        **weight,
+        **{name: summary[name] for name in kept if name in summary},
+        "accuracy_by_timesteps": {str(result["timesteps"]): result["accuracy"] for result in results},
+        "diagnostics": [epoch["diagnostics"] for epoch in epochs if "diagnostics" in epoch],
+        "correct": base64.b64encode(numpy.packbits(torch.cat(correct).numpy())).decode(),
+        "digests": {
+            str(Path(path).relative_to(HERE)): digest(Path(path))
+            for path in (setting.partition("=")[2] for setting in settings if ".checkpoint=" in setting)
+        },
+    }
+
+
+def with_weight(settings: list[str]) -> tuple[list[str], dict[str, float]]:
+    """The settings with the weight that gives a term the share asked for of cross-entropy's gradient on the student's
+    parameters, by the median of a few batches where the training starts.
+    """
+    [share] = [float(found.group(1)) for setting in settings if (found := SHARE.search(setting))] or [None]
+    if share is None:
+        return settings, {}
+    built = build(HERE / "study.toml", overrides=[SHARE.sub("weight = 1.0", setting) for setting in settings])
+    learnt = list(built.student.parameters())
+    ratios = []
+    for step, (images, targets) in zip(range(BATCHES), built.batches(0), strict=False):
+        terms = built.objective(images, targets, 0, step)
+        # The last one, before their sum.
+        *_, term, _ = terms
+        ratios.append(norm(terms[term], learnt) / norm(terms["cross-entropy"], learnt))
+    weight = float(f"{share / statistics.median(ratios):.3g}")
+    return [SHARE.sub(f"weight = {weight}", setting) for setting in settings], {"weight": weight}
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def conditions() -> dict:
