@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from units import TEACHERS, UNITS
+from units import TEACHERS, units
 
 from lasnn import build, distill, load_run
 from lasnn.evaluation.measure import measure, teacher_accuracy
@@ -96,6 +96,12 @@ def with_weight(settings: list[str]) -> tuple[list[str], dict[str, float]]:
     return [SHARE.sub(f"weight = {weight}", setting) for setting in settings], {"weight": weight}
 
 
+def read(file: Path) -> dict[str, dict]:
+    """What is done, by unit."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {line["unit"]: line for line in map(json.loads, lines)}
+
+
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
@@ -123,15 +129,17 @@ def main() -> None:
     options = parser.parse_args()
     options.results = options.results.absolute()
     begun = time.monotonic()
-    for unit, settings in UNITS.items():
-        if not re.match(options.which, unit):
-            continue
-        lines = options.results.read_text().splitlines() if options.results.exists() else []
-        done = unit in {json.loads(line)["unit"] for line in lines}
+    # What comes later may follow from what is done now.
+    while True:
+        results = read(options.results)
+        wanted = {unit: settings for unit, settings in units(results).items() if re.match(options.which, unit)}
         if options.list:
-            print("done" if done else "open", unit)
-        if done or options.list or time.monotonic() - begun > 60 * options.minutes:
-            continue
+            print("\n".join(f"{'done' if unit in results else 'open'} {unit}" for unit in wanted))
+            return
+        unit = next((unit for unit in wanted if unit not in results), None)
+        if unit is None or time.monotonic() - begun > 60 * options.minutes:
+            return
+        settings = wanted[unit]
         folder = Path("runs/study") / unit.replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

@@ -1,12 +1,19 @@
 """What the study runs: each unit's name and what it changes in study.toml, in the order of running.
 
-Teachers and twins come first; then the screening, on 50,000 training images with 10,000 held out, chooses the learning
-rate, the weight of the logits and one term of the features, by negative log-likelihood on the images held out; then the
-confirmation, on all 60,000 images and with fresh seeds, measures what was chosen. Its primary contrast is C - B at
-T = 1 from the converted start.
+Teachers and twins come first. The screening, on 50,000 training images with 10,000 held out, chooses the learning rate,
+then the weight of the logits, then one term of the features and its share: each time what has the lowest negative
+log-likelihood on the images held out, in the mean over its seeds. The confirmation, on all 60,000 images and with other
+seeds, measures what was chosen:
+
+    A  cross-entropy                  D  B + attention maps as in recipes/quickstart.toml
+    B  A + logits                     E  C with the teacher's features of another image
+    C  B + the term that was chosen
+
+Its primary contrast is C - B at T = 1, converted start; all others are secondary.
 """
 
 from pathlib import Path
+from statistics import mean
 
 TEACHERS = Path(__file__).absolute().parent / "teachers"
 # The networks that are trained first: a twin of the student, and the wider and deeper one that teaches.
@@ -42,6 +49,10 @@ LOGITS = {
     "weight1": {"name": "logit-kd", "readout": "step", "temperature": 3.0, "weight": 1.0},
     "standardized": {"name": "logit-kd", "readout": "step", "temperature": 2.0, "weight": 1.0, "standardize": True},
 }
+SCREENED = [HELD_OUT, "distill.epochs=2"]
+CONFIRMED = "distill.epochs=4"
+# The attention maps of recipes/quickstart.toml.
+QUICKSTART = {"name": "attention", "power": 1.0, "weight": 100.0}
 
 
 def toml(value) -> str:
@@ -68,29 +79,101 @@ def taught(block: int | str, start: str = "converted") -> list[str]:
     return [*settings, "start.architecture=vgg5", "start.width=16", f"start.checkpoint={twin}", f"student.init={start}"]
 
 
-UNITS: dict[str, list[str]] = {}
-for network, settings in TRAINED.items():
-    for seed in range(3):
-        UNITS[f"teacher/{network}/{seed}"] = [*settings, f"seed={seed}", "student.init=random"]
-    # For the screening: shorter, and without the images that it holds out.
-    UNITS[f"teacher/{network}/screening"] = [
-        *settings, "teacher.epochs=8", HALF, HELD_OUT, f"seed={SCREENING_SEEDS[0]}", "student.init=random",
-    ]  # fmt: skip
-# Students of copied weights and cross-entropy alone at a rate that was not screened: those that ship.
-for seed in range(3):
-    for steps in (1, 4, 2):
-        UNITS[f"student/copied/T{steps}/{seed}"] = [
-            "teacher.architecture=vgg5",
-            f"teacher.checkpoint={TEACHERS / f'vgg5-{seed}.safetensors'}",
-            "student.init=teacher",
-            f"student.timesteps={steps}",
-            "distill.lr=0.05",
-            f"seed={seed}",
-        ]
-SCREENED = [HELD_OUT, "distill.epochs=2"]
-for seed in SCREENING_SEEDS:
-    for start in ("converted", "copied"):
-        for rate in RATES:
-            UNITS[f"screen/rate/{start}/{rate}/{seed}"] = [
-                *taught("screening", start), *SCREENED, losses(LABELS), f"distill.lr={rate}", f"seed={seed}",
+def units(results: dict[str, dict]) -> dict[str, list[str]]:
+    """The units and their settings, as far as the results that they follow from are there."""
+    found = first_units()
+    rate = best(results, "screen/rate/converted")
+    if rate is None:
+        return found
+    learnt = [f"distill.lr={rate}"]
+    for seed in SCREENING_SEEDS:
+        for name, logits in LOGITS.items():
+            found[f"screen/logits/{name}/{seed}"] = [
+                *taught("screening"), *SCREENED, *learnt, losses(LABELS, logits), f"seed={seed}",
             ]  # fmt: skip
+    logits = LOGITS.get(best(results, "screen/logits"))
+    if logits is None:
+        return found
+    for seed in SCREENING_SEEDS:
+        for name, term in TERMS.items():
+            for share in SHARES:
+                term = {**term, "weight": f"share {share}"}
+                found[f"screen/term/{name}/{share}/{seed}"] = [
+                    *taught("screening"), *SCREENED, *learnt, losses(LABELS, logits, term), f"seed={seed}",
+                ]  # fmt: skip
+    chosen = best(results, "screen/term")
+    if chosen is None:
+        return found
+    weights = [results[f"screen/term/{chosen}/{seed}"]["weight"] for seed in SCREENING_SEEDS]
+    term = {**TERMS[chosen.partition("/")[0]], "weight": float(f"{mean(weights):.3g}")}
+    arms = {
+        "B": [LABELS, logits],
+        "C": [LABELS, logits, term],
+        "A": [LABELS],
+        "E": [LABELS, logits, {**term, "name": f"{term['name']}-of-another-image"}],
+        "D": [LABELS, logits, QUICKSTART],
+    }
+
+    def confirm(name: str, start: str, arm: str, block: int, seed: int, *settings: str) -> None:
+        found[f"confirm/{name}/{arm}/{block}/{seed}"] = [
+            *taught(block, start), CONFIRMED, losses(*arms[arm]), f"seed={seed}", *settings,
+            'plugins=["another_image.py"]',
+        ]  # fmt: skip
+
+    for pair in (("B", "C"), ("A", "E"), ("D",)):
+        for seed in range(4):
+            for block in range(3):
+                for arm in pair:
+                    confirm("converted/T1", "converted", arm, block, seed, *learnt)
+    for seed in range(2):
+        for block in range(3):
+            for arm in ("B", "C"):
+                confirm("converted/T4", "converted", arm, block, seed, *learnt, "student.timesteps=4")
+    for seed in range(2):
+        for block in range(3):
+            for arm in ("B", "C"):
+                confirm("random/T1", "random", arm, block, seed)
+    return found
+
+
+def best(results: dict[str, dict], screened: str) -> str | None:
+    """What of a screening has the lowest mean over its seeds; None before all of it is there."""
+    found: dict[str, list[float]] = {}
+    for unit, result in results.items():
+        if unit.startswith(f"{screened}/"):
+            name = unit.removeprefix(f"{screened}/").rpartition("/")[0]
+            found.setdefault(name, []).append(result["validation_nll"])
+    expected = {"screen/logits": len(LOGITS), "screen/term": len(TERMS) * len(SHARES)}.get(screened, len(RATES))
+    if sum(map(len, found.values())) < expected * len(SCREENING_SEEDS):
+        return None
+    return min(found, key=lambda name: mean(found[name]))
+
+
+def first_units() -> dict[str, list[str]]:
+    """Those that follow from nothing: teachers, the students that ship, the screening of the rate."""
+    found: dict[str, list[str]] = {}
+    for network, settings in TRAINED.items():
+        for seed in range(3):
+            found[f"teacher/{network}/{seed}"] = [*settings, f"seed={seed}", "student.init=random"]
+        # For the screening: shorter, and without the images that it holds out.
+        found[f"teacher/{network}/screening"] = [
+            *settings, "teacher.epochs=8", HALF, HELD_OUT, f"seed={SCREENING_SEEDS[0]}", "student.init=random",
+        ]  # fmt: skip
+    # Students of copied weights and cross-entropy alone at a rate that was not screened: those that ship.
+    for seed in range(3):
+        for steps in (1, 4, 2):
+            found[f"student/copied/T{steps}/{seed}"] = [
+                "teacher.architecture=vgg5",
+                f"teacher.checkpoint={TEACHERS / f'vgg5-{seed}.safetensors'}",
+                "student.init=teacher",
+                f"student.timesteps={steps}",
+                "distill.lr=0.05",
+                f"seed={seed}",
+            ]
+    for seed in SCREENING_SEEDS:
+        for start in ("converted", "copied"):
+            for rate in RATES:
+                found[f"screen/rate/{start}/{rate}/{seed}"] = [
+                    *taught("screening", start), *SCREENED, losses(LABELS), f"distill.lr={rate}", f"seed={seed}",
+                ]  # fmt: skip
+    return found
