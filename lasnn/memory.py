@@ -46,11 +46,11 @@ def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> tor
 
 
 def training_memory(
-    recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None, half: bool = False
+    recipe: Recipe, data: Dataset, student: Student, teacher: Teacher | None, of_losses: int = 0, half: bool = False
 ) -> int:
     """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
 
-    The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device, half of
+    `of_losses` is how many learnable numbers the losses have. The activations are the tensors that autograd saves in a forward pass of a micro-batch on the meta device, half of
     them where the training is in `half` precision. With time in chunks they are those of one chunk, and the voltages
     before each. Workspaces of the convolutions are not in it.
     """
@@ -73,7 +73,7 @@ def training_memory(
         student.network(_encoded(recipe, data, student, timesteps), timesteps)
     activations = sum(saved.values()) // (2 if half else 1) + carried
     states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
-    learnt = 4 * count_parameters(student.network) * (2 + states)
+    learnt = 4 * (count_parameters(student.network) + of_losses) * (2 + states)
     frozen = 4 * count_parameters(teacher.network) if teacher else 0
     return activations + learnt + frozen
 

@@ -56,7 +56,7 @@ from lasnn.probe import (
 )
 from lasnn.problems import Problems
 from lasnn.recipe.schema import Recipe, TeacherTable
-from lasnn.registry import losses
+from lasnn.registry import losses, translate_errors
 
 
 @dataclass(frozen=True)
@@ -230,12 +230,12 @@ def make_plan(recipe: Recipe) -> Plan:
     pairs = _pair(recipe, data, student, teacher, problems)
     start = _start(recipe, data, student, anns, problems)
     _check_batches(recipe, data, student, trained.values(), problems)
-    memory = 0
+    memory = of_losses = 0
     if student and recipe.time_chunk and not problems.lines:
         with on_meta():
             problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
     if not problems.lines:
-        try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
+        of_losses = try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
     if not problems.lines:
         problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
         for name, ann in anns.items():
@@ -244,7 +244,7 @@ def make_plan(recipe: Recipe) -> Plan:
         beside = teacher.model if teacher else None
         half = pick_precision(recipe, device) != "fp32"
         with on_meta():
-            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside, half))
+            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside, of_losses, half))
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(
@@ -301,8 +301,12 @@ def _start(
         return Start("random", f"random weights: those of {source} are of another network")
     if init in ("teacher", "copied"):
         return Start(name, f"the weights of {source}, copied")
+    if problems.lines:
+        # What cannot run has no scales.
+        return Start(name, f"the weights of {source}, copied")
     try:
-        Scales(anns[name].network, (data.channels, data.height, data.width))
+        with translate_errors(teacher_entry(recipe, name)):
+            Scales(anns[name].network, (data.channels, data.height, data.width))
     except UserError as error:
         if init == "converted":
             for problem in error.problems:

@@ -183,8 +183,7 @@ width = 32
 timesteps = {choices.timesteps}
 # The image itself at every step; its first layer is computed once.
 encoder = "direct"
-# Start from the teacher's weights.
-init = "teacher"
+# Left out, `init` starts it from the teacher's weights, with thresholds for its neurons and its T.
 
 [student.neuron]
 name = "lif"

@@ -55,6 +55,18 @@ def test_memory_grows_with_batch_and_time(plain):
     assert memory("precision=bf16") < memory()
 
 
+def test_memory_counts_what_a_loss_learns(plain):
+    """A 3x3 convolution and a batch norm for each pair: weight, gradient and SGD's momentum."""
+
+    def memory(loss):
+        labels = '{name="cross-entropy"}'
+        return plan(plain, f'losses=[{labels},{{name="{loss}"}}]').memory_bytes
+
+    channels = [(pair.student_shape[0], pair.teacher_shape[0]) for pair in plan(plain).pairs]
+    learnt = sum(9 * ours * theirs + 2 * theirs for ours, theirs in channels)
+    assert memory("feature-regressor") - memory("similarity") == 4 * 3 * learnt
+
+
 def test_memory_is_of_the_size_of_what_autograd_keeps(plain):
     """The estimate on the meta device is what a real forward pass saves."""
     from lasnn.factory import make_data, make_student

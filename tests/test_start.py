@@ -32,6 +32,21 @@ def tiny(tiny):
     return tiny
 
 
+# A network that takes no image alone, which is how a conversion follows it.
+BATCHES = """
+from lasnn import architectures
+from lasnn.architecture.vgg import vgg5
+
+@architectures.register("batches")
+def batches(act, *, in_channels, num_classes, width=64):
+    network = vgg5(act, in_channels=in_channels, num_classes=num_classes, width=width)
+    network.stage1.register_forward_pre_hook(check)
+    return network
+
+def check(module, inputs):
+    if len(inputs[0]) == 1:
+        raise ValueError("no batch")
+"""
 # A teacher of another family than the student, and the student's twin.
 TWIN = ["teacher.architecture=vgg9", "teacher.epochs=1", "start.architecture=vgg5", "start.width=4", "start.epochs=2"]
 SHORT = [*TWIN, "distill.epochs=1"]
@@ -60,6 +75,30 @@ SHORT = [*TWIN, "distill.epochs=1"]
 )
 def test_a_start_that_cannot_be_is_named(tiny, settings, said):
     assert any(said in line for line in problems(tiny, *settings)), problems(tiny, *settings)
+
+
+@pytest.mark.parametrize("init", ["auto", "random", "teacher", "copied", "converted"])
+def test_a_network_that_cannot_run_is_said_whatever_its_start(tiny, init):
+    data = tiny.parent / "tiny_clothes.py"
+    data.write_text(data.read_text().replace("1, 28, 28", "1, 2, 2"))
+    lines = problems(tiny, f"student.init={init}")
+    assert lines
+    assert all("cannot run on 2 x 2 images" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("init", ["auto", "converted"])
+def test_a_network_of_the_users_own_that_a_conversion_cannot_follow(tiny, init):
+    """It is one line, or where nothing is asked for copied weights, and no traceback."""
+    (tiny.parent / "batches.py").write_text(BATCHES)
+    own = ["teacher.architecture=batches", "student.architecture=batches", f"student.init={init}"]
+    own.append('plugins=["tiny_clothes.py", "batches.py"]')
+    if init == "auto":
+        said = plan(tiny, *own).summary()["init"]
+        assert said.startswith("the weights of the teacher, copied: they cannot be converted (architecture 'batches'")
+    else:
+        [said] = problems(tiny, *own)
+        assert 'it can be "copied"' in said
+    assert "failed: ValueError: no batch" in said
 
 
 @pytest.mark.parametrize(

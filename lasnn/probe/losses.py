@@ -23,6 +23,7 @@ from lasnn.loss import (
     reading_fix,
     reading_of,
 )
+from lasnn.memory import count_parameters
 from lasnn.network.student import Student
 from lasnn.network.teacher import Classifier, Teacher
 from lasnn.probe.answers import said
@@ -115,15 +116,22 @@ def try_losses(
     teacher: Built[Teacher] | None,
     mixed: bool,
     problems: Problems,
-) -> None:
-    """Call each loss on random tensors; `mixed` targets are class probabilities."""
+) -> int:
+    """Call each loss on random tensors; `mixed` targets are class probabilities.
+
+    Returns:
+        How many learnable numbers the losses have of their own.
+    """
+    parameters = 0
     for index, loss in enumerate(recipe.losses):
         key, classifier = f"losses.{index}", None
         if "teacher_classifier" in inputs_of(losses[loss.name], loss.options):
             classifier = problems.attempt(key, partial(_classifier, teacher.model, data))
             if classifier is None:
                 continue
-        problems.attempt(key, partial(_check_loss, loss, recipe, data, pairs, mixed, classifier))
+        attempt = partial(_check_loss, loss, recipe, data, pairs, mixed, classifier)
+        parameters += problems.attempt(key, attempt) or 0
+    return parameters
 
 
 def _classifier(teacher: Teacher, data: Dataset) -> Classifier:
@@ -148,12 +156,15 @@ def _check_loss(
     pairs: Sequence[Pair],
     mixed: bool,
     classifier: Classifier | None,
-) -> None:
+) -> int:
     """Call a loss on random tensors of the run's shapes: of two images and, where it is the user's, of a batch.
 
     Args:
         mixed: the targets are class probabilities.
         classifier: the teacher's, on any device, for its shape; None where no loss asks for it.
+
+    Returns:
+        How many learnable numbers it has.
 
     Raises:
         UserError: it fails, or does not return one finite number that has a gradient.
@@ -193,7 +204,7 @@ def _check_loss(
             what = list(value.shape) if isinstance(value, Tensor) else said(value)
             raise UserError(f"{entry.said} must return one number, a tensor []; it returned {what}")
         if not entry.own:
-            return
+            break
         if not value.isfinite():
             raise UserError(
                 f"{entry.said} is {value.item()} on {images} random images: a logarithm or a division by 0?"
@@ -206,3 +217,4 @@ def _check_loss(
         if loss.weight > 0 and all(gradient is None for gradient in gradients):
             fix = "compute it from the logits or the student's features without detach(), item(), argmax or float()"
             raise UserError(f"{entry.said} has no gradient, so that nothing learns from it: {fix}")
+    return 0 if bound.module is None else count_parameters(bound.module)
