@@ -244,7 +244,9 @@ def make_plan(recipe: Recipe) -> Plan:
         beside = teacher.model if teacher else None
         half = pick_precision(recipe, device) != "fp32"
         with on_meta():
-            memory = problems.attempt("student", lambda: training_memory(recipe, data, student.model, beside, of_losses, half))
+            memory = problems.attempt(
+                "student", lambda: training_memory(recipe, data, student.model, beside, of_losses, half)
+            )
     if problems.lines:
         raise UserError(*problems.lines)
     return Plan(

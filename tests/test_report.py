@@ -86,6 +86,7 @@ RUNS = {
         ODD,
         ("teacher.pool=max", "student.architecture=vgg9", 'distill.pairs=["stage1:stage2"]', "losses.1.temporal=step"),
     ),
+    "current": (ODD, ("losses.1.tap=current", "losses.1.pool=4")),
 }
 
 
@@ -284,6 +285,11 @@ def test_an_encoder_that_is_not_causal(pages):
     assert "Each T is a run of its own" in page
     assert "Stopping an image" not in page
     assert "no attention loss" in page
+
+
+def test_a_loss_on_other_maps_than_those_drawn_is_said(pages):
+    assert "loss compares other maps:\ntap = current, pool = 4." in pages("current")[0]
+    assert "compares other maps" not in pages("plain")[0]
 
 
 def test_many_classes_have_no_labels(pages):

@@ -128,6 +128,21 @@ def test_names_of_plugins_are_free_and_the_rest_is_not(validator):
     assert not validator.is_valid(changed(own, ("distill",), {"epoch": 1}))
 
 
+def test_every_table_says_whether_it_takes_other_keys(validator):
+    """Some editors' servers take one that says nothing for one that takes none."""
+
+    def check(schema):
+        if isinstance(schema, list):
+            return sum(map(check, schema))
+        if not isinstance(schema, dict):
+            return 0
+        of_tables = schema.get("type") == "object" or ("type" not in schema and "then" in schema)
+        assert not of_tables or "additionalProperties" in schema, str(schema)[:300]
+        return of_tables + sum(map(check, schema.values()))
+
+    assert check(validator.schema) > 50
+
+
 def test_every_key_and_option_is_described(validator):
     def described(schema, place=""):
         for key, inner in schema.get("properties", {}).items():

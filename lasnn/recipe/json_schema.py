@@ -24,6 +24,7 @@ from lasnn.recipe.schema import (
     NeuronTable,
     Recipe,
     Section,
+    StartTable,
     StudentTable,
     TeacherTable,
 )
@@ -73,6 +74,7 @@ def tables() -> dict[str, NamedTable]:
         "data": NamedTable(DataTable, "name", entries(datasets)),
         "augment": NamedTable(AugmentTable, "name", entries(augmentations)),
         "teacher": NamedTable(TeacherTable, "architecture", entries(architectures, teachers), SUPPLIED),
+        "start": NamedTable(StartTable, "architecture", entries(architectures), SUPPLIED),
         "student": NamedTable(StudentTable, "architecture", entries(architectures), SUPPLIED),
         "neuron": NamedTable(NeuronTable, "name", entries(neurons)),
         "encoder": NamedTable(EncoderTable, "name", entries(encoders)),
@@ -117,7 +119,7 @@ def json_schema() -> Schema:
     student["properties"] |= {"encoder": either("encoder"), "neuron": of("neuron")}
     data = of("data")
     data["properties"]["augment"] = {"items": either("augment")}
-    return {
+    made = {
         "$schema": DRAFT,
         "title": "lasnn recipe",
         "description": "An experiment of lasnn. Made by `lasnn schema`.",
@@ -130,11 +132,28 @@ def json_schema() -> Schema:
             "properties": {
                 "data": data,
                 "teacher": of("teacher"),
+                "start": of("start"),
                 "student": student,
                 "losses": {"items": of("losses")},
             }
         },
     }
+    return said_open(made)
+
+
+def said_open(schema: Any) -> Any:
+    """The same schema, in which every table that takes other keys says so: some editors' servers (Tombi) take one that
+    says nothing for one that takes none.
+    """
+    if isinstance(schema, list):
+        return [said_open(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: said_open(value) for key, value in schema.items()}
+    untyped = "type" not in schema and (isinstance(schema.get("properties"), dict) or "then" in schema)
+    if untyped or schema.get("type") == "object":
+        found.setdefault("additionalProperties", True)
+    return found
 
 
 def plain_table(model: type[Section]) -> Schema:

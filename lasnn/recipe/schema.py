@@ -150,7 +150,9 @@ class StudentTable(Part):
     """A registered encoder, by name or as a table with its options."""
     neuron: NeuronTable = NeuronTable()
     """The neuron and its options."""
-    init: str = "auto"
+    init: Annotated[
+        str, Field(json_schema_extra={"anyOf": [{"enum": list(check.INITS)}, {"type": "string", "pattern": r"[/\\]"}]})
+    ] = "auto"
     """Where the student's weights start: "random"; "teacher", a copy of its teacher's; "copied" or "converted", those
     of `[start]`, or of the teacher where there is none, as they are or balanced for T; "auto", these where they fit,
     otherwise random; or a path with a slash, a run folder (its student) or a file of weights."""
@@ -209,7 +211,9 @@ class Recipe(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """All random numbers are keyed by it."""
-    device: str = "auto"
+    device: Annotated[
+        str, Field(json_schema_extra={"anyOf": [{"enum": ["auto", "cpu", "cuda"]}, {"type": "string"}]})
+    ] = "auto"
     """"auto" (CUDA if present), "cpu", "cuda" or "cuda:N"."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of convolutions and matrix products (autocast). "auto" is bf16 on a GPU that has it, else fp32; fp16

@@ -361,6 +361,8 @@ def measure_attention(run: Run, test: Any, count: int) -> dict[str, Any]:
         "power": power,
         "temporal": temporal,
         "weight": loss.weight if loss else None,
+        # What the loss compares, where that is not what is drawn.
+        "otherwise": {key: options[key] for key in ("tap", "normalize", "pool") if key in options},
         "stages": stages,
         "samples": samples,
     }
