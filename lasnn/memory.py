@@ -51,8 +51,8 @@ def training_memory(
     """Bytes of a training step: weights, gradients, optimiser state and what the student keeps for its backward pass.
 
     `of_losses` is how many learnable numbers the losses have. The activations are the tensors that autograd saves in a
-    forward pass of a micro-batch on the meta device, half of them where the training is in `half` precision. With time in chunks they are those of one chunk, and the voltages
-    before each. Workspaces of the convolutions are not in it.
+    forward pass of a micro-batch on the meta device, half of them where the training is in `half` precision. With time
+    in chunks they are those of one chunk, and the voltages before each. Workspaces of the convolutions are not in it.
     """
     saved: dict[int, int] = {}
     kept = []
