@@ -1,0 +1,155 @@
+"""Makes the study's tables from its results: Markdown, on standard output.
+
+    python docs/study/tables.py
+
+A difference is paired by teacher and seed. Its interval is that of Student's t over the pairs, at 95 %; beside it is a
+bootstrap over the test images, of the mean of the pairs; its p-value is that of the exact sign-flip test, and those of
+the secondary contrasts are also given as Holm corrects them.
+"""
+
+import base64
+import itertools
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy
+from run import read
+from units import SCREENING_SEEDS
+
+from lasnn.compare import student_t
+
+HERE = Path(__file__).absolute().parent
+DRAWS = 2000
+# (name, of where, this, less that); the first is the primary contrast.
+CONTRASTS = (
+    ("C - B", "converted/T1", "C", "B"),
+    ("B - A", "converted/T1", "B", "A"),
+    ("C - A", "converted/T1", "C", "A"),
+    ("D - B", "converted/T1", "D", "B"),
+    ("C - D", "converted/T1", "C", "D"),
+    ("C - E", "converted/T1", "C", "E"),
+    ("C - B", "converted/T4", "C", "B"),
+    ("C - B", "random/T1", "C", "B"),
+)
+
+
+def row(*cells) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head(*names: str) -> list[str]:
+    return [row(*names), row(*["---"] * len(names))]
+
+
+def screened(results: dict[str, dict]) -> list[str]:
+    """What was chosen among, by its mean over the seeds."""
+    lines = head("screened", *(f"nll, seed {seed}" for seed in SCREENING_SEEDS), "mean", "accuracy", "weight")
+    found: dict[str, list[dict]] = {}
+    for unit, result in results.items():
+        if unit.startswith("screen/"):
+            found.setdefault(unit.removeprefix("screen/").rpartition("/")[0], []).append(result)
+    for name, of in found.items():
+        nll = [one["validation_nll"] for one in of]
+        weights = ", ".join(f"{one['weight']:g}" for one in of if "weight" in one)
+        accuracy = mean(one["validation_accuracy"] for one in of)
+        lines.append(row(name, *(f"{one:.4f}" for one in nll), f"{mean(nll):.4f}", f"{accuracy:.4f}", weights))
+    return lines
+
+
+def confirmed(results: dict[str, dict]) -> list[str]:
+    """Every arm of the confirmation: the mean over its runs, and what the diagnostics say of its last epoch."""
+    lines = head("start, T", "arm", "runs", "accuracy", "sd", "by teacher", "spikes/neuron/step", "gradient of terms")
+    for (where, arm), of in grouped(results).items():
+        values = [one["accuracy"] for one in of.values()]
+        blocks = {block: [] for block, _ in of}
+        for (block, _), one in of.items():
+            blocks[block].append(one["accuracy"])
+        last = [one["diagnostics"][-1].get("gradient", {}) for one in of.values()]
+        terms = ", ".join(f"{name} {mean(each[name] for each in last):.2f}" for name in last[0])
+        lines.append(
+            row(
+                where,
+                arm,
+                len(values),
+                f"{mean(values):.4f}",
+                f"{stdev(values):.4f}" if len(values) > 1 else "–",
+                ", ".join(f"{mean(of_block):.4f}" for of_block in blocks.values()),
+                f"{mean(one['firing_rate'] for one in of.values()):.3f}",
+                terms or "–",
+            )
+        )
+    return lines
+
+
+def contrasts(results: dict[str, dict]) -> list[str]:
+    """The differences between arms."""
+    runs, found = grouped(results), []
+    for name, where, this, that in CONTRASTS:
+        ours, theirs = runs.get((where, this), {}), runs.get((where, that), {})
+        pairs = [pair for pair in ours if pair in theirs]
+        if len(pairs) < 2:
+            continue
+        differences = [ours[pair]["accuracy"] - theirs[pair]["accuracy"] for pair in pairs]
+        half = student_t(len(pairs) - 1) * stdev(differences) / math.sqrt(len(pairs))
+        images = numpy.mean([bits(ours[pair]) - bits(theirs[pair]) for pair in pairs], axis=0)
+        found.append((name, where, differences, half, bootstrap(images), sign_flips(differences)))
+    corrected = holm([p for *_, p in found[1:]])
+    lines = head("contrast", "start, T", "pairs", "mean", "95 % of the pairs", "95 % of the images", "p", "p, Holm")
+    for number, (name, where, differences, half, (low, high), p) in enumerate(found):
+        lines.append(
+            row(
+                f"**{name}**" if number == 0 else name,
+                where,
+                len(differences),
+                f"{mean(differences):+.4f}",
+                f"± {half:.4f}",
+                f"{low:+.4f} to {high:+.4f}",
+                f"{p:.4f}",
+                "primary" if number == 0 else f"{corrected[number - 1]:.4f}",
+            )
+        )
+    return lines
+
+
+def grouped(results: dict[str, dict]) -> dict[tuple[str, str], dict[tuple[str, str], dict]]:
+    """The confirmation's results: {(where, arm): {(block, seed): result}}."""
+    found: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}
+    for unit, result in results.items():
+        if unit.startswith("confirm/"):
+            _, start, steps, arm, block, seed = unit.split("/")
+            found.setdefault((f"{start}/{steps}", arm), {})[block, seed] = result
+    return dict(sorted(found.items()))
+
+
+def bits(result: dict) -> numpy.ndarray:
+    """1 for each test image that is classified correctly, else 0."""
+    return numpy.unpackbits(numpy.frombuffer(base64.b64decode(result["correct"]), numpy.uint8)).astype(float)
+
+
+def bootstrap(values: numpy.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean over images that are drawn again."""
+    draws = numpy.random.default_rng(0)
+    means = [values[draws.integers(0, len(values), len(values))].mean() for _ in range(DRAWS)]
+    return tuple(numpy.quantile(means, [0.025, 0.975]))
+
+
+def sign_flips(differences: list[float]) -> float:
+    """The two-sided p-value of a mean difference, over all signs that its pairs could have had."""
+    values = numpy.array(differences)
+    seen = abs(values.sum()) - 1e-12
+    return float(numpy.mean([abs(values @ signs) >= seen for signs in itertools.product((-1, 1), repeat=len(values))]))
+
+
+def holm(values: list[float]) -> list[float]:
+    """p-values, corrected for their number."""
+    order, largest, found = sorted(range(len(values)), key=values.__getitem__), 0.0, [0.0] * len(values)
+    for rank, number in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[number]))
+        found[number] = largest
+    return found
+
+
+if __name__ == "__main__":
+    done = read(HERE / "results.jsonl")
+    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts)))
