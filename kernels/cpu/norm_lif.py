@@ -39,8 +39,10 @@ def norm_statistics(y: Tensor) -> Tensor:
         loop.moments(first, last, numbers, pivot, sums.reshape(-1), neuron.like(y.dtype), neuron.scratch(dtype))
 
     threads.run(work, parts, lines.size)
-    mean, square = sums.sum(0) / (y.numel() // channels)
-    return torch.from_numpy(np.stack([mean + pivot, square - mean * mean])).to(dtype)
+    # Values that are no numbers pass through in silence, as in PyTorch.
+    with np.errstate(all="ignore"):
+        mean, square = sums.sum(0) / (y.numel() // channels)
+        return torch.from_numpy(np.stack([mean + pivot, square - mean * mean])).to(dtype)
 
 
 def norm_lif_forward(
@@ -129,7 +131,8 @@ def norm_lif_sums(
             None if v0 is None else grad_v0,
             True,
         )
-        sums[1] *= rstd.numpy()
+        with np.errstate(all="ignore"):
+            sums[1] *= rstd.numpy()
     grad_decay = y.new_full(() if learnt_decay is not None else (0,), grad_decay, dtype=dtype)
     return torch.from_numpy(sums).to(dtype), g, grad_v0, grad_decay
 

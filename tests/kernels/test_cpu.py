@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -262,3 +263,15 @@ def test_lines_of_every_kind(image, last):
     torch.testing.assert_close(sums[0].double(), g.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
     z = (y - mean) / (var + 1e-5).sqrt()
     torch.testing.assert_close(sums[1].double(), (g * z).sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("of", ["values", "gradient"])
+def test_what_is_no_number_passes_through_in_silence(value, of):
+    """A training that diverges ends with lasnn's own line, not after warnings of NumPy's."""
+    y = torch.full((4, 2, 3, 3), value if of == "values" else 1.0).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spikes, _ = norm_lif(y, batch_norm(2), timesteps=2)
+        spikes.backward(torch.full_like(spikes, value))
+    assert y.grad is not None
