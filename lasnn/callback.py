@@ -33,7 +33,7 @@ class Callback:
         """The teacher is ready; `result` has its `accuracy`."""
 
     def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
-        """An epoch of the "teacher" or the "student" begins, or goes on; `epoch` counts from 0."""
+        """An epoch of the "teacher", the "start" or the "student" begins, or goes on; `epoch` counts from 0."""
 
     def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
         """Some steps are done: images/s, and each term's sum over the epoch's images so far.

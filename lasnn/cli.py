@@ -54,6 +54,9 @@ RecipeName = Annotated[
 DataFolder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="The folder of the run's images.  [default: where it has them]")
 ]
+RunDevice = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or auto.  [default: the recipe's]")
+]
 # Of several benchmarks.
 BenchTimesteps = Annotated[str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")]
 Rounds = Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")]
@@ -92,7 +95,7 @@ def distill(
         bool,
         typer.Option("--resume", help="Go on with the run in --out, or the newest unfinished one."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; no data.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print the plan; no data.")] = False,
     detect_anomaly: Annotated[
         bool, typer.Option("--detect-anomaly", help="Find the operation at which a training breaks; slow.")
     ] = False,
@@ -111,9 +114,13 @@ def distill(
         console = to_stderr() if as_json else to_stdout()
         console.quiet = not processes.is_main()
         if dry_run:
+            from lasnn.callback import CallbackList
             from lasnn.plan import read_plan
+            from lasnn.training.parallel import check_processes
 
             plan = read_plan(recipe, overrides or [])
+            check_processes(plan.recipe)
+            CallbackList(callbacks or [])
             if not processes.is_main():
                 return
             if as_json:
@@ -175,6 +182,7 @@ def evaluate(
         int | None, typer.Option(metavar="N", help="Seeds of an encoder that draws, as poisson.  [default: 3]")
     ] = None,
     data: DataFolder = None,
+    device: RunDevice = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy, firing rate, energy and speed of a trained student at any T, or of its teacher, converted."""
@@ -188,7 +196,7 @@ def evaluate(
         from lasnn.evaluation.evaluate import conditions, load_run
         from lasnn.evaluation.evaluate import evaluate as measure_run
 
-        loaded = load_run(run, device="auto", data_root=data)
+        loaded = load_run(run, device=device or "recipe", data_root=data)
         results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
         known = conditions(loaded)
         if converted:
@@ -333,6 +341,7 @@ def report(
     ] = None,
     longest: Annotated[int, typer.Option(metavar="T", help="Where the conversion ends.")] = 64,
     data: DataFolder = None,
+    device: RunDevice = None,
     as_json: AsJson = False,
 ) -> None:
     """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
@@ -348,7 +357,7 @@ def report(
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
         options = {"timesteps": steps, "converted": converted, "longest": longest}
-        loaded = load_run(run, device="auto", data_root=data)
+        loaded = load_run(run, device=device or "recipe", data_root=data)
         answer.update(write_report(loaded, out, **options, tell=tell))
         for line in data_change_lines(answer):
             tell(line)

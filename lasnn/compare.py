@@ -29,7 +29,7 @@ from lasnn.evaluation.iso_accuracy import (
     sentence,
 )
 from lasnn.open_run import finished
-from lasnn.plan import Plan, read_plan
+from lasnn.plan import Plan, make_plan, read_plan
 from lasnn.recipe.load import find, toml_value
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import LossTable, Recipe
@@ -113,7 +113,7 @@ class Comparison:
             "name": arm.name,
             "timesteps": arm.timesteps,
             "settings": list(arm.settings),
-            "command": self.command(arm, "SEED").replace("'seed=SEED'", "seed=SEED"),
+            "command": self.command(arm, "SEED"),
             self.measure: {str(seed): value for seed, value in found.items()},
             "mean": mean(values) if values else None,
             "deviation": stdev(values) if len(values) > 1 else None,
@@ -185,7 +185,7 @@ class Comparison:
         conversion = self.conversion
         notes = []
         if conversion.qcfs:
-            command = self.command(conversion.qcfs, "SEED").replace("'seed=SEED'", "seed=SEED")
+            command = self.command(conversion.qcfs, "SEED")
             notes.append(f"QCFS's own teacher is trained by `{command}`; the student of that run is of no use.")
         elif "qcfs" not in conversion.methods:
             notes.append(
@@ -268,8 +268,8 @@ def compare(
     recipe: str | Path,
     seeds: int = 5,
     *,
-    overrides: Sequence[str] = (),
-    timesteps: Sequence[int] = (),
+    overrides: Iterable[str] = (),
+    timesteps: int | Sequence[int] = (),
     variants: Mapping[str, Sequence[str]] | None = None,
     ablation: bool = False,
     against_conversion: bool = False,
@@ -312,7 +312,9 @@ def compare(
         raise UserError(unknown("--by", by, MEASURES))
     if by != "accuracy" and against_conversion:
         raise UserError(f"--by {by}: conversions are compared by their accuracy on the test images; leave one out")
-    base = read_plan(name, list(overrides)).recipe
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    timesteps = [timesteps] if isinstance(timesteps, int) else timesteps
+    base = read_plan(name, overrides).recipe
     arms = rows(base, overrides, timesteps, variants or {}, ablation)
     if ablation and not ablations(base):
         tell(f'--ablation adds no row: the teacher gives one thing only, and the row "{ALONE}" is without it')
@@ -452,7 +454,7 @@ def without_teacher(recipe: Recipe) -> tuple[str, ...]:
     kept = [loss for loss in recipe.losses if not needs_teacher(loss.name)]
     given = [f"losses={toml_value([entry(loss) for loss in kept] or [{'name': 'cross-entropy'}])}"]
     if recipe.start is None and recipe.student.init in ("teacher", "copied", "converted"):
-        given.append("student.init=random")
+        given += from_random(recipe)
     if recipe.distill.pairs is not None:
         given.append("distill.pairs=")
     return (*given, "teacher=")
@@ -466,10 +468,16 @@ def ablations(recipe: Recipe) -> dict[str, tuple[str, ...]]:
         if any("logits" in losses[loss.name].inputs for loss in kept):
             found[f"without {left_out.name}"] = (f"losses={toml_value([entry(loss) for loss in kept])}",)
     if recipe.start:
-        found["without the start's weights"] = ("student.init=random", "start=")
-    elif recipe.student.init in ("teacher", "copied", "converted") or (recipe.student.init == "auto" and recipe.twins):
-        found["without the teacher's weights"] = ("student.init=random",)
+        found["without the start's weights"] = (*from_random(recipe), "start=")
+    elif make_plan(recipe).start.source == "teacher":
+        found["without the teacher's weights"] = from_random(recipe)
     return found if len(found) > 1 else {}
+
+
+def from_random(recipe: Recipe) -> tuple[str, ...]:
+    """Settings of a random start, in which nothing is calibrated."""
+    calibrated = "calibration" in recipe.student.model_fields_set
+    return "student.init=random", *(["student.calibration="] if calibrated else [])
 
 
 def needs_teacher(loss: str) -> bool:
@@ -516,8 +524,8 @@ def paired_gain(
     return {"name": name, "over": over, "timesteps": timesteps, "mean": gain, "half_width": half, "seeds": n}
 
 
-def student_t(freedom: int, confidence: float = 0.95) -> float:
-    """The two-sided quantile of Student's t distribution.
+def student_t(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t distribution.
 
     The probability within +-t is a finite sum for a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3
     and 26.7.4); it is inverted by bisection.
@@ -537,7 +545,7 @@ def student_t(freedom: int, confidence: float = 0.95) -> float:
     low, high = 0.0, 1e3
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
+        low, high = (middle, high) if probability(middle) < 0.95 else (low, middle)
     return high
 
 

@@ -19,10 +19,6 @@ from lasnn.callback import Callback
 BAR = 20
 
 
-class NoProgress(Callback):
-    """Tells nobody."""
-
-
 class RunProgress(Callback):
     """What a run tells of its progress; where it is shown is a subclass's."""
 

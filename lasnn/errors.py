@@ -45,6 +45,11 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
+def not_finite(what: str) -> MachineError:
+    """The error for activations, or spikes, of a training that diverged."""
+    return MachineError(f"{what} are not finite numbers: its training diverged; train it again at a lower lr")
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The line for a name that is not known: the nearest right one and all the choices."""
     known = sorted(known)

@@ -47,7 +47,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise MachineError(f"cannot write {path}: {error.strerror}") from error
+        raise MachineError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_partial(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a kill left of files that were being written (see `replacing`); nobody may be writing them now."""
+    """Remove what a kill left of files that `atomic_replace` was writing; nobody may be writing them now."""
     for name in names:
         for stray in folder.glob(f".{glob.escape(name)}.????????{glob.escape(Path(name).suffix)}"):
             stray.unlink(missing_ok=True)

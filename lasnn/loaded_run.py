@@ -118,7 +118,8 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     Args:
         run: the folder; or a student's .safetensors file, whose metadata has the recipe (the run's own, or an export),
             the recipe's plugins beside it; or "model:NAME", a student that ships. None is the newest under `runs/`.
-        device: where the networks go; "auto" takes CUDA if present.
+        device: where the networks go; "auto" takes CUDA if present, "recipe" what the run's recipe says, and "auto"
+            where that is not here.
         data_root: the folder of the images; None is the recipe's `data.root`, where the run found them; for a file on
             its own `data` in the working directory; for a shipped student the part of its data set that ships too.
 
@@ -143,11 +144,19 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     elif folder.model and (part := datasets[recipe.data.name].function.shipped_part):
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": part})})
-    where = pick_device(device)
+    where = own_device(recipe) if device == "recipe" else pick_device(device)
     description = _description(weights, recipe)
     student = make_student(recipe, description)
     load_into(student.network, weights, describe_student(recipe, description))
     return Run(folder, recipe, description, where, student.to(where).eval())
+
+
+def own_device(recipe: Recipe) -> torch.device:
+    """The recipe's own device, and what there is where that is not here: a run may come from another machine."""
+    try:
+        return pick_device(recipe.device)
+    except UserError:
+        return pick_device("auto")
 
 
 def _description(weights: Path, recipe: Recipe) -> DatasetDescription:

@@ -30,7 +30,8 @@ def open_run(
     """Make a run's folder with its recipe, or take up the one that is there; other processes are kept out of it within
     the block.
 
-    Without `out`, `resume` takes the newest run of the same recipe under `runs/` that is not done.
+    Without `out`, `resume` takes the run whose recipe it is, or else the newest run of the same recipe under `runs/`
+    that is not done.
 
     Args:
         note: gets what is worth a line.
@@ -41,7 +42,7 @@ def open_run(
         MachineError: the folder cannot be made.
     """
     if out is None:
-        out = (_unfinished(recipe) if resume else None) or _new_folder(recipe.name)
+        out = (recipe.run_folder or _unfinished(recipe) if resume else None) or _new_folder(recipe.name)
     run = RunFolder(expanded(out, "--out"))
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--out {run.path} is a file; name a folder")

@@ -6,7 +6,7 @@ reported before the first batch, together with whatever else is wrong.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import isclass
@@ -173,7 +173,7 @@ def micro_batches(images: int, recipe: Recipe) -> int:
     return math.ceil(images / math.ceil(recipe.data.batch_size / recipe.data.accumulate))
 
 
-def read_plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Plan:
+def read_plan(recipe: str | Path | Recipe, overrides: Iterable[str] = ()) -> Plan:
     """Read a recipe and make its plan.
 
     Raises:
@@ -181,7 +181,7 @@ def read_plan(recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> Pla
     """
     if not isinstance(recipe, Recipe):
         return make_plan(Recipe.load(recipe, overrides))
-    if overrides:
+    if list(overrides):
         raise UserError("overrides go with a recipe's file or name; this Recipe is already checked")
     return make_plan(recipe)
 

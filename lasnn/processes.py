@@ -39,11 +39,6 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def process_key() -> tuple[int, ...]:
-    """What makes a key of random numbers this process's own; nothing in the main process, as in one alone."""
-    return (rank(),) if rank() else ()
-
-
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0

@@ -234,7 +234,9 @@ def shipped_models() -> dict[str, Path]:
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """What `lasnn list models` says of one: `description`, `data`, `architecture`, `accuracy` by T, and `bytes`."""
+    """What `lasnn list models` says of one: `description`, `data`, `architecture`, `timesteps` of its training, the
+    `accuracy` there and `teacher_accuracy`, `bytes`.
+    """
     card, run = read_text(folder / "README.md"), RunFolder(folder)
     recipe = parse((folder / "recipe.toml").read_bytes(), str(folder))
     summary = run.read_json("summary.json")

@@ -59,7 +59,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
         description, seal = _description(path, metadata)
-        if seal is not None and seal != digest(weights, _text(metadata, description)):
+        if seal is not None and seal != digest(weights, json.dumps(description)):
             raise _damaged(path)
     return weights, description
 
@@ -91,23 +91,14 @@ def _description(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
         description = None
     if not isinstance(description, dict):
         raise UserError(f"{path} is damaged: its metadata have a key 'lasnn' that lasnn did not write; save it again")
-    if "sha256" in metadata:
-        # Of before the digest covered the description; it is not checked any more.
-        return description, None
-    # The digest was once a second key of the metadata, over the description's text.
-    seal = metadata["digest"] if "digest" in metadata else description.pop("digest", None)
+    seal = description.pop("digest", None)
     if not isinstance(seal, str):
         raise _damaged(path)
     return description, seal
 
 
-def _text(metadata: Mapping[str, str], description: Mapping[str, Any]) -> str:
-    """The description's text that the digest is of."""
-    return metadata["lasnn"] if "digest" in metadata else json.dumps(description)
-
-
 def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: it is not what was saved")
+    return UserError(f"{path} is damaged: it is not what was saved; copy it again, or train it again")
 
 
 @contextmanager
@@ -149,7 +140,7 @@ def check_state(path: Path) -> None:
             raise ValueError("it is damaged, or lasnn did not write it")
 
 
-def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
     """Read what `save_state` wrote.
 
     Raises:
@@ -157,7 +148,7 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """
     check_state(path)
     with translate_file_errors(path, "a whole checkpoint"):
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"phase", "epoch", "step", "module"} <= state.keys():
             raise UserError(f"{path} is not the state of a run")
         return state

@@ -25,7 +25,7 @@ def said(epochs=EPOCHS, recipe=RECIPE, **changes):
 def test_a_term_that_drowns_the_labels_comes_first():
     assert said() == [
         "lower losses.1.weight (1000): 'attention' makes up 95% of the loss",
-        'set student.init = "teacher": both have the same architecture',
+        "leave student.init out: both have the same architecture, so that it starts from its teacher",
         "raise distill.epochs (6)",
         "raise student.timesteps (4)",
     ]

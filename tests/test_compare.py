@@ -8,11 +8,13 @@ from typing import get_args
 import pytest
 
 from lasnn.cli import parse_variants
-from lasnn.compare import Arm, Comparison, paired_gain, student_t
+from lasnn.compare import Arm, Comparison, paired_gain, rows, student_t
 from lasnn.compare import compare as compare_rows
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import OF_ONE_T, Method
 from lasnn.evaluation.iso_accuracy import accuracy_over_time, match, say_ratio, say_reached
+from lasnn.plan import read_plan
+from lasnn.recipe.schema import Recipe
 
 SHORT = ("--set", "teacher.epochs=1", "--set", "distill.epochs=1")
 
@@ -115,6 +117,16 @@ def test_the_ablation_leaves_one_thing_out_at_a_time(lasnn, tiny):
         "without the teacher's weights",
     ]
     assert (lasnn.folder / "runs/compare/tiny/compare.md").is_file()
+
+
+@pytest.mark.parametrize("init", ["student.init=", "student.init=converted"])
+def test_a_row_from_random_weights_calibrates_nothing(tiny, init):
+    """And a start from the teacher is one though the recipe says an option that another leaves to its default."""
+    settings = [init, "student.calibration=none", "teacher.pool=avg"]
+    losses = 'losses=[{name="cross-entropy"}, {name="attention"}]'
+    arms = rows(Recipe.load(tiny, [*settings, losses]), [*settings, losses], [], {}, ablation=True)
+    assert [arm.name for arm in arms][2:] == ["without attention", "without the teacher's weights"]
+    assert all(read_plan(tiny, arm.settings) for arm in arms)
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lasnn import build, distill, evaluate, load_run, losses
-from lasnn.console import NoProgress
+from lasnn.callback import Callback
 from lasnn.data import Images
 from lasnn.errors import MachineError, UserError
 from lasnn.recipe.schema import Recipe, Training
@@ -266,7 +266,7 @@ def test_without_a_teacher(tiny):
     assert "teacher_accuracy" not in evaluate(run.path)[0]
 
 
-class StopAt(NoProgress):
+class StopAt(Callback):
     """Raises a signal after a number of reports, as a user or a scheduler would."""
 
     def __init__(self, phase, at_epoch, signum):
@@ -381,7 +381,7 @@ def test_signals_are_left_alone_outside_a_run_and_in_threads():
     assert seen == [0]
 
 
-class Notes(NoProgress):
+class Notes(Callback):
     def __init__(self):
         self.lines = []
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,16 @@ def test_the_plain_form_is_the_student_bit_for_bit(tmp_path, architecture):
                     assert torch.equal(found, spikes[name].flatten(0, 1)), (encoder, neuron, name)
                 rates = [found.mean().item() for found in spikes.values()]
                 assert timesteps == 1 or min(rates) > 0.01, "neurons must fire in every layer, or nothing is compared"
+
+
+def test_a_run_on_another_device_is_exported_without_its_images(plain_run):
+    """What is exported is the student that was loaded, on the CPU, wherever it lies."""
+    loaded = load_run(plain_run)
+    elsewhere = loaded.recipe.data.model_copy(update={"root": "nowhere"})
+    recipe = loaded.recipe.model_copy(update={"data": elsewhere})
+    loaded = replace(loaded, recipe=recipe, device=torch.device("cuda"))
+    found = export(loaded, "safetensors", out=plain_run / "elsewhere.safetensors", force=True)
+    assert found["verified"]
 
 
 def test_the_plain_form_is_the_student_on_two_threads(plain_run):

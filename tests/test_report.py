@@ -86,6 +86,7 @@ RUNS = {
         ODD,
         ("teacher.pool=max", "student.architecture=vgg9", 'distill.pairs=["stage1:stage2"]', "losses.1.temporal=step"),
     ),
+    "start": (ODD, ("student.width=8", "start.architecture=vgg5", "start.width=8", "start.epochs=1")),
     "current": (ODD, ("losses.1.tap=current", "losses.1.pool=4")),
 }
 
@@ -285,6 +286,14 @@ def test_an_encoder_that_is_not_causal(pages):
     assert "Each T is a run of its own" in page
     assert "Stopping an image" not in page
     assert "no attention loss" in page
+
+
+def test_the_epochs_of_a_start_are_shown_and_what_it_started_from(pages):
+    page, _ = pages("start")
+    assert "The loss of [start]" in page
+    assert "starts from the weights of [start], converted: thresholds for T = " in page
+    assert "The loss of [start]" not in pages("plain")[0]
+    assert "starts from random weights" in pages("alone")[0]
 
 
 def test_a_loss_on_other_maps_than_those_drawn_is_said(pages):

@@ -36,6 +36,16 @@ def test_what_leaves_the_result_alone_is_taken(tiny):
     assert 'residence = "stream"' in (run / "recipe.toml").read_text()
 
 
+def test_a_runs_own_recipe_resumes_that_run(tiny):
+    """Without --out, whatever the folder is called; a new run of it is named as the recipe was."""
+    whole = distill(tiny, "whole", overrides=SHORT)
+    run = stopped(tiny)
+    again = distill(run / "recipe.toml", resume=True)
+    assert again.path == run.absolute()
+    assert digest(again / "student.safetensors") == digest(whole / "student.safetensors")
+    assert distill(whole / "recipe.toml").path == Path("runs/whole-1")
+
+
 def test_the_others_are_named_together(tiny):
     stopped(tiny)
     with pytest.raises(UserError) as error:

@@ -96,7 +96,7 @@ def timm(
             f"model = {model!r}: its weights were trained for {config['num_classes']} classes; the data set has "
             f"{num_classes}: train its last layer anew with {num_classes} outputs, and give that file as checkpoint"
         )
-    network = _create(library, model, pretrained, given, size)
+    network = _create(library, model, pretrained, given)
     if not hasattr(network, "forward_intermediates"):
         raise UserError(
             f"model = {model!r}: {type(network).__name__} has no forward_intermediates in timm {library.__version__}, "
@@ -124,7 +124,7 @@ def _config(library: Any, model: str) -> dict[str, Any]:
     return {**found, **{key: known.get(key) for key in ("num_classes", "fixed_input_size")}}
 
 
-def _create(library: Any, model: str, pretrained: bool, given: dict[str, Any], size: tuple[int, int]) -> nn.Module:
+def _create(library: Any, model: str, pretrained: bool, given: dict[str, Any]) -> nn.Module:
     if not pretrained:
         try:
             return library.create_model(model, **given)

@@ -131,7 +131,7 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
     plan = options.plans[0]
     known = {**environment(plan.device), "spikingjelly": peer, **more_conditions(plan.device)}
     return {
-        "environment": {**known, "threads": torch.get_num_threads()},
+        "environment": known,
         "recipe": plan.recipe.name,
         "overrides": list(options.overrides),
         "student": plan.recipe.student.architecture,

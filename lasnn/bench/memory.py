@@ -58,7 +58,7 @@ def measure(device: str, batch_size: int, precision: str, tell: Callable[[str], 
             used, first = (r["peak_bytes"] - r["base_bytes"] for r in (row, rows[0] if rows else row))
             row["ratio"] = used / first
         rows.append(row)
-    known = {**environment(torch.device(found)), "threads": torch.get_num_threads()}
+    known = environment(torch.device(found))
     return {"environment": known, "batch_size": batch_size, "precision": precision, "rows": rows}
 
 

@@ -330,7 +330,7 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
     recipe = plan.recipe
     known = {**environment(plan.device), "spikingjelly": peer, **more_conditions(plan.device)}
     return {
-        "environment": {**known, "threads": torch.get_num_threads()},
+        "environment": known,
         "recipe": recipe.name,
         "overrides": list(options.overrides),
         "student": recipe.student.architecture,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lasnn.data import Batches, Images, Streamed
-from lasnn.errors import MachineError
+from lasnn.errors import not_finite
 from lasnn.network.scales import NORMS, Scales, fold
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
@@ -214,7 +214,7 @@ def recorded(ann: Teacher, run: Callable[[], object]) -> dict[str, tuple[Tensor,
     found = {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in seen.items()}
     for name, (current, _) in found.items():
         if not current.isfinite().all():
-            raise MachineError(f"the ANN's activations in {name} are not finite numbers: its training diverged")
+            raise not_finite(f"the ANN's activations in {name}")
     return found
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
-from lasnn.errors import MachineError, UserError, unknown
+from lasnn.errors import MachineError, UserError, not_finite, unknown
 from lasnn.evaluation.balance import some
 from lasnn.evaluation.few_steps import (
     balanced_thresholds,
@@ -357,7 +357,7 @@ def measured_thresholds(teacher: Teacher, images: Images, percentile: float, *, 
             hook.remove()
     for name, distribution in seen.items():
         if not math.isfinite(distribution.largest):
-            raise MachineError(f"the teacher's activations in {name} are not finite numbers: its training diverged")
+            raise not_finite(f"the teacher's activations in {name}")
     return {name: distribution.percentile(percentile) or 1.0 for name, distribution in seen.items()}
 
 

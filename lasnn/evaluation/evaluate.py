@@ -65,7 +65,7 @@ def evaluate(
     if early_exit is not None and not 0 < early_exit <= 1:
         raise UserError(f"early exit: the confidence must be above 0 and at most 1, got {early_exit}")
     if not isinstance(run, Run):
-        run = load_run(run, device="auto")
+        run = load_run(run, device="recipe")
     if timesteps is None:
         timesteps = [run.recipe.student.timesteps] if converted is None else CONVERTED_TIMESTEPS
     elif not isinstance(timesteps, Sequence):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lasnn.data import Batches, Images
-from lasnn.errors import MachineError
+from lasnn.errors import not_finite
 from lasnn.evaluation.balance import noise_of_norms, recorded, some
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -108,7 +108,7 @@ def balanced_thresholds(teacher: Teacher, images: Images, batch_size: int) -> di
             teacher(batch)
     for name, threshold in thresholds.items():
         if not threshold.isfinite().all():
-            raise MachineError(f"the teacher's activations in {name} are not finite numbers: its training diverged")
+            raise not_finite(f"the teacher's activations in {name}")
     # A channel that was silent on all images stays so, whatever its threshold.
     return {name: torch.where(value > 0, value, 1.0) for name, value in thresholds.items()}
 

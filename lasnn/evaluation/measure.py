@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from lasnn import processes
 from lasnn.data import Batches, Images, Streamed
-from lasnn.errors import MachineError
+from lasnn.errors import not_finite
 from lasnn.evaluation.metrics import AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import OperationCounter, merge_by_name
 from lasnn.network.student import Student
@@ -95,7 +95,7 @@ def measure(
         exits = merge_by_name([part for _, part in every], add)
         total = counter.after(longest)["firing_rate"]
         if not math.isfinite(total):
-            raise MachineError("the student's spikes are not finite numbers: its training diverged; lower the rate")
+            raise not_finite("the student's spikes")
         for t in steps:
             results[t] = {
                 "timesteps": t,

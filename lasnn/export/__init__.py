@@ -1,8 +1,12 @@
 """Exports: a student in a file that other programs read, verified in them before it is called done."""
 
+import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lasnn.data import Images, Streamed
 from lasnn.errors import MachineError, UserError, unknown
@@ -60,8 +64,10 @@ def export(
     # The readers run on the CPU, and equality bit for bit is promised for it alone.
     if not isinstance(run, Run):
         run = load_run(run, data_root=data_root)
-    elif data_root is not None or run.device.type != "cpu":
-        run = load_run(str(run.folder), data_root=data_root or (None if run.folder.model else run.recipe.data_root))
+    elif data_root is not None:
+        run = load_run(str(run.folder), data_root=data_root)
+    elif run.device.type != "cpu":
+        run = replace(run, device=torch.device("cpu"), student=copy.deepcopy(run.student).cpu())
     exporter, path = _prepare(run, form, timesteps, None if out is None else expanded(out, "--out"), force)
     with translate_errors(exporters[form]):
         exporter.check()

@@ -88,7 +88,7 @@ def probe(
     with calls:
         for name, x in _walk(network, image, timesteps, who):
             if name == "head":
-                _check_logits(x, timesteps, classes, who)
+                _check_logits(x, classes, who)
             elif name != "stem":
                 if isinstance(x, Tensor) and x.ndim == 4:
                     found.shapes[name] = tuple(x.shape[1:])
@@ -165,7 +165,7 @@ def _hint(name: str, given: Any, reason: str) -> str:
     return "" if isinstance(given, Tensor) else f"; it is given {shape}"
 
 
-def _check_logits(x: Any, timesteps: int, classes: int | None, who: str) -> None:
+def _check_logits(x: Any, classes: int | None, who: str) -> None:
     wanted = "logits [N, K] of each image" if classes is None else f"logits [N, {classes}], one of each class"
     if isinstance(x, Tensor) and x.ndim == 2 and x.is_floating_point() and classes in (None, x.shape[1]):
         return

@@ -138,7 +138,8 @@ class Read:
 
 
 def read(recipe: str | Path, overrides: Iterable[str] = ()) -> Read:
-    """Read a recipe's file, given as a path or as a shipped recipe's name, and apply the overrides in order.
+    """Read a recipe's file, given as a path or as a shipped recipe's name, and apply the overrides in order; one alone
+    may be a text.
 
     Raises:
         UserError: there is no such file, or it is no TOML.
@@ -150,7 +151,7 @@ def read(recipe: str | Path, overrides: Iterable[str] = ()) -> Read:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     found = Read(parse(content, str(path)), str(path), set(), [])
-    for setting in overrides:
+    for setting in [overrides] if isinstance(overrides, str) else overrides:
         try:
             found.overridden.add(_override(found.tables, setting))
         except ValueError as error:

@@ -6,6 +6,7 @@ an option of the registered part that the table names, and is checked against th
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterable, Set
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from lasnn.recipe import check, load, messages
 from lasnn.recipe.paths import expanded, located
 from lasnn.recipe.plugins import is_file, use_version, version_of
+from lasnn.registry import architectures
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -247,8 +249,14 @@ class Recipe(Section):
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
-        return Path(self._source).stem
+        """The file's name without its ending; of a run's recipe the name that its folder has, without its number."""
+        return Path(self._source).stem if self.run_folder is None else re.sub(r"-\d+$", "", self.run_folder.name)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """The run folder whose recipe this is; None where it is a file of its own."""
+        folder = self._folder.absolute()
+        return folder if Path(self._source).name == "recipe.toml" and (folder / "env.json").is_file() else None
 
     @property
     def plugin_files(self) -> list[Path]:
@@ -279,9 +287,11 @@ class Recipe(Section):
 
     @property
     def twins(self) -> bool:
-        """Whether teacher and student are of one architecture with the same options."""
-        ours, theirs = self.student, self.teacher
-        return theirs is not None and (theirs.architecture, theirs.options) == (ours.architecture, ours.options)
+        """Whether teacher and student are of one architecture with the same options, those left out too."""
+        if self.teacher is None or self.teacher.architecture != self.student.architecture:
+            return False
+        defaults = {name: option.default for name, option in architectures[self.student.architecture].options.items()}
+        return defaults | self.teacher.options == defaults | self.student.options
 
     def _located(self, key: str, written: str, left_out: bool = False) -> Path:
         if key in self._overridden:
@@ -310,13 +320,13 @@ class Recipe(Section):
         return [file for file, version in files if not file.is_file() or version_of(file) != version]
 
     @classmethod
-    def load(cls, recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "Recipe":
+    def load(cls, recipe: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
         """Read and check a recipe.
 
         Args:
             recipe: path of a TOML file, or the name of a shipped recipe.
-            overrides: `key.path=value` settings, applied in order; values are TOML, bare words are text, and nothing
-                after the equals sign removes the key.
+            overrides: `key.path=value` settings, applied in order, or one alone; values are TOML, bare words are
+                text, and nothing after the equals sign removes the key.
 
         Raises:
             UserError: everything that is wrong with its form (keys, types, names, options), a line each.

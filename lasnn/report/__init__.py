@@ -54,7 +54,7 @@ def report(
         MachineError: the disk is full, or what is measured is not finite.
     """
     if not isinstance(run, Run):
-        run = load_run(run, device="auto")
+        run = load_run(run, device="recipe")
     folder = run.folder.path
     if folder.is_file():
         raise UserError(f"{folder} is a student alone; a report needs its run folder, where the training is on record")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lasnn.data import Batches
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import Method
-from lasnn.evaluation.energy import break_even_rate, in_each_precision, teacher_layers
+from lasnn.evaluation.energy import break_even_rate, in_each_precision, multiply_additions_of, teacher_layers
 from lasnn.evaluation.evaluate import check_conversion, conversions
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
@@ -26,10 +26,10 @@ from lasnn.loaded_run import Run
 from lasnn.loss import same_size
 from lasnn.memory import count_parameters
 from lasnn.network.staged import Staged
-from lasnn.network.units import NormActivate
+from lasnn.network.units import NormActivate, Product
 from lasnn.plan import pair_stages
 from lasnn.random import generator
-from lasnn.recipe.schema import LossTable, Recipe
+from lasnn.recipe.schema import LossTable
 from lasnn.run import environment
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
@@ -183,9 +183,9 @@ def measure_teacher(run: Run, test: Any) -> tuple[dict[str, Any], dict[str, dict
             answers.add(run.teacher(batch), labels)
 
     def count(name: str, layer: nn.Module, output: Tensor) -> None:
-        energy[name] = energy.get(name, 0.0) + 1e-6 * PJ_MULTIPLY_ADD * output.numel() * layer.weight[0].numel()
+        energy[name] = energy.get(name, 0.0) + 1e-6 * PJ_MULTIPLY_ADD * multiply_additions_of(layer, output)
 
-    with hooked(network, (nn.Conv2d, nn.Linear), count):
+    with hooked(network, (nn.Conv2d, nn.Linear, Product), count):
         run.teacher(torch.zeros(1, *image, device=run.device))
     rates = {name: sum(shares) / len(shares) for name, shares in active.items()}
     result = {**answers.result(), "energy_uj": teacher_energy_uj(run.teacher, image)}
@@ -433,7 +433,7 @@ def mistakes(test: Any, student: dict[str, Any], teacher: dict[str, Any] | None)
 
 
 def training(run: Run) -> dict[str, Any]:
-    """The epochs of both phases, with each term times its weight, and why a phase has none."""
+    """The epochs of each phase, with each term times its weight, and why a phase has none."""
     epochs = run.folder.metrics()
     recipe, found = run.recipe, {}
 
@@ -443,7 +443,7 @@ def training(run: Run) -> dict[str, Any]:
             (loss.weight_in(epoch["epoch"], recipe.distill.epochs) for loss in losses if loss.name == name), 1.0
         )
 
-    for phase in ("teacher", "student"):
+    for phase in ("teacher", "start", "student"):
         found[phase] = [
             {
                 **epoch,
@@ -490,7 +490,7 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
         (
             "student",
             f"{described(table.architecture, table.options)}, {count_parameters(run.student.network):,} parameters, "
-            + started(recipe),
+            + started(run),
         ),
         ("neuron", described(table.neuron.name, table.neuron.options)),
         ("input", f"{described(encoder.name, encoder.options)} encoding, T = {table.timesteps}"),
@@ -514,18 +514,9 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
     return lines
 
 
-def started(recipe: Recipe) -> str:
+def started(run: Run) -> str:
     """Where the student's weights started."""
-    init, source = recipe.student.init, "[start]" if recipe.start else "the teacher"
-    if recipe.student.init_is_path:
-        return f"starts from {init}"
-    said = {
-        "random": "random start",
-        "teacher": "starts from the teacher's weights",
-        "copied": f"starts from the weights of {source}",
-        "converted": f"starts from the weights of {source}, converted",
-    }
-    return said.get(init, f"starts from the weights of {source} where they fit")
+    return f"starts from {run.summary.get('init', run.recipe.student.init)}"
 
 
 def described(name: str, options: dict[str, Any]) -> str:

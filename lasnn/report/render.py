@@ -76,7 +76,7 @@ def charts(facts: dict[str, Any]) -> dict[str, Markup | None]:
         "calibration": calibration(facts),
         "accuracy": accuracy_over_epochs(facts["training"]),
         **diagnostics_over_epochs(facts["training"]),
-        **{f"loss_{phase}": loss_over_epochs(facts["training"], phase) for phase in ("teacher", "student")},
+        **{f"loss_{phase}": loss_over_epochs(facts["training"], phase) for phase in ("teacher", "start", "student")},
         "confusion": chart.matrix(confusion, facts["classes"], title="confusion matrix of the student")
         if named
         else None,
@@ -149,12 +149,12 @@ def calibration(facts: dict[str, Any]) -> Markup:
 
 
 def accuracy_over_epochs(training: dict[str, Any]) -> Markup | None:
-    """Test accuracy after each epoch of both phases."""
+    """Test accuracy after each epoch of each phase."""
     series = []
-    for phase in ("teacher", "student"):
+    for phase, style in (("teacher", "teacher"), ("start", "plain"), ("student", "student")):
         points = [(epoch["epoch"], epoch["accuracy"]) for epoch in training[phase] if "accuracy" in epoch]
         if points:
-            series.append(Series(phase, points, phase))
+            series.append(Series(phase, points, style))
     if not series:
         return None
     return chart.lines(series, title="accuracy over epochs", x="epoch", y="test accuracy", y_text=percent)
@@ -173,7 +173,8 @@ def loss_over_epochs(training: dict[str, Any], phase: str) -> Markup | None:
         points = [(epoch["epoch"], epoch["terms"][name]) for epoch in epochs if name in epoch["terms"]]
         weight = training["weights"].get(name, 1.0) if phase == "student" else 1.0
         label = name if weight == 1 else f"{weight:g} × {name}"
-        series.append(Series(label, points, phase if len(names) == 1 else f"term{number % 6}", marks=False))
+        alone = "plain" if phase == "start" else phase
+        series.append(Series(label, points, alone if len(names) == 1 else f"term{number % 6}", marks=False))
     low = min(0.0, *(value for one in series for _, value in one.points))
     return chart.lines(
         series, title=f"{phase}'s loss over epochs", x="epoch", y="training loss, mean of the epoch", low=low

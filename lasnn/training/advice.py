@@ -40,7 +40,7 @@ def advice(recipe: Recipe, summary: Mapping[str, Any], metrics: Iterable[Mapping
     if summary["firing_rate"] < SILENT:
         found.append(f"lower student.neuron.threshold: only {summary['firing_rate']:.4f} spikes per neuron and step")
     if recipe.student.init == "random" and recipe.twins:
-        found.append('set student.init = "teacher": both have the same architecture')
+        found.append("leave student.init out: both have the same architecture, so that it starts from its teacher")
     found.append(f"raise distill.epochs ({recipe.distill.epochs})")
     found.append(f"raise student.timesteps ({recipe.student.timesteps})")
     return found

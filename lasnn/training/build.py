@@ -1,6 +1,6 @@
 """A recipe's parts, for a training loop of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +48,7 @@ class Built:
         return Batches(self.train, recipe.data.batch_size, seed=recipe.seed, epoch=epoch, augment=augmentation)
 
 
-def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_teacher: bool = False) -> Built:
+def build(recipe: str | Path | Recipe, *, overrides: Iterable[str] = (), train_teacher: bool = False) -> Built:
     """Make a recipe's parts; `distill` trains with the same.
 
         built = build("quickstart", train_teacher=True)
@@ -70,7 +70,7 @@ def build(recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), train_t
         UserError: something in the recipe or the data cannot work, or the teacher would have to be trained first.
         MachineError: the teacher's training broke.
     """
-    plan = read_plan(recipe, list(overrides))
+    plan = read_plan(recipe, overrides)
     whole, test, _ = load_data(plan.recipe, plan.data, plan.device)
     check_batches(plan)
     train, validation = hold_out(whole, plan.recipe.data.validation)

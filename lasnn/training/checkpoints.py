@@ -142,7 +142,8 @@ class Checkpoints:
         ]
         if changed:
             raise UserError(
-                f"{self.path} cannot be resumed: {' and '.join(changed)} are not those that the run began with"
+                f"{self.path} cannot be resumed: {' and '.join(changed)} are not those that the run began with; put "
+                "them back as they were, or choose another --out"
             )
 
     @contextmanager
@@ -152,4 +153,5 @@ class Checkpoints:
             yield
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.path} does not fit the recipe: {type(error).__name__}: {reason}") from error
+            fix = "remove it to begin this training again, or choose another --out"
+            raise UserError(f"{self.path} does not fit the recipe: {type(error).__name__}: {reason}; {fix}") from error

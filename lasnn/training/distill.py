@@ -76,10 +76,11 @@ def distill(
     """
     processes.join()
     resume = resume or processes.restarted()
-    plan = read_plan(recipe, list(overrides))
+    plan = read_plan(recipe, overrides)
     check_processes(plan.recipe)
     progress = default_progress() if progress == "auto" else progress
     # A plugin's callback is known once the recipe has been read.
+    callbacks = [callbacks] if isinstance(callbacks, str | Callback) else callbacks
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
     with processes.main_process_first():
         whole, test, placed = load_data(plan.recipe, plan.data, plan.device)
@@ -216,6 +217,7 @@ def finish(
         "teacher_seconds": teacher.get("seconds"),
         "images_per_second": fitted["images_per_second"],
         "epochs": recipe.distill.epochs,
+        "init": recipe.student.init if plan.start.path else plan.start.said,
         "images": len(test),
         "weights": weights_kept(recipe),
         "seed": recipe.seed,

@@ -32,7 +32,7 @@ class Objective(nn.Module, ABC):
     slicing; what layers draw by themselves, as dropout does, is keyed by the slice too.
 
     Args:
-        phase: "teacher" or "student", which keys the random numbers.
+        phase: "teacher" (a start's too) or "student", which keys the random numbers.
         seed: of the run.
         weights: of the terms in the sum, in their order; where they follow schedules, those of the first step.
     """

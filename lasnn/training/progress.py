@@ -15,7 +15,7 @@ class Progress:
     """Of one phase: `step` steps of `epoch` are done; both count from 0.
 
     Args:
-        phase: "teacher" or "student".
+        phase: "teacher", "start" or "student".
         terms: names of the loss terms.
         sums: of the terms and of "loss" over the epoch's images so far; they stay on the device.
         images: of the epoch so far.

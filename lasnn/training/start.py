@@ -37,7 +37,7 @@ def new_student(
     student.network.load_state_dict(student.network.state_dict() | weights)
     student.to(plan.device)
     if plan.start.converted:
-        # In every process: batch norm's statistics are exchanged.
+        # Each process computes the same; the main one's is taken, so that not a bit differs.
         _convert(plan, student, anns[plan.start.source], images)
         processes.broadcast_parameters(student)
     return student, digest(weights) if weights else None

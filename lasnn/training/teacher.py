@@ -17,7 +17,7 @@ from lasnn.callback import Callback
 from lasnn.data import Images, Streamed
 from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
-from lasnn.evaluation.measure import evaluation, teacher_accuracy
+from lasnn.evaluation.measure import evaluation, teacher_accuracy, validate
 from lasnn.factory import make_augmentation, make_teacher, pick_precision
 from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
@@ -130,26 +130,31 @@ class TeacherSource:
         return True
 
     def _from_checkpoint(self, teacher: Teacher) -> dict[str, float]:
-        recipe, path = self.plan.recipe, self._checkpoint
+        path = self._checkpoint
         expected = self._description(teacher)
         notes = processes.broadcast_from_main(lambda: load_into(teacher.network, path, expected))
         processes.broadcast_parameters(teacher)
         self.callbacks.note(f"{self.name}: {self.table.architecture} from {path}")
         for note in notes:
             self.callbacks.note(f"{self.name}: {note}")
-        measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
-        return {"accuracy": measured, "seconds": 0.0}
+        return self._measured(teacher)
 
     def _as_built(self, teacher: Teacher) -> dict[str, float]:
         """Take it with the weights that its own code loaded."""
-        recipe = self.plan.recipe
         self.callbacks.note(
             f"{self.name}: {self.table.architecture} as its own code makes it: all its parameters are frozen, "
             "so that it is not trained"
         )
         processes.broadcast_parameters(teacher)
-        measured = teacher_accuracy(teacher.eval(), self.test, batch_size=recipe.data.batch_size)
-        return {"accuracy": measured, "seconds": 0.0}
+        return self._measured(teacher)
+
+    def _measured(self, teacher: Teacher) -> dict[str, float]:
+        """The result of a teacher that is not trained."""
+        options = {"batch_size": self.plan.recipe.data.batch_size}
+        found = {"accuracy": teacher_accuracy(teacher.eval(), self.test, **options), "seconds": 0.0}
+        if self.validation is not None:
+            found |= validate(teacher, self.validation, **options, seed=self.plan.recipe.seed)
+        return found
 
     def _judge(self, accuracy: float) -> None:
         """Say that a teacher cannot be told from chance, and refuse one that is worse than the recipe asks for.
@@ -239,5 +244,6 @@ def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed, 
     # Not where the images lie, but what they are.
     images = train.fingerprint()
     plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
-    defines = [__version__, recipe.seed, pick_precision(recipe, device), device.type, data, images, teacher, plugins]
+    machine = [device.type, pick_precision(recipe, device), recipe.deterministic]
+    defines = [__version__, recipe.seed, machine, data, images, teacher, plugins]
     return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]

@@ -42,7 +42,7 @@ class Phase:
     """What is trained, on what, and how.
 
     Args:
-        name: "teacher" or "student".
+        name: "teacher", "start" or "student".
         model: what is trained.
         objective: what it minimises; its own parameters, those of the losses, are trained with the model.
         networks: all that run in the objective, by name: where a number that is not finite is looked for.
