@@ -19,7 +19,7 @@ from lasnn.foreign_weights import read_checkpoint
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import Recipe
 from lasnn.resume import changes_between, more_epochs
-from lasnn.run import DATA, RUNS, WRITTEN, RunFolder, all_runs, read_text
+from lasnn.run import DATA, RUNS, STATE_FILE, WRITTEN, RunFolder, all_runs, read_text
 from lasnn.weights import load_state, load_weights
 
 
@@ -116,7 +116,7 @@ def _student_begun(run: RunFolder) -> bool:
     """Whether a step of the student's training is done and saved."""
     if any(epoch["phase"] == "student" for epoch in run.metrics()):
         return True
-    return (run / "last.pt").is_file() and load_state(run / "last.pt")["phase"] == "student"
+    return (run / STATE_FILE).is_file() and load_state(run / STATE_FILE)["phase"] == "student"
 
 
 def finished(recipe: Recipe, folder: Path) -> bool:
@@ -186,7 +186,7 @@ def bind(run: RunFolder, recipe: Recipe, data: Dataset, splits: Splits) -> Datas
         UserError: the data is not what the run began with; the lines say what has changed.
     """
     now = replace(data.describe(recipe.data.name, splits), validation=recipe.data.validation)
-    begun = any((run / name).is_file() for name in ("last.pt", "metrics.jsonl", "teacher.json", "start.json"))
+    begun = any((run / name).is_file() for name in (STATE_FILE, "metrics.jsonl", "teacher.json", "start.json"))
     # A run of an earlier lasnn does not have it; its last.pt knows the training images again.
     if begun and (found := run.read_json(DATA)):
         before = DatasetDescription.from_json(found, str(run / DATA))

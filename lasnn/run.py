@@ -37,6 +37,7 @@ RUNS = Path("runs")
 # What a student that ships with lasnn is named by, as model:NAME.
 MODEL = "model:"
 DATA = "data.json"
+STATE_FILE = "last.pt"
 WRITTEN = (
     "recipe.toml",
     "env.json",
@@ -47,7 +48,7 @@ WRITTEN = (
     "start.json",
     "start.safetensors",
     "student.safetensors",
-    "last.pt",
+    STATE_FILE,
     "summary.json",
 )
 
@@ -282,8 +283,8 @@ def status(folder: Path) -> dict[str, Any]:
         elif summary:
             found |= {"state": "finished", "accuracy": summary.get("accuracy")}
         else:
-            if (folder / "last.pt").is_file():
-                check_state(folder / "last.pt")
+            if (folder / STATE_FILE).is_file():
+                check_state(folder / STATE_FILE)
             found["resumable"] = True
         for key in ("epoch", "epochs", "accuracy", "teacher_accuracy"):
             if not isinstance(found[key], int | float | None):

@@ -37,8 +37,8 @@ from lasnn.network.time import TimeContext
 from lasnn.plan import Plan, read_plan
 from lasnn.random import keyed
 from lasnn.recipe.load import find
-from lasnn.run import RunFolder, environment
-from lasnn.training.checkpoints import STATE_FILE, Checkpoints
+from lasnn.run import STATE_FILE, RunFolder, environment
+from lasnn.training.checkpoints import Checkpoints
 from lasnn.training.distill import student_phase
 from lasnn.training.parallel import Batch
 from lasnn.training.precision import Precision

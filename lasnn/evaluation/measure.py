@@ -112,28 +112,19 @@ def _draws(seed: int, index: int, device: torch.device, draw: int = 0) -> torch.
     return generator(seed, "evaluate", index, *([draw] if draw else []), device=device)
 
 
-@torch.no_grad()
-def accuracy(student: Student, images: Images, *, batch_size: int, seed: int) -> float:
+def accuracy(student: Student, images: Images | Streamed, *, batch_size: int, seed: int) -> float:
     """Fraction of the images that the student classifies correctly at its T; the same draws as `measure`."""
-    correct = 0
-    for part in batch_slices(images, batch_size):
-        draws = _draws(seed, part.index, part.images.device)
-        logits, _ = student.steps(part.images, generator=draws, **part.place_in_batch)
-        correct += int((logits.float().sum(0).argmax(-1) == part.labels).sum())
-    return sum(processes.all_gather(correct)) / len(images)
+    return validate(student, images, batch_size=batch_size, seed=seed)["validation_accuracy"]
 
 
-@torch.no_grad()
-def teacher_accuracy(teacher: Teacher, images: Images, *, batch_size: int) -> float:
+def teacher_accuracy(teacher: Teacher, images: Images | Streamed, *, batch_size: int) -> float:
     """Fraction of the images that the teacher classifies correctly."""
-    parts = batch_slices(images, batch_size)
-    correct = sum(int((teacher(part.images).argmax(-1) == part.labels).sum()) for part in parts)
-    return sum(processes.all_gather(correct)) / len(images)
+    return validate(teacher, images, batch_size=batch_size, seed=0)["validation_accuracy"]
 
 
 @torch.no_grad()
 def validate(network: Student | Teacher, images: Images | Streamed, *, batch_size: int, seed: int) -> dict[str, float]:
-    """A network on the images that are held out, with the logits that its accuracy is measured by (the mean over time).
+    """A network on images, with the logits that its accuracy is measured by (a student's mean over time).
 
     Returns:
         `validation_accuracy`, a fraction, and `validation_nll`, the mean negative log-likelihood of the true class, in
@@ -164,11 +155,9 @@ def evaluation(
     """What is measured after an epoch: `accuracy` on the test images and, where there are some, what `validate` returns
     of those that are held out.
     """
-    if isinstance(network, Student):
-        found = {"accuracy": accuracy(network, test, batch_size=batch_size, seed=seed)}
-    else:
-        found = {"accuracy": teacher_accuracy(network, test, batch_size=batch_size)}
-    return found if validation is None else found | validate(network, validation, batch_size=batch_size, seed=seed)
+    options = {"batch_size": batch_size, "seed": seed}
+    found = {"accuracy": validate(network, test, **options)["validation_accuracy"]}
+    return found if validation is None else found | validate(network, validation, **options)
 
 
 @dataclass(frozen=True)
@@ -185,7 +174,7 @@ class BatchSlice:
     """`first` and `total`, as `Student.steps` takes them, where other processes have the rest; else empty."""
 
 
-def batch_slices(images: Images, batch_size: int) -> Iterator[BatchSlice]:
+def batch_slices(images: Images | Streamed, batch_size: int) -> Iterator[BatchSlice]:
     """This process's parts of the batches, in order; those without an image are left out."""
     batches = Batches(images, batch_size, seed=0, epoch=0, shuffle=False, share=processes.local_slice)
     for index, (batch, labels) in enumerate(batches):

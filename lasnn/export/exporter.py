@@ -15,7 +15,7 @@ from lasnn import __version__
 from lasnn.description import describe_student
 from lasnn.errors import UserError
 from lasnn.loaded_run import Run
-from lasnn.registry import architectures, encoders, neurons
+from lasnn.registry import architectures, encoders, neurons, reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +120,7 @@ class Exporter(ABC):
             if not own:
                 raise
             names = " with ".join(f"{entry.kind} {entry.name!r} ({entry.where})" for entry in own)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise UserError(f"{names} cannot be exported: {reason}") from error
+            raise UserError(f"{names} cannot be exported: {reason(error)}") from error
 
     @property
     def takes(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasnn.errors import MachineError, UserError
 from lasnn.export.exporter import Exporter, Reader, Sample
-from lasnn.registry import exporters
+from lasnn.registry import exporters, reason
 
 
 @exporters.register("nir")
@@ -66,8 +66,7 @@ class NirExporter(Exporter):
             with redirect_stdout(io.StringIO()):
                 module = READERS[name](path)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise MachineError(f"{shown} cannot read the file: {reason}") from error
+            raise MachineError(f"{shown} cannot read the file: {reason(error)}") from error
 
         def run(sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
             encoded = sample.encoded.expand(self.timesteps, *sample.encoded.shape[1:])

@@ -28,6 +28,7 @@ from lasnn.network.pooling import AvgPool2d
 from lasnn.network.staged import Staged
 from lasnn.network.units import Add, NormSpike, Product
 from lasnn.neuron import Neuron
+from lasnn.registry import reason
 
 # One time step, in seconds; snnTorch knows no other.
 DT = 1e-4
@@ -58,10 +59,9 @@ def build(network: Staged, image: tuple[int, int, int]) -> tuple[nir.NIRGraph, d
     try:
         traced = Tracer().trace(path)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(
-            f"the architecture's forward cannot be followed ({reason}); NIR holds a fixed graph: leave out conditions "
-            "and loops that depend on values, and einops"
+            f"the architecture's forward cannot be followed ({reason(error)}); NIR holds a fixed graph: leave out "
+            "conditions and loops that depend on values, and einops"
         ) from error
     builder = Builder(path, traced)
     builder.build(image)

@@ -26,6 +26,8 @@ Model = TypeVar("Model", bound=BaseModel)
 INITS = ("auto", "random", "teacher", "copied", "converted")
 # Those that balance the weights for the student's T.
 BALANCED = ("auto", "converted")
+# Of the schedules of the rate, where the recipe leaves them out.
+MILESTONES, GAMMA, DECAY_SHARE = (0.5, 0.75), 0.1, 0.2
 # What lasnn passes to an architecture itself.
 SUPPLIED = ("in_channels", "num_classes")
 
@@ -321,7 +323,7 @@ def _check_schedule(table: str, training: dict[str, Any]) -> Iterator[tuple[Plac
         yield (table, "milestones"), "they must rise: each is a share of the training, after the one before"
     warmup, epochs = training.get("warmup_epochs"), training.get("epochs")
     if schedule == "warmup-stable-decay" and None not in (warmup, epochs):
-        share = training.get("decay_share") or 0.2
+        share = training.get("decay_share") or DECAY_SHARE
         if warmup <= epochs < warmup + share * epochs:
             yield (table, "warmup_epochs"), f"{warmup:g} of {epochs} epochs run into the last {share:.0%}, the decay"
 

@@ -13,8 +13,8 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder
-from lasnn.training.checkpoints import STATE_FILE, Checkpoints
+from lasnn.run import STATE_FILE, RunFolder
+from lasnn.training.checkpoints import Checkpoints
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.start import new_student
 from lasnn.training.stop import StopRequest

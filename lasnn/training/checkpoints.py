@@ -16,7 +16,6 @@ from lasnn.training.precision import Precision
 from lasnn.training.progress import Progress
 from lasnn.weights import save_state
 
-STATE_FILE = "last.pt"
 # What a state must have been made with, besides its recipe, and what messages call it.
 MADE_WITH = {
     "images": "the training images",

@@ -30,10 +30,10 @@ from lasnn.open_run import bind, is_done, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
-from lasnn.run import RunFolder, absolute_paths, environment
+from lasnn.run import STATE_FILE, RunFolder, absolute_paths, environment
 from lasnn.training.advice import advice, term_notes
 from lasnn.training.anomaly import AnomalyTrainer
-from lasnn.training.checkpoints import STATE_FILE, Checkpoints
+from lasnn.training.checkpoints import Checkpoints
 from lasnn.training.diagnostics import Diagnostics
 from lasnn.training.objective import DistillationObjective
 from lasnn.training.parallel import Parallel, check_processes

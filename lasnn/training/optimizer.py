@@ -5,10 +5,8 @@ import math
 import torch
 from torch import nn
 
+from lasnn.recipe.check import DECAY_SHARE, GAMMA, MILESTONES
 from lasnn.recipe.schema import Training
-
-# Of the schedules, where the recipe leaves them out.
-MILESTONES, GAMMA, DECAY_SHARE = (0.5, 0.75), 0.1, 0.2
 
 
 def make_optimizer(module: nn.Module, config: Training, fused: bool = False) -> torch.optim.Optimizer:

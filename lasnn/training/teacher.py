@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lasnn.callback import Callback
 from lasnn.data import Images, Streamed
 from lasnn.description import describe_teacher
 from lasnn.errors import MachineError, UserError
-from lasnn.evaluation.measure import evaluation, teacher_accuracy, validate
+from lasnn.evaluation.measure import evaluation
 from lasnn.factory import make_augmentation, make_teacher, pick_precision
 from lasnn.files import remove_partial
 from lasnn.network.teacher import Teacher
@@ -101,10 +102,12 @@ class TeacherSource:
             batch_size=recipe.data.batch_size,
             augmentation=make_augmentation(recipe, self.plan.data),
             parallel=Parallel(recipe),
-            evaluate=lambda: evaluation(
-                teacher, self.test, self.validation, batch_size=recipe.data.batch_size, seed=recipe.seed
-            ),
+            evaluate=partial(self._evaluate, teacher),
         )
+
+    def _evaluate(self, teacher: Teacher) -> dict[str, float]:
+        recipe = self.plan.recipe
+        return evaluation(teacher, self.test, self.validation, batch_size=recipe.data.batch_size, seed=recipe.seed)
 
     @property
     def _checkpoint(self) -> Path | None:
@@ -150,11 +153,7 @@ class TeacherSource:
 
     def _measured(self, teacher: Teacher) -> dict[str, float]:
         """The result of a teacher that is not trained."""
-        options = {"batch_size": self.plan.recipe.data.batch_size}
-        found = {"accuracy": teacher_accuracy(teacher.eval(), self.test, **options), "seconds": 0.0}
-        if self.validation is not None:
-            found |= validate(teacher, self.validation, **options, seed=self.plan.recipe.seed)
-        return found
+        return {**self._evaluate(teacher.eval()), "seconds": 0.0}
 
     def _judge(self, accuracy: float) -> None:
         """Say that a teacher cannot be told from chance, and refuse one that is worse than the recipe asks for.
@@ -176,7 +175,7 @@ class TeacherSource:
                 f"this order, and with this mean and std? {key} refuses such a network"
             )
 
-    @property
+    @cached_property
     def cache(self) -> RunFolder:
         """The folder of this teacher among the trained ones."""
         key = teacher_key(self.plan.recipe, self.plan.device, self.train, self.name)
