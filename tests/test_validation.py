@@ -107,6 +107,15 @@ def test_a_run_measures_them_and_does_not_train_on_them(tiny, cached_teachers):
     assert streamed.metrics()[-1]["validation_nll"] == summary["validation_nll"]
 
 
+def test_a_teacher_that_is_read_is_measured_on_them_too(tiny, cached_teachers):
+    run = distill(tiny, "first", overrides=[*HELD, "distill.epochs=1"])
+    again = distill(
+        tiny, "second", overrides=[*HELD, "distill.epochs=1", f"teacher.checkpoint={run / 'teacher.safetensors'}"]
+    )
+    for key in ("teacher_accuracy", "teacher_validation_accuracy", "teacher_validation_nll"):
+        assert again.read_json("summary.json")[key] == run.read_json("summary.json")[key]
+
+
 def test_a_stopped_run_resumes_and_refuses_another_number(tiny, cached_teachers):
     whole = distill(tiny, "whole", overrides=HELD)
     with pytest.raises(Stopped):
