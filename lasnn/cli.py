@@ -171,7 +171,7 @@ def evaluate(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="With --converted: the voltage at first, in thresholds.  [default: 0; for qcfs 0.5]",
+            help="With --converted: the voltage at first, in thresholds.  [default: the method's, 0 or 0.5]",
         ),
     ] = None,
     early_exit: Annotated[
