@@ -36,7 +36,7 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import ann_units
 from lasnn.probe import (
-    Built,
+    ProbedNetwork,
     build_student,
     build_teacher,
     check_augmentation,
@@ -229,7 +229,7 @@ def make_plan(recipe: Recipe) -> Plan:
     trained = {name: ann for name, ann in anns.items() if not checkpoints.get(name) and not frozen[name]}
     pairs = _pair(recipe, data, student, teacher, problems)
     start = _start(recipe, data, student, anns, problems)
-    _check_batches(recipe, data, student, trained.values(), problems)
+    _check_batch_parts(recipe, data, student, trained.values(), problems)
     memory = of_losses = 0
     if student and recipe.time_chunk and not problems.lines:
         with on_meta():
@@ -276,8 +276,8 @@ def make_plan(recipe: Recipe) -> Plan:
 def _start(
     recipe: Recipe,
     data: Dataset,
-    student: Built[Student] | None,
-    anns: Mapping[str, Built[Teacher]],
+    student: ProbedNetwork[Student] | None,
+    anns: Mapping[str, ProbedNetwork[Teacher]],
     problems: Problems,
 ) -> Start | None:
     """Where the student's weights start; None where it cannot be built, or where they do not fit."""
@@ -397,8 +397,8 @@ def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
 def _pair(
     recipe: Recipe,
     data: Dataset,
-    student: Built[Student] | None,
-    teacher: Built[Teacher] | None,
+    student: ProbedNetwork[Student] | None,
+    teacher: ProbedNetwork[Teacher] | None,
     problems: Problems,
 ) -> list[Pair]:
     """The paired stages, checked against the losses that compare them."""
@@ -431,11 +431,11 @@ def _stages_alone(recipe: Recipe, data: Dataset, problems: Problems) -> dict[str
     return dict.fromkeys(network.stage_names, ()) if network else None
 
 
-def _check_batches(
+def _check_batch_parts(
     recipe: Recipe,
     data: Dataset,
-    student: Built[Student] | None,
-    trained: Iterable[Built[Teacher]],
+    student: ProbedNetwork[Student] | None,
+    trained: Iterable[ProbedNetwork[Teacher]],
     problems: Problems,
 ) -> None:
     """Whether the batches can be cut as wanted, and leave batch norm something to average over."""

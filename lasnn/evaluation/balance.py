@@ -96,7 +96,7 @@ def measure_statistics(student: Student, images: Images | Streamed, seed: int) -
     momenta = [norm.momentum for norm in norms]
     mode = student.training
     student.train()
-    for number, batch in enumerate(some(images, seed), start=1):
+    for number, batch in enumerate(calibration_batches(images, seed), start=1):
         for norm in norms:
             # The mean over the batches so far.
             norm.momentum = 1 / number
@@ -156,13 +156,13 @@ def measured(ann: Teacher, images: Images | Streamed, seed: int) -> dict[str, tu
     """Currents and outputs of each unit on some training images, without augmentation, [N] each."""
 
     def run() -> None:
-        for batch in some(images, seed):
+        for batch in calibration_batches(images, seed):
             ann(batch)
 
     return recorded(ann, run)
 
 
-def some(images: Images | Streamed, seed: int) -> Iterator[Tensor]:
+def calibration_batches(images: Images | Streamed, seed: int) -> Iterator[Tensor]:
     """At least `IMAGES` training images, or all of a smaller set, in batches [B, C, H, W]; the same ones every time."""
     seen = 0
     with closing(iter(Batches(images, min(BATCH, len(images)), seed=seed, epoch=0))) as batches:
@@ -209,7 +209,7 @@ def noise_of_norms(ann: Teacher, seed: int) -> Iterator[Callable[[tuple[int, int
 def recorded(ann: Teacher, run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
     """Currents and outputs of each unit during some forward passes."""
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    with told(ann.network, lambda name, output, current: seen.setdefault(name, []).append((current, output))):
+    with recording(ann.network, lambda name, output, current: seen.setdefault(name, []).append((current, output))):
         run()
     found = {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in seen.items()}
     for name, (current, _) in found.items():
@@ -219,7 +219,7 @@ def recorded(ann: Teacher, run: Callable[[], object]) -> dict[str, tuple[Tensor,
 
 
 @contextmanager
-def told(network: Staged, tell: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def recording(network: Staged, tell: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Tell of every call of a unit within the block: its name, and some of its outputs and currents, [N]."""
     units = {name: unit for name, unit in network.named_modules() if isinstance(unit, NormActivate)}
 

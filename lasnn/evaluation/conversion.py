@@ -25,7 +25,7 @@ from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
 from lasnn.encoder import Direct
 from lasnn.errors import MachineError, UserError, not_finite, unknown
-from lasnn.evaluation.balance import some
+from lasnn.evaluation.balance import calibration_batches
 from lasnn.evaluation.few_steps import (
     balanced_thresholds,
     correct_biases,
@@ -197,7 +197,7 @@ def convert(
         thresholds = balanced_thresholds(teacher, images, batch_size)
     elif method == "light-calibration":
         thresholds = nearest_thresholds(teacher, images, timesteps, start)
-        measured_on = sum(map(len, some(images, seed=0)))
+        measured_on = sum(map(len, calibration_batches(images, seed=0)))
     else:
         share = percentile if method == "percentile" else 100.0
         thresholds = measured_thresholds(teacher, images, share, batch_size=batch_size)

@@ -30,7 +30,7 @@ ADDRESS_ADD, ADDRESS_MULTIPLY = 0.1, 3.1
 
 
 @dataclass(frozen=True)
-class Precision:
+class NumberFormat:
     """Widths in bytes, and the energies of operations in pJ (45 nm; Horowitz, ISSCC 2014)."""
 
     add: float
@@ -47,9 +47,9 @@ class Precision:
 
 
 PRECISIONS = {
-    "fp32": Precision(0.9, 3.7, 0.9, 3.7, 4, 4, 4),
+    "fp32": NumberFormat(0.9, 3.7, 0.9, 3.7, 4, 4, 4),
     # Products of 8 bits are added up in 32 (Jacob et al., CVPR 2018), and a voltage is such a sum.
-    "int8": Precision(0.1, 0.2, 0.1, 3.1, 1, 1, 4),
+    "int8": NumberFormat(0.1, 0.2, 0.1, 3.1, 1, 1, 4),
 }
 
 
@@ -209,7 +209,7 @@ def access_pj(size: float, width: int) -> float:
     return (low + (high - low) * (size - below) / (above - below)) * width / 4
 
 
-def energy_pj(size: LayerSize, traffic: Traffic, precision: Precision) -> dict[str, float]:
+def energy_pj(size: LayerSize, traffic: Traffic, precision: NumberFormat) -> dict[str, float]:
     """Energy of a layer in pJ: `operations`, `addressing`, and the accesses to each memory of it."""
     weights = size.weights * precision.weight_bytes + size.biases * precision.state_bytes
     state = access_pj(size.outputs * precision.state_bytes, precision.state_bytes)
@@ -231,7 +231,7 @@ def energy_pj(size: LayerSize, traffic: Traffic, precision: Precision) -> dict[s
     }
 
 
-def energy_with_memory(layers: Mapping[str, LayerTraffic], precision: Precision) -> dict[str, Any]:
+def energy_with_memory(layers: Mapping[str, LayerTraffic], precision: NumberFormat) -> dict[str, Any]:
     """Energy in µJ an image.
 
     Args:

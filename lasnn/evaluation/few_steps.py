@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lasnn.data import Batches, Images
 from lasnn.errors import not_finite
-from lasnn.evaluation.balance import noise_of_norms, recorded, some
+from lasnn.evaluation.balance import calibration_batches, noise_of_norms, recorded
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormActivate, NormSpike
@@ -144,7 +144,7 @@ def nearest_thresholds(teacher: Teacher, images: Images, timesteps: int, start: 
     """The threshold of each layer whose spikes over T steps are nearest to its activations, in the mean square, on some
     training images; 1 for a silent layer.
     """
-    currents = recorded(teacher, lambda: [teacher(batch) for batch in some(images, seed=0)])
+    currents = recorded(teacher, lambda: [teacher(batch) for batch in calibration_batches(images, seed=0)])
     found = {}
     for name, (current, output) in currents.items():
         largest = float(output.max())
@@ -165,7 +165,7 @@ def correct_biases(converted: Student, teacher: Teacher, images: Images) -> None
 
     A layer without a batch norm of its own, as one between linear layers, is not corrected.
     """
-    batches = list(some(images, seed=0))
+    batches = list(calibration_batches(images, seed=0))
 
     def ann() -> None:
         for batch in batches:

@@ -161,7 +161,7 @@ def evaluation(
 
 
 @dataclass(frozen=True)
-class BatchSlice:
+class EvaluationSlice:
     """This process's part of a batch of test images."""
 
     index: int
@@ -174,12 +174,12 @@ class BatchSlice:
     """`first` and `total`, as `Student.steps` takes them, where other processes have the rest; else empty."""
 
 
-def batch_slices(images: Images | Streamed, batch_size: int) -> Iterator[BatchSlice]:
+def batch_slices(images: Images | Streamed, batch_size: int) -> Iterator[EvaluationSlice]:
     """This process's parts of the batches, in order; those without an image are left out."""
     batches = Batches(images, batch_size, seed=0, epoch=0, shuffle=False, share=processes.local_slice)
     for index, (batch, labels) in enumerate(batches):
         total = batches.images_in(index)
         if len(labels) == total:
-            yield BatchSlice(index, batch, labels, {})
+            yield EvaluationSlice(index, batch, labels, {})
         elif len(labels):
-            yield BatchSlice(index, batch, labels, {"first": processes.local_slice(total).start, "total": total})
+            yield EvaluationSlice(index, batch, labels, {"first": processes.local_slice(total).start, "total": total})

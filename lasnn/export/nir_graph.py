@@ -55,7 +55,7 @@ def build(network: Staged, image: tuple[int, int, int]) -> tuple[nir.NIRGraph, d
     Raises:
         UserError: what NIR or its readers cannot say, a line for each reason.
     """
-    path = Path(network)
+    path = StageSequence(network)
     try:
         traced = Tracer().trace(path)
     except Exception as error:
@@ -111,7 +111,7 @@ class Signal:
         return Signal(terms, self.meta)
 
 
-class Path(nn.Module):
+class StageSequence(nn.Module):
     """Stem, stages and head of a network one after the other, under their own names."""
 
     def __init__(self, network: Staged):
@@ -139,7 +139,7 @@ class Builder(fx.Interpreter):
     What cannot be said goes to `problems`, by reason, and is passed over, so that one run finds all of it.
     """
 
-    def __init__(self, path: Path, traced: fx.Graph):
+    def __init__(self, path: StageSequence, traced: fx.Graph):
         super().__init__(fx.GraphModule(path, traced))
         self.path = path
         self.on_meta = copy.deepcopy(path).to("meta")

@@ -15,8 +15,11 @@ Where a part is the user's own:
 - a loss returns one finite number that has a gradient, an augmentation images as it got them: of a whole batch, too.
 """
 
-from lasnn.probe.built import (
-    Built,
+from lasnn.probe.losses import check_currents, check_losses, empty_losses, scheduled_losses, try_losses
+from lasnn.probe.network import Probed, check_maps, on_meta, probe, real_values
+from lasnn.probe.parts import check_augmentation
+from lasnn.probe.recipe_networks import (
+    ProbedNetwork,
     build_student,
     build_teacher,
     student_entry,
@@ -24,13 +27,10 @@ from lasnn.probe.built import (
     try_student,
     try_teacher,
 )
-from lasnn.probe.losses import check_currents, check_losses, empty_losses, scheduled_losses, try_losses
-from lasnn.probe.network import Probed, check_maps, on_meta, probe, real_values
-from lasnn.probe.parts import check_augmentation
 
 __all__ = [
-    "Built",
     "Probed",
+    "ProbedNetwork",
     "build_student",
     "build_teacher",
     "check_augmentation",

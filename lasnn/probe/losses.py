@@ -27,9 +27,9 @@ from lasnn.memory import count_parameters
 from lasnn.network.student import Student
 from lasnn.network.teacher import Classifier, Teacher
 from lasnn.probe.answers import said
-from lasnn.probe.built import Built
 from lasnn.probe.network import stages_without_current
 from lasnn.probe.parts import batches_to_try
+from lasnn.probe.recipe_networks import ProbedNetwork
 from lasnn.problems import Problems
 from lasnn.random import generator, keyed
 from lasnn.recipe.schema import LossTable, Recipe
@@ -75,7 +75,7 @@ def check_currents(
     recipe: Recipe,
     data: Dataset,
     pairs: list[Pair],
-    networks: dict[str, Built[Student] | Built[Teacher] | None],
+    networks: dict[str, ProbedNetwork[Student] | ProbedNetwork[Teacher] | None],
     problems: Problems,
 ) -> None:
     """Whether the paired stages have currents, for the losses that compare these."""
@@ -113,7 +113,7 @@ def try_losses(
     recipe: Recipe,
     data: Dataset,
     pairs: Sequence[Pair],
-    teacher: Built[Teacher] | None,
+    teacher: ProbedNetwork[Teacher] | None,
     mixed: bool,
     problems: Problems,
 ) -> int:

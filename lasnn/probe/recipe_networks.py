@@ -32,7 +32,7 @@ Network = TypeVar("Network", Student, Teacher)
 
 
 @dataclass(frozen=True)
-class Built(Generic[Network]):
+class ProbedNetwork(Generic[Network]):
     """A network on the meta device, and what its stages return; nothing where it does not run."""
 
     model: Network
@@ -53,7 +53,7 @@ class Built(Generic[Network]):
         return dict.fromkeys(self.network.stage_names, ()) | self.shapes
 
 
-def build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[Student] | None:
+def build_student(recipe: Recipe, data: Dataset, problems: Problems) -> ProbedNetwork[Student] | None:
     """The student on the meta device; None where its neuron, its encoder or itself cannot be built."""
     table, image = recipe.student, (data.channels, data.height, data.width)
     with on_meta():
@@ -69,7 +69,7 @@ def build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[St
     problems.attempt("student.encoder", lambda: check_encoder(recipe, data))
     if len(problems.lines) > found:
         # In the network they would fail again.
-        return Built(student, Probed())
+        return ProbedNetwork(student, Probed())
 
     def run() -> Probed:
         entry = student_entry(recipe)
@@ -77,10 +77,12 @@ def build_student(recipe: Recipe, data: Dataset, problems: Problems) -> Built[St
         with on_meta():
             return probe(student.network, image, table.timesteps, classes=len(data.classes), entry=entry)
 
-    return Built(student, problems.attempt("student", run, default=Probed()))
+    return ProbedNetwork(student, problems.attempt("student", run, default=Probed()))
 
 
-def build_teacher(recipe: Recipe, data: Dataset, problems: Problems, name: str = "teacher") -> Built[Teacher] | None:
+def build_teacher(
+    recipe: Recipe, data: Dataset, problems: Problems, name: str = "teacher"
+) -> ProbedNetwork[Teacher] | None:
     """The teacher, or the "start", on the meta device; None where it cannot be built."""
     image = (data.channels, data.height, data.width)
     with on_meta():
@@ -88,7 +90,7 @@ def build_teacher(recipe: Recipe, data: Dataset, problems: Problems, name: str =
         if teacher is None:
             return None
         run = partial(probe, teacher.network, image, classes=len(data.classes), entry=teacher_entry(recipe, name))
-        return Built(teacher, problems.attempt(name, run, default=Probed()))
+        return ProbedNetwork(teacher, problems.attempt(name, run, default=Probed()))
 
 
 def student_entry(recipe: Recipe) -> Entry:
@@ -103,7 +105,7 @@ def teacher_entry(recipe: Recipe, name: str = "teacher") -> Entry:
     return teacher_registry(table.architecture)[table.architecture]
 
 
-def try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: list[Pair]) -> None:
+def try_student(recipe: Recipe, data: Dataset, student: ProbedNetwork[Student], pairs: list[Pair]) -> None:
     """Look for gradients and equal answers in a student with a part of the user's own.
 
     Raises:
@@ -123,7 +125,9 @@ def try_student(recipe: Recipe, data: Dataset, student: Built[Student], pairs: l
     check_answers(recipe, data, model, student.shapes, entry)
 
 
-def try_teacher(recipe: Recipe, data: Dataset, teacher: Built[Teacher], trained: bool, name: str = "teacher") -> None:
+def try_teacher(
+    recipe: Recipe, data: Dataset, teacher: ProbedNetwork[Teacher], trained: bool, name: str = "teacher"
+) -> None:
     """The same for a teacher, or a "start", of the user's own; one that is not trained needs no gradient."""
     entry = teacher_entry(recipe, name)
     if not entry.own:
