@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -295,7 +296,7 @@ def compare(
     with json_alone(as_json) as answer:
         from lasnn.compare import Stopped
         from lasnn.compare import compare as compare_rows
-        from lasnn.console import print_comparison, to_stderr, to_stdout
+        from lasnn.console import print_comparison, print_text, to_stderr, to_stdout
 
         console = to_stderr() if as_json else to_stdout()
         try:
@@ -310,7 +311,7 @@ def compare(
                 **({} if longest is None else {"longest": longest}),
                 by=by,
                 out=out,
-                tell=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+                tell=partial(print_text, console),
             )
         except Stopped as stopped:
             say_error(f"{stopped}\nthe same command goes on")
@@ -347,15 +348,13 @@ def report(
     """One HTML page that shows a run: attention maps, accuracy over T, spikes, energy, mistakes, training, recipe."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
     with json_alone(as_json) as answer:
-        from lasnn.console import data_change_lines, to_stderr, to_stdout
+        from lasnn.console import data_change_lines, print_text, to_stderr, to_stdout
         from lasnn.loaded_run import load_run
         from lasnn.report import report as write_report
 
         console = to_stderr() if as_json else to_stdout()
 
-        def tell(text: str) -> None:
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+        tell = partial(print_text, console)
         options = {"timesteps": steps, "converted": converted, "longest": longest}
         loaded = load_run(run, device=device or "recipe", data_root=data)
         answer.update(write_report(loaded, out, **options, tell=tell))
@@ -437,29 +436,27 @@ def init(
 ) -> None:
     """Write a first recipe, with comments, for a folder of your pictures; asks four questions on a terminal."""
     from lasnn import starter
-    from lasnn.console import print_plan, to_stdout
+    from lasnn.console import print_plan, print_text, to_stdout
 
     given = starter.Choices(size, architecture, timesteps, epochs)
     pictures = starter.look(folder)
     console = to_stdout()
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     choices = starter.propose(pictures, given)
     asked = not yes and sys.stdin is not None and sys.stdin.isatty() and console.is_terminal
-    say(
+    print_text(
+        console,
         f"{pictures.root}: {len(pictures.classes)} classes, {pictures.train:,} training and {pictures.test:,} test "
-        f"pictures, {'grey' if pictures.grey else 'coloured'}, {pictures.side} pixels a side in the median"
+        f"pictures, {'grey' if pictures.grey else 'coloured'}, {pictures.side} pixels a side in the median",
     )
     if asked:
         choices = starter.ask(choices, given, lambda question, value: typer.prompt(question, value, type=type(value)))
     elif not yes and choices != given:
         taken = [f"--{name} {value}" for name, value in vars(choices).items() if getattr(given, name) is None]
-        say(f"no terminal to ask on; taken: {' '.join(taken)}")
+        print_text(console, f"no terminal to ask on; taken: {' '.join(taken)}")
     path, plan = starter.write(pictures, choices, out)
     print_plan(console, plan)
-    say(f"recipe: {path}\nnext: lasnn distill {shlex.quote(str(path))}")
+    print_text(console, f"recipe: {path}\nnext: lasnn distill {shlex.quote(str(path))}")
 
 
 @app.command()

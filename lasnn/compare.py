@@ -28,6 +28,7 @@ from lasnn.evaluation.iso_accuracy import (
     say_reached,
     sentence,
 )
+from lasnn.markdown import markdown_table
 from lasnn.open_run import finished
 from lasnn.plan import Plan, make_plan, read_plan
 from lasnn.recipe.load import find, toml_value
@@ -211,7 +212,7 @@ class Comparison:
             for row in known["arms"]
         ]
         said = MEASURES[self.measure]
-        text = [f"{said[0].upper()}{said[1:]} of the last epoch, `{self.recipe}`.", "", table(head, lines)]
+        text = [f"{said[0].upper()}{said[1:]} of the last epoch, `{self.recipe}`.", "", *markdown_table(head, lines)]
         gains = [
             [f"{gain['name']} over {gain['over']}", str(gain["timesteps"]), signed(gain["mean"]), within(gain)]
             for gain in known["gains"]
@@ -219,7 +220,7 @@ class Comparison:
         if gains:
             what = "accuracy" if self.measure == "accuracy" else said
             intro = f"Gains in {what}, paired by seed, with the 95 % interval of Student's t."
-            text += ["", intro, "", table(["gain", "T", "mean", "interval"], gains)]
+            text += ["", intro, "", *markdown_table(["gain", "T", "mean", "interval"], gains)]
         where = known["conditions"]
         if where:
             text += [
@@ -257,9 +258,9 @@ class Comparison:
             for method, curve in curves.items()
         ]
         return [
-            *(intro, "", table(head, lines), ""),
+            *(intro, "", *markdown_table(head, lines), ""),
             *("Accuracy of the conversions over T, mean of the seeds.", ""),
-            table(["conversion", *map(str, steps)], over_time),
+            *markdown_table(["conversion", *map(str, steps)], over_time),
             *(line for note in known["conversion_notes"] for line in ("", note)),
         ]
 
@@ -559,13 +560,6 @@ def signed(value: float | None) -> str:
 
 def within(gain: Mapping[str, Any]) -> str:
     return "one seed" if gain["half_width"] is None else f"± {gain['half_width']:.4f}"
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
-    escaped.insert(1, ["---"] * len(head))
-    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 __all__ = ["Comparison", "Stopped", "compare"]

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ class ConsoleProgress(RunProgress):
         self._live: Live | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        print_text(self.console, text)
 
     def start(self, plan: Any, run: Path) -> None:
         print_plan(self.console, plan)
@@ -159,9 +160,7 @@ def print_table(console: Console, table: Table) -> None:
 def print_plan(console: Console, plan: Any) -> None:
     """The plan of a run as a few lines and a table of the paired stages."""
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    say = partial(print_text, console)
     facts = plan.summary()
     channels, height, width = facts["image"]
     say(
@@ -210,7 +209,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     if first.get("teacher_accuracy") is not None:
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
     for line in (*lines, *data_change_lines(known)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_text(console, line)
     converted = known.get("converted")
     if converted:
         _say_converted(console, converted)
@@ -277,7 +276,7 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
         else "MiB: of this whole process, during a batch",
         *([f"means of {len(first['accuracies'])} draws of the encoder; sd is their deviation"] if drawn else []),
     ):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        print_text(console, note)
 
 
 def data_change_lines(result: Mapping[str, Any]) -> list[str]:
@@ -293,7 +292,7 @@ def _say_classes(console: Console, classes: Sequence[str], result: Mapping[str, 
         known, which = sorted(known, key=lambda pair: pair[1])[:10], "of the ten worst classes"
     text = "  ".join(f"{name} {accuracy:.3f}" for name, accuracy in known)
     line = f"accuracy {which}, T = {result['timesteps']}: {text}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_text(console, line)
 
 
 def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
@@ -304,7 +303,7 @@ def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
         f"{counted['multiply_additions']:,.0f} multiply-additions in layers fed by real values; "
         f"{counted['dense']:,.0f} multiply-additions if computed densely"
     )
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_text(console, line)
 
 
 def _show_energy_with_memory(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
@@ -337,12 +336,10 @@ def _say_converted(console: Console, converted: Mapping[str, Any]) -> None:
 
     if converted["method"] in OF_ONE_T:
         source += ", for each T its own"
-    console.print(
+    print_text(
+        console,
         f"the teacher, converted by {how}: thresholds {source}; membranes start at {converted['membrane_start']:g} "
         "thresholds",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -371,9 +368,9 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
             half = gain["half_width"]
             interval = "one seed, no interval" if half is None else f"± {half:.4f} (95 %, paired)"
             line = f"{gain['name']} over {gain['over']}, T = {gain['timesteps']}: {gain['mean']:+.4f} {interval}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            print_text(console, line)
     for line in notes:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_text(console, line)
     console.print(f"tables: {folder / 'compare.md'}, {folder / 'compare.json'}", highlight=False, soft_wrap=True)
 
 
@@ -397,13 +394,13 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
             f"largest logit difference {found['logit_difference']:.2g}, {spikes}"
         )
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_text(console, line)
 
 
 def print_runs(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     """A line for each run, and below them what is wrong with those that are broken."""
     if not found:
-        console.print("no runs in runs/; `lasnn distill quickstart` makes one", markup=False, highlight=False)
+        print_text(console, "no runs in runs/; `lasnn distill quickstart` makes one")
         return
     table = Table(box=None, pad_edge=False)
     for title in ("run", "state", "progress", "accuracy", "teacher", "resumable"):
@@ -416,7 +413,7 @@ def print_runs(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     print_table(console, table)
     for run in found:
         if run["problem"]:
-            console.print(run["problem"], markup=False, highlight=False, soft_wrap=True)
+            print_text(console, run["problem"])
 
 
 def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -434,11 +431,9 @@ def print_parts(console: Console, found: Mapping[str, Mapping[str, Mapping[str, 
             console.print(line, soft_wrap=True, highlight=False)
             for option, info in part.get("options", {}).items():
                 default = "" if info.get("default") is None else f" = {json.dumps(info['default'])}"
-                console.print(
+                print_text(
+                    console,
                     f"      {option}{default}  ({info['type']})",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
                 )
 
 
@@ -455,10 +450,15 @@ def print_bench(
             group = line[:groups]
             grid.add_row(Text(" ".join(group), style="bold"))
         grid.add_row(*map(Text, line[groups:]))
-    console.print(head, markup=False, highlight=False, soft_wrap=True)
+    print_text(console, head)
     print_table(console, grid)
     for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+        print_text(console, note)
+
+
+def print_text(console: Console, text: str) -> None:
+    """Print a text as it is: what looks like markup stays, and no line is broken."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def to_stdout() -> Console:

@@ -45,15 +45,17 @@ def head(*names: str) -> list[str]:
 def screened(results: dict[str, dict]) -> list[str]:
     """What was chosen among, by its mean over the seeds."""
     lines = head("screened", *(f"nll, seed {seed}" for seed in SCREENING_SEEDS), "mean", "accuracy", "weight")
-    found: dict[str, list[dict]] = {}
+    found: dict[str, dict[int, dict]] = {}
     for unit, result in results.items():
         if unit.startswith("screen/"):
-            found.setdefault(unit.removeprefix("screen/").rpartition("/")[0], []).append(result)
+            name, _, seed = unit.removeprefix("screen/").rpartition("/")
+            found.setdefault(name, {})[int(seed)] = result
     for name, of in found.items():
-        nll = [one["validation_nll"] for one in of]
-        weights = ", ".join(f"{one['weight']:g}" for one in of if "weight" in one)
-        accuracy = mean(one["validation_accuracy"] for one in of)
-        lines.append(row(name, *(f"{one:.4f}" for one in nll), f"{mean(nll):.4f}", f"{accuracy:.4f}", weights))
+        nll = {seed: of[seed]["validation_nll"] for seed in SCREENING_SEEDS if seed in of}
+        weights = ", ".join(f"{one['weight']:g}" for one in of.values() if "weight" in one)
+        accuracy = mean(one["validation_accuracy"] for one in of.values())
+        each = (f"{nll[seed]:.4f}" if seed in nll else "–" for seed in SCREENING_SEEDS)
+        lines.append(row(name, *each, f"{mean(nll.values()):.4f}", f"{accuracy:.4f}", weights))
     return lines
 
 

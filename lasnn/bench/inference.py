@@ -18,6 +18,7 @@ from lasnn.bench.step import FLOOR, LASNN, PEER, PeerUnit, figures, layer_calls,
 from lasnn.bench.timing import turns
 from lasnn.errors import UserError
 from lasnn.factory import make_encoder, make_student
+from lasnn.markdown import markdown_table
 from lasnn.network.student import Student
 from lasnn.plan import Plan
 from lasnn.random import keyed
@@ -208,7 +209,7 @@ def head(result: Mapping[str, Any]) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Conditions, table and notes."""
-    lines = page.markdown_table(*table(result))
+    lines = markdown_table(*table(result))
     return "\n".join([head(result) + ".", "", *lines, "", LEGEND, "", *result["notes"], ""])
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lasnn.errors import MachineError, UserError
+from lasnn.markdown import markdown_table
 from lasnn.run import environment
 
 # Of T = 100 to T = 8 at the same batch: what chunks are for.
@@ -65,7 +66,7 @@ def measure(device: str, batch_size: int, precision: str, tell: Callable[[str], 
 def table(result: dict[str, Any]) -> list[str]:
     """The result as lines of Markdown."""
     titles = ("T", "distill.time_chunk", "peak, MiB", "before the run", "ratio to T = 8", "planned", "seconds")
-    lines = [titles, ("---",) * len(titles)]
+    lines = []
     for row in result["rows"]:
         cells = (str(row["timesteps"]), str(row["time_chunk"] or "0 (all at once)"))
         if "failed" in row:
@@ -73,7 +74,7 @@ def table(result: dict[str, Any]) -> list[str]:
             continue
         mib = [f"{row[key] / 2**20:,.0f}" for key in ("peak_bytes", "base_bytes", "planned_bytes")]
         lines.append((*cells, mib[0], mib[1], f"{row['ratio']:.2f}", mib[2], f"{row['seconds']:.0f}"))
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return markdown_table(titles, lines)
 
 
 def complain(result: dict[str, Any]) -> None:

@@ -89,12 +89,6 @@ def conditions(result: Mapping[str, Any]) -> str:
     return "; ".join([", ".join(parts), *copied, known["date"]])
 
 
-def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """A table as lines of Markdown."""
-    cells = [titles, ["---"] * len(titles), *lines]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
-
-
 def save(
     name: str,
     result: Mapping[str, Any],

@@ -6,6 +6,7 @@ from typing import Any
 
 from lasnn.bench import page
 from lasnn.errors import MachineError
+from lasnn.markdown import markdown_table
 
 # A row of the result, in the order of the CSV file.
 COLUMNS = (
@@ -109,7 +110,7 @@ def section(device: str) -> str:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Conditions, table and notes."""
-    rows = page.markdown_table(*table(result))
+    rows = markdown_table(*table(result))
     return "\n".join([page.conditions(result) + ".", "", *rows, "", LEGEND, *result["notes"], ""])
 
 

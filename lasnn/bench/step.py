@@ -29,6 +29,7 @@ from lasnn.data import Images
 from lasnn.errors import UserError
 from lasnn.evaluation.speed import forget_peak, peak_memory
 from lasnn.factory import make_encoder, make_network, make_student, make_teacher
+from lasnn.markdown import markdown_table
 from lasnn.memory import tune_allocator
 from lasnn.network.staged import Staged
 from lasnn.network.student import Student
@@ -539,7 +540,7 @@ def kinds_said(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Conditions, table and notes."""
-    lines = page.markdown_table(*table(result))
+    lines = markdown_table(*table(result))
     return "\n".join([head(result) + ".", "", *lines, "", LEGEND, "", *kinds_said(result), *result["notes"], ""])
 
 
