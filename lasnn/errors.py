@@ -45,6 +45,14 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
+def not_read(path: object, error: OSError) -> UserError | MachineError:
+    """The error for a file that cannot be read: the user's where it is not there, no file, or not theirs; otherwise
+    the machine's.
+    """
+    users = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError)
+    return (UserError if users else MachineError)(f"{path}: cannot be read ({error.strerror})")
+
+
 def not_finite(what: str) -> MachineError:
     """The error for activations, or spikes, of a training that diverged."""
     return MachineError(f"{what} are not finite numbers: its training diverged; train it again at a lower lr")

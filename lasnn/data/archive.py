@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import MachineError, UserError, not_read
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,4 @@ def md5(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     except OSError as error:
-        users = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
-        raise (UserError if users else MachineError)(f"{path}: cannot be read ({error.strerror})") from error
+        raise not_read(path, error) from error

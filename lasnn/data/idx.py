@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lasnn.data.dataset import Dataset, Images
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import MachineError, UserError, not_read
 
 
 class IdxDataset(Dataset):
@@ -212,8 +212,7 @@ def _read_bytes(path: Path) -> bytes:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: truncated or damaged gzip file ({error}); fetch it again") from error
     except OSError as error:
-        users = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
-        raise (UserError if users else MachineError)(f"{path}: cannot be read ({error.strerror})") from error
+        raise not_read(path, error) from error
 
 
 def _times(shape: tuple[int, ...] | list[int]) -> str:

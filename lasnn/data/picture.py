@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import UserError, not_read
 
 # What Pillow opens, but cannot decode, or only by another program.
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
@@ -189,8 +189,7 @@ class _reading:
             what = "a link to a file that is not there" if self.path.is_symlink() else "is not there (any more)"
             raise UserError(f"{self.path}: {what}") from error
         if isinstance(error, OSError):
-            users = isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError)
-            raise (UserError if users else MachineError)(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise not_read(self.path, error) from error
 
 
 def _decode(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lasnn.data.archive import Archive
 from lasnn.data.dataset import Dataset, Images, unreadable
-from lasnn.errors import MachineError, UserError
+from lasnn.errors import UserError, not_read
 from lasnn.registry import datasets
 
 FOLDER = "tiny-imagenet-200"
@@ -233,5 +233,4 @@ def _attempt(read: Callable[[Path], Content], path: Path) -> Content:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; unzip {FOLDER}.zip again") from error
     except OSError as error:
-        users = isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError)
-        raise (UserError if users else MachineError)(f"{path}: cannot be read ({error.strerror})") from error
+        raise not_read(path, error) from error
