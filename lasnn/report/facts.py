@@ -21,21 +21,16 @@ from lasnn.evaluation.evaluate import check_conversion, conversions
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import PJ_MULTIPLY_ADD, teacher_energy_uj
-from lasnn.kernels import attention_map
 from lasnn.loaded_run import Run
-from lasnn.loss import same_size
 from lasnn.memory import count_parameters
 from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate, Product
-from lasnn.plan import pair_stages
-from lasnn.random import generator
 from lasnn.recipe.schema import LossTable
+from lasnn.report.attention import measure_attention
 from lasnn.run import environment
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
 ATTENTION_IMAGES = 1000
-# Sample images of as many classes, beside the most and the least alike of all.
-CLASSES_SHOWN = 10
 MISTAKES_SHOWN = 18
 CONFUSIONS_SHOWN = 10
 EXITS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -270,129 +265,6 @@ def convert_teacher(
         results += measure(converted, test, steps, batch_size=batch_size, seed=run.recipe.seed)
     known = {key: value for key, value in converted.description.items() if key != "thresholds"}
     return {**known, "results": results}
-
-
-@torch.no_grad()
-def measure_attention(run: Run, test: Any, count: int) -> dict[str, Any]:
-    """Attention maps of the paired stages, as the recipe's loss reads them, and their distance.
-
-    Q of the student and Q of the teacher have unit norm and no negative values, so that the distance ||Q - Q'|| is from
-    0, the same map, to 1.41, no pixel in common. Beside it stands the distance to the teacher's map of another image.
-    """
-    loss = next((loss for loss in run.recipe.losses if loss.name == "attention"), None)
-    options = loss.options if loss else {}
-    power, temporal = options.get("power", 2.0), options.get("temporal", "rate")
-    # A map of its own at each step cannot be shown as one; their mean can.
-    temporal = "map" if temporal == "step" else temporal
-    ours = dict.fromkeys(run.student.network.stage_names, ())
-    pairs: list[tuple[str, str | None]] = [(stage, None) for stage in ours]
-    if run.teacher is not None:
-        staged, _ = pair_stages(run.recipe, ours, dict.fromkeys(run.teacher.network.stage_names, ()))
-        # Nothing in common: the student's maps are shown alone.
-        pairs = [(pair.student, pair.teacher) for pair in staged] or pairs
-
-    def maps(images: Tensor, draw: int) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
-        """The student's logits [B, K] and, of each pair, the maps [B, h, w]."""
-        draws = generator(run.recipe.seed, "report", draw, device=images.device)
-        logits, features = run.student.steps(images, [stage for stage, _ in pairs], draws)
-        taught = {}
-        if run.teacher is not None:
-            _, taught = run.teacher.taps(images, [stage for _, stage in pairs if stage])
-        found = []
-        for stage, other in pairs:
-            student, teacher = features[stage], taught.get(other)
-            if teacher is not None:
-                student, teacher = same_size(student, teacher)
-                teacher = attention_map(teacher[None], power).unflatten(-1, teacher.shape[-2:])
-            found.append((attention_map(student, power, temporal).unflatten(-1, student.shape[-2:]), teacher))
-        return logits.float().mean(0), found
-
-    picked = torch.randperm(len(test), generator=generator(run.recipe.seed, "report"))[:count]
-    distances: list[list[Tensor]] = [[] for _ in pairs]
-    others: list[list[Tensor]] = [[] for _ in pairs]
-    for number, (pixels, _) in enumerate(test.batches(picked.split(run.recipe.data.batch_size))):
-        for place, (student, teacher) in enumerate(maps(pixels.float() / 255, number)[1]):
-            if teacher is not None:
-                distances[place].append(distance(student, teacher))
-                others[place].append(distance(student, teacher.roll(1, 0))[: len(pixels) if len(pixels) > 1 else 0])
-    measured = torch.stack([torch.cat(each) for each in distances]) if distances[0] else None
-
-    chosen = choose(picked, test.labels.cpu()[picked], measured)
-    index = torch.tensor([image for image, _ in chosen])
-    [(pixels, labels)] = test.batches([index])
-    logits, shown = maps(pixels.float() / 255, -1)
-    confidence, answer = logits.softmax(-1).max(-1)
-    samples = []
-    for place, (image, why) in enumerate(chosen):
-        both = [
-            {
-                "student": student[place].cpu(),
-                "teacher": None if teacher is None else teacher[place].cpu(),
-                "distance": None if teacher is None else float(distance(student, teacher)[place]),
-            }
-            for student, teacher in shown
-        ]
-        samples.append(
-            {
-                "image": image,
-                "why": why,
-                "pixels": pixels[place].cpu(),
-                "label": int(labels[place]),
-                "answer": int(answer[place]),
-                "confidence": float(confidence[place]),
-                "maps": both,
-            }
-        )
-    stages = []
-    for place, (stage, other) in enumerate(pairs):
-        row = {"student": stage, "teacher": other, "size": list(shown[place][0].shape[-2:])}
-        if measured is not None:
-            low, high = measured[place].quantile(torch.tensor([0.05, 0.95])).tolist()
-            elsewhere = torch.cat(others[place])
-            row |= {
-                "mean": float(measured[place].mean()),
-                "low": low,
-                "high": high,
-                "other": float(elsewhere.mean()) if len(elsewhere) else None,
-            }
-        stages.append(row)
-    return {
-        "images": count,
-        "power": power,
-        "temporal": temporal,
-        "weight": loss.weight if loss else None,
-        # What the loss compares, where that is not what is drawn.
-        "otherwise": {key: options[key] for key in ("tap", "normalize", "pool") if key in options},
-        "stages": stages,
-        "samples": samples,
-    }
-
-
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """||Q - Q'|| of maps [B, h, w] -> [B], on the CPU."""
-    return (student - teacher).flatten(1).norm(dim=1).cpu()
-
-
-def choose(picked: Tensor, labels: Tensor, distances: Tensor | None) -> list[tuple[int, str]]:
-    """The images to show, (number, why): the most and the least alike, and one of each class, or of some.
-
-    Args:
-        picked: numbers of the images that were measured [N].
-        labels: of them [N].
-        distances: [stages, N], None without a teacher; the image that stands for a class has its median distance.
-    """
-    mean = torch.zeros(len(picked)) if distances is None else distances.mean(0)
-    chosen = {}
-    if distances is not None and len(picked) > 1:
-        chosen[int(mean.argmin())] = "Most alike"
-        chosen[int(mean.argmax())] = "Least alike"
-    present = labels.unique().tolist()
-    shown = min(CLASSES_SHOWN, len(present))
-    for label in (present[number * len(present) // shown] for number in range(shown)):
-        [of_class] = (labels == label).nonzero(as_tuple=True)
-        median = of_class[mean[of_class].argsort(stable=True)[(len(of_class) - 1) // 2]]
-        chosen.setdefault(int(median), "")
-    return [(int(picked[place]), why) for place, why in chosen.items()]
 
 
 def worst_confusions(confusion: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
