@@ -58,7 +58,8 @@ def test_recipes_md_is_current():
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "recipes").glob("*.toml"))]
 # What stands for something else.
-MEANT = {"RECIPE": "quickstart", "RUN": "runs/x", "$s": "0", "$seed": "0", "SEED": "0"}
+MEANT = {"RECIPE": "quickstart", "RUN": "runs/x", "$s": "0", "$seed": "0", "SEED": "0", "my-log": "tensorboard"}
+MEANT["docs/study"] = str(ROOT / "docs" / "study")
 
 
 def commands() -> list[str]:

@@ -8,7 +8,7 @@ from common import ROOT
 
 # A module may import what stands above it in this list, and its own neighbours on the line.
 LAYERS = [
-    {"errors", "option_types", "random", "streams", "kernels", "__init__"},
+    {"errors", "option_types", "random", "streams", "markdown", "kernels", "__init__"},
     {"registry", "processes", "files", "lock", "weights", "foreign_weights", "file_kind", "numpy_pickle"},
     {"neuron", "encoder", "activation", "callback"},
     {"network"},
