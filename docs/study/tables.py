@@ -31,6 +31,7 @@ CONTRASTS = (
     ("C - E", "converted/T1", "C", "E"),
     ("C - B", "converted/T4", "C", "B"),
     ("C - B", "random/T1", "C", "B"),
+    ("C - B", "resnet20/T1", "C", "B"),
 )
 
 
