@@ -3,6 +3,7 @@
 What a network has to know of its images a `Dataset` says, or the `DatasetDescription` that a run keeps of it.
 """
 
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -177,9 +178,16 @@ def pick_precision(recipe: Recipe, device: torch.device) -> str:
     """The recipe's precision, "auto" decided by the device: "fp32", "bf16" or "fp16"."""
     if recipe.precision != "auto":
         return recipe.precision
-    # PyTorch emulates it on a GPU that lacks it, slowly.
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_it else "fp32"
+    return "bf16" if device.type == "cuda" and not emulates_bfloat16(device) else "fp32"
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether the device is known to lack bfloat16's instructions, so that it is several times slower than fp32."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    # Convolutions have it from AVX-512 on; what other processors have is not known here.
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
 
 
 def _named_device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from lasnn.data import Dataset
 from lasnn.description import describe_start, describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
+    emulates_bfloat16,
     find_checkpoint,
     make_augmentation,
     make_data,
@@ -266,6 +267,7 @@ def make_plan(recipe: Recipe) -> Plan:
         teacher_stages=dict(getattr(teacher.network, "paths", {})) if teacher else {},
         notes=(
             *held_out(recipe, data),
+            *slow_arithmetic(recipe, device),
             *real_values(student.network, student.probed),
             *scheduled_losses(recipe),
             *empty_losses(recipe),
@@ -323,6 +325,15 @@ def held_out(recipe: Recipe, data: Dataset) -> Iterator[str]:
     """A line where images are held out."""
     if count := recipe.data.validation:
         yield f"held out {count:,} of the {data.train_size:,} training images, by a hash of each; not trained on"
+
+
+def slow_arithmetic(recipe: Recipe, device: torch.device) -> Iterator[str]:
+    """A line where the precision that was asked for is emulated."""
+    if recipe.precision == "bf16" and emulates_bfloat16(device):
+        yield (
+            f'precision = "bf16": this {"GPU" if device.type == "cuda" else "CPU"} has no instructions for it, and a '
+            'step takes several times as long as with "fp32"'
+        )
 
 
 def check_validation(recipe: Recipe, data: Dataset) -> None:

@@ -254,3 +254,17 @@ def test_a_precision_that_the_device_decides(plain, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has_it=has_it: has_it)
         assert pick_precision(Recipe.load(plain), cuda) == ("bf16" if has_it else "fp32")
         assert pick_precision(Recipe.load(plain, ["precision=fp16"]), cuda) == "fp16"
+
+
+def test_a_precision_that_the_device_emulates_is_said(plain, monkeypatch):
+    """bf16 without instructions for it runs, slower than fp32: that is what a user would not expect."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for capability, slow in (("AVX2", True), ("DEFAULT", True), ("AVX512", False), ("AMX", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        for precision in ("bf16", "fp32"):
+            notes = plan(plain, "device=cpu", f"precision={precision}").notes
+            assert any("several times as long" in note for note in notes) == (slow and precision == "bf16")
+    # Of other processors it is not known.
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not any("several times" in note for note in plan(plain, "device=cpu", "precision=bf16").notes)
