@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import isclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from lasnn.compatibility import Shape, check_same_weights, fitted_weights, starting_weights
-from lasnn.data import Dataset
+from lasnn.data import Augmentation, Dataset
 from lasnn.description import describe_start, describe_teacher
 from lasnn.errors import UserError, unknown
 from lasnn.factory import (
@@ -56,7 +56,7 @@ from lasnn.probe import (
     try_teacher,
 )
 from lasnn.problems import Problems
-from lasnn.recipe.schema import Recipe, TeacherTable
+from lasnn.recipe.schema import Recipe
 from lasnn.registry import losses, translate_errors
 
 
@@ -78,6 +78,28 @@ class Start:
 
 
 @dataclass(frozen=True)
+class PlannedAnn:
+    """The ANN of a recipe's [teacher] or [start].
+
+    Args:
+        parameters: how many it has.
+        checkpoint: the weights file that it is read from; None where it is not read.
+        frozen: whether its own code froze all its parameters, as a plugin does that loads it: it is used as it is.
+        stages: of a network from elsewhere that is called as a whole, the path of the module that each stage is.
+    """
+
+    parameters: int
+    checkpoint: Path | None
+    frozen: bool
+    stages: dict[str, str]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run trains it, or takes it from the cache."""
+        return self.checkpoint is None and not self.frozen
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked recipe with what follows from it."""
 
@@ -86,24 +108,17 @@ class Plan:
     device: torch.device
     pairs: tuple[Pair, ...]
     student_parameters: int
-    teacher_parameters: int | None
-    teacher_checkpoint: Path | None
-    # All its parameters are frozen by its own code, as those of a plugin that loads it: it is used as it is.
-    teacher_frozen: bool
+    # By "teacher" and "start", as far as the recipe has these tables.
+    anns: dict[str, PlannedAnn]
     start: Start
-    # Of the recipe's [start]: as the teacher's.
-    start_parameters: int | None
-    start_checkpoint: Path | None
-    start_frozen: bool
     memory_bytes: int
-    # Of a network from elsewhere that is called as a whole: the path of the module that each stage is; else nothing.
-    teacher_stages: dict[str, str]
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict:
         """The plan as plain values, as `lasnn distill --dry-run --json` prints it."""
         recipe = self.recipe
         epochs = recipe.distill.epochs
+        teacher, twin = self.anns.get("teacher"), self.anns.get("start")
         return {
             "recipe": recipe.name,
             "data": recipe.data.name,
@@ -118,14 +133,14 @@ class Plan:
             "device": str(self.device),
             "precision": self.precision,
             "teacher": recipe.teacher.architecture if recipe.teacher else None,
-            "teacher_parameters": self.teacher_parameters,
-            "teacher_checkpoint": str(self.teacher_checkpoint) if self.teacher_checkpoint else None,
-            "teacher_frozen": self.teacher_frozen,
-            "teacher_stages": self.teacher_stages,
+            "teacher_parameters": teacher.parameters if teacher else None,
+            "teacher_checkpoint": str(teacher.checkpoint) if teacher and teacher.checkpoint else None,
+            "teacher_frozen": teacher.frozen if teacher else False,
+            "teacher_stages": teacher.stages if teacher else {},
             "start": recipe.start.architecture if recipe.start else None,
-            "start_parameters": self.start_parameters,
-            "start_checkpoint": str(self.start_checkpoint) if self.start_checkpoint else None,
-            "start_frozen": self.start_frozen,
+            "start_parameters": twin.parameters if twin else None,
+            "start_checkpoint": str(twin.checkpoint) if twin and twin.checkpoint else None,
+            "start_frozen": twin.frozen if twin else False,
             "init": self.start.said,
             "student": recipe.student.architecture,
             "student_parameters": self.student_parameters,
@@ -143,8 +158,8 @@ class Plan:
             ],
             "losses": {loss.name: loss.weight for loss in recipe.losses},
             "steps_per_epoch": self.steps_per_epoch,
-            "teacher_steps": self._steps(recipe.teacher, self.teacher_checkpoint, self.teacher_frozen),
-            "start_steps": self._steps(recipe.start, self.start_checkpoint, self.start_frozen),
+            "teacher_steps": self._steps("teacher"),
+            "start_steps": self._steps("start"),
             "student_steps": epochs * self.steps_per_epoch,
             "memory_bytes": self.memory_bytes,
         }
@@ -159,9 +174,10 @@ class Plan:
         """Of the images that are there; once they are loaded, of those that could be read."""
         return math.ceil(training_images(self.recipe, self.data) / self.recipe.data.batch_size)
 
-    def _steps(self, table: TeacherTable | None, checkpoint: Path | None, frozen: bool) -> int:
+    def _steps(self, name: str) -> int:
         """Of an ANN's training."""
-        return 0 if table is None or checkpoint or frozen else table.epochs * self.steps_per_epoch
+        trained = name in self.anns and self.anns[name].trained
+        return getattr(self.recipe, name).epochs * self.steps_per_epoch if trained else 0
 
 
 def training_images(recipe: Recipe, data: Dataset) -> int:
@@ -195,18 +211,9 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     problems = Problems(recipe)
     recipe.use_plugins()
-    for file in recipe.changed_plugins():
-        problems.report("plugins", f"{file} was edited after the recipe was read; read the recipe again")
-    device = _check_device(recipe, problems)
-    if recipe.compile and recipe.time_chunk:
-        problems.report(
-            "compile", "does not go with distill.time_chunk, which computes the pass again; set one of them"
-        )
-    checkpoints = {
-        name: problems.attempt(f"{name}.checkpoint", partial(find_checkpoint, recipe, name))
-        for name, table in (("teacher", recipe.teacher), ("start", recipe.start))
-        if table and table.checkpoint is not None
-    }
+    _check_settings(recipe, problems)
+    device = _pick_device(recipe, problems)
+    checkpoints = _find_checkpoints(recipe, problems)
     data = problems.attempt("data", lambda: make_data(recipe))
     if data is None:
         # Without its images' size and classes no network can be built.
@@ -215,56 +222,28 @@ def make_plan(recipe: Recipe) -> Plan:
     augmentation = problems.attempt("data.augment", lambda: make_augmentation(recipe, data))
     if augmentation:
         problems.attempt("data.augment", lambda: check_augmentation(augmentation, recipe, data))
-    student = build_student(recipe, data, problems)
-    teacher = build_teacher(recipe, data, problems) if recipe.teacher else None
-    twin = build_teacher(recipe, data, problems, "start") if recipe.start else None
-    anns = {name: ann for name, ann in (("teacher", teacher), ("start", twin)) if ann}
-    for name, ann in anns.items():
-        if checkpoint := checkpoints.get(name):
-            expected = describe_teacher(recipe, data, ann.network, name)
-            problems.attempt(f"{name}.checkpoint", partial(fitted_weights, checkpoint, ann.network, expected, name))
-    frozen = {
-        name: not checkpoints.get(name) and not any(one.requires_grad for one in ann.network.parameters())
-        for name, ann in anns.items()
+    networks = _build(recipe, data, problems)
+    anns = {
+        name: _plan_ann(recipe, data, name, network, checkpoints.get(name), problems)
+        for name, network in networks.anns.items()
     }
-    trained = {name: ann for name, ann in anns.items() if not checkpoints.get(name) and not frozen[name]}
-    pairs = _pair(recipe, data, student, teacher, problems)
-    start = _start(recipe, data, student, anns, problems)
-    _check_batch_parts(recipe, data, student, trained.values(), problems)
-    memory = of_losses = 0
-    if student and recipe.time_chunk and not problems.lines:
-        with on_meta():
-            problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
-    if not problems.lines:
-        of_losses = try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
-    if not problems.lines:
-        problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
-        for name, ann in anns.items():
-            problems.attempt(name, partial(try_teacher, recipe, data, ann, name in trained, name))
-    if not problems.lines:
-        beside = teacher.model if teacher else None
-        half = pick_precision(recipe, device) != "fp32"
-        with on_meta():
-            memory = problems.attempt(
-                "student", lambda: training_memory(recipe, data, student.model, beside, of_losses, half)
-            )
+    pairs = _pair(recipe, data, networks.student, networks.anns.get("teacher"), problems)
+    start = _start(recipe, data, networks.student, networks.anns, problems)
+    trained = [network for name, network in networks.anns.items() if anns[name].trained]
+    _check_batch_parts(recipe, data, networks.student, trained, problems)
+    memory = _try(recipe, data, device, networks, anns, pairs, augmentation, problems)
     if problems.lines:
         raise UserError(*problems.lines)
+    student = networks.student
     return Plan(
         recipe=recipe,
         data=data,
         device=device,
         pairs=tuple(pairs),
         student_parameters=count_parameters(student.network),
-        teacher_parameters=count_parameters(teacher.network) if teacher else None,
-        teacher_checkpoint=checkpoints.get("teacher"),
-        teacher_frozen=frozen.get("teacher", False),
+        anns=anns,
         start=start,
-        start_parameters=count_parameters(twin.network) if twin else None,
-        start_checkpoint=checkpoints.get("start"),
-        start_frozen=frozen.get("start", False),
         memory_bytes=memory,
-        teacher_stages=dict(getattr(teacher.network, "paths", {})) if teacher else {},
         notes=(
             *held_out(recipe, data),
             *slow_arithmetic(recipe, device),
@@ -273,6 +252,101 @@ def make_plan(recipe: Recipe) -> Plan:
             *empty_losses(recipe),
         ),
     )
+
+
+def _check_settings(recipe: Recipe, problems: Problems) -> None:
+    """What needs nothing but the recipe to be seen."""
+    for file in recipe.changed_plugins():
+        problems.report("plugins", f"{file} was edited after the recipe was read; read the recipe again")
+    if recipe.compile and recipe.time_chunk:
+        problems.report(
+            "compile", "does not go with distill.time_chunk, which computes the pass again; set one of them"
+        )
+
+
+def _pick_device(recipe: Recipe, problems: Problems) -> torch.device | None:
+    """Where it is to run; None where that is not here."""
+    device = problems.attempt("device", lambda: pick_device(recipe.device))
+    if recipe.precision == "fp16" and device is not None and device.type == "cpu":
+        problems.report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
+    return device
+
+
+def _find_checkpoints(recipe: Recipe, problems: Problems) -> dict[str, Path | None]:
+    """The files that ANNs are read from; None where one cannot be found."""
+    return {
+        name: problems.attempt(f"{name}.checkpoint", partial(find_checkpoint, recipe, name))
+        for name, table in (("teacher", recipe.teacher), ("start", recipe.start))
+        if table and table.checkpoint is not None
+    }
+
+
+class _Networks(NamedTuple):
+    """What could be built on the meta device."""
+
+    student: ProbedNetwork[Student] | None
+    anns: dict[str, ProbedNetwork[Teacher]]
+
+
+def _build(recipe: Recipe, data: Dataset, problems: Problems) -> _Networks:
+    student = build_student(recipe, data, problems)
+    anns = {
+        name: build_teacher(recipe, data, problems, name)
+        for name, table in (("teacher", recipe.teacher), ("start", recipe.start))
+        if table
+    }
+    return _Networks(student, {name: ann for name, ann in anns.items() if ann})
+
+
+def _plan_ann(
+    recipe: Recipe, data: Dataset, name: str, ann: ProbedNetwork[Teacher], checkpoint: Path | None, problems: Problems
+) -> PlannedAnn:
+    """Where an ANN's weights come from; that they fit is checked."""
+    network = ann.network
+    if checkpoint:
+        expected = describe_teacher(recipe, data, network, name)
+        problems.attempt(f"{name}.checkpoint", lambda: fitted_weights(checkpoint, network, expected, name))
+    return PlannedAnn(
+        parameters=count_parameters(network),
+        checkpoint=checkpoint,
+        frozen=not checkpoint and not any(one.requires_grad for one in network.parameters()),
+        stages=dict(getattr(network, "paths", {})),
+    )
+
+
+def _try(
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device | None,
+    networks: _Networks,
+    anns: dict[str, PlannedAnn],
+    pairs: list[Pair],
+    augmentation: Augmentation | None,
+    problems: Problems,
+) -> int:
+    """Run what has no problem so far, a few images of nothing; how many bytes the training is going to keep."""
+    student, teacher = networks.student, networks.anns.get("teacher")
+    if problems.lines:
+        return 0
+    if recipe.time_chunk:
+        with on_meta():
+            problems.attempt("student.neuron", lambda: carried_voltages(recipe, data, student.model))
+    if problems.lines:
+        return 0
+    of_losses = try_losses(recipe, data, pairs, teacher, augmentation.mixes, problems)
+    if problems.lines:
+        return 0
+    problems.attempt("student", lambda: try_student(recipe, data, student, pairs))
+    for name, ann in networks.anns.items():
+        problems.attempt(name, partial(try_teacher, recipe, data, ann, anns[name].trained, name))
+    if problems.lines:
+        return 0
+    beside = teacher.model if teacher else None
+    half = pick_precision(recipe, device) != "fp32"
+    with on_meta():
+        return problems.attempt(
+            "student", lambda: training_memory(recipe, data, student.model, beside, of_losses, half)
+        )
 
 
 def _start(
@@ -388,21 +462,11 @@ def check_batches(plan: Plan) -> None:
     image, trained = (data.channels, data.height, data.width), []
     with on_meta():
         student = probe(make_student(recipe, data).network, image, recipe.student.timesteps).shapes
-        for name, table, ready in (
-            ("teacher", recipe.teacher, plan.teacher_checkpoint or plan.teacher_frozen),
-            ("start", recipe.start, plan.start_checkpoint or plan.start_frozen),
-        ):
-            if table and not ready:
+        for name, ann in plan.anns.items():
+            if ann.trained:
                 trained.append(probe(make_teacher(recipe, data, name).network, image).shapes)
     if _one_pixel(recipe, student, trained):
         raise UserError(recipe.line(*lone))
-
-
-def _check_device(recipe: Recipe, problems: Problems) -> torch.device | None:
-    device = problems.attempt("device", lambda: pick_device(recipe.device))
-    if recipe.precision == "fp16" and device is not None and device.type == "cpu":
-        problems.report("precision", '"fp16" needs a GPU; on the CPU choose "fp32" or "bf16"')
-    return device
 
 
 def _pair(

@@ -189,7 +189,7 @@ def test_a_teacher_file_of_another_architecture_says_which_keys_differ(plain, tm
     network = build("vgg5", ann_units(), in_channels=1, num_classes=10, width=4)
     old = {name: value for name, value in network.state_dict().items() if not name.endswith("tracked")}
     save(old, path)
-    assert plan(plain, f"teacher.checkpoint={path}").teacher_checkpoint == path
+    assert plan(plain, f"teacher.checkpoint={path}").anns["teacher"].checkpoint == path
 
 
 def test_init_from_a_teacher_that_only_teaches(plain):

@@ -323,10 +323,10 @@ def test_a_frozen_stage_that_a_loss_compares():
 
 def test_a_frozen_teacher_is_not_trained():
     found = plan(**teacher(lambda: conv(8, 8), freeze=True))
-    assert found.teacher_frozen
+    assert found.anns["teacher"].frozen
     assert found.summary()["teacher_steps"] == 0
     teachers.unregister("elsewhere")
-    assert not plan(**teacher(lambda: conv(8, 8))).teacher_frozen
+    assert not plan(**teacher(lambda: conv(8, 8))).anns["teacher"].frozen
 
 
 def test_a_teacher_without_a_gradient_is_not_trained_in_vain():
@@ -346,7 +346,7 @@ def test_a_plugin_that_loads_its_weights_is_planned_without_a_warning(assign):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not plan(**teacher(pretrained)).teacher_frozen
+        assert not plan(**teacher(pretrained)).anns["teacher"].frozen
 
 
 # Neurons and encoders
@@ -580,7 +580,7 @@ def test_aliased_layers_are_planned():
 
     both = {"architecture": "aliased"}
     found = plan(teacher={**both, "epochs": 1}, student={**both, "timesteps": 2, "init": "teacher"})
-    assert found.student_parameters == found.teacher_parameters == 36 + 144 + 3 * 8 + 50
+    assert found.student_parameters == found.anns["teacher"].parameters == 36 + 144 + 3 * 8 + 50
 
 
 def test_a_plan_of_shipped_parts_costs_no_probe():

@@ -124,7 +124,7 @@ def test_a_users_file_loads_in_its_usual_forms(recipe, tmp_path, form):
     else:
         torch.save({f"module.{name}" if form == "parallel" else name: value for name, value in state.items()}, path)
     plan = make_plan(Recipe.load(recipe, [f"teacher.checkpoint={path}"]))
-    assert plan.teacher_checkpoint == path
+    assert plan.anns["teacher"].checkpoint == path
     assert [pair.teacher for pair in plan.pairs] == ["stage1", "stage2", "stage3"]
     from lasnn.run import load_into
 

@@ -191,7 +191,7 @@ def test_weights_that_timm_fetches_are_frozen_and_a_run_is_read_without_them(tin
     teacher = 'architecture = "timm"\nmodel = "ten_classes"\npretrained = true'
     tiny.write_text(tiny.read_text().replace('architecture = "vgg5"\nwidth = 4\nepochs = 2', teacher, 1))
     plan = make_plan(Recipe.load(tiny))
-    assert plan.teacher_frozen
+    assert plan.anns["teacher"].frozen
     assert plan.summary()["teacher_steps"] == 0
     path = distill(tiny, "run", overrides=["distill.epochs=1", "distill.pairs=[]", "data.batch_size=200"])
     assert True in fetched

@@ -145,7 +145,7 @@ def test_a_recipe_names_the_modules(recipe, lasnn):
         ("stage2", (4, 28, 28)),
         ("stage3", (6, 28, 28)),
     ]
-    assert plan.teacher_frozen
+    assert plan.anns["teacher"].frozen
     said = lasnn("distill", recipe, "--dry-run").stdout
     assert "stages   stage1 = early, stage2 = blocks.1, stage3 = inplace" in said
     again = tomllib.loads(Recipe.load(recipe).to_toml())
@@ -167,7 +167,7 @@ def test_it_teaches_as_its_plugin_makes_it_and_is_read_again(recipe):
     assert "cannot be converted" in page["converted"]["reason"]
     # Its weights, from a file.
     weights = f"teacher.checkpoint={path / 'teacher.safetensors'}"
-    assert make_plan(Recipe.load(recipe, [weights])).teacher_checkpoint
+    assert make_plan(Recipe.load(recipe, [weights])).anns["teacher"].checkpoint
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,11 @@ class TeacherSource:
             return None
         teacher = self._untrained()
         if not processes.broadcast_from_main(lambda: self._from_run(teacher)):
-            if self._checkpoint:
-                result = self._from_checkpoint(teacher)
+            planned = self.plan.anns[self.name]
+            if planned.checkpoint:
+                result = self._from_checkpoint(teacher, planned.checkpoint)
             else:
-                result = self._as_built(teacher) if self._frozen else self._from_cache(teacher)
+                result = self._as_built(teacher) if planned.frozen else self._from_cache(teacher)
             if result is None:
                 result = train_teacher(self.phase(teacher))
                 processes.broadcast_from_main(lambda: self._store(teacher, result))
@@ -109,14 +110,6 @@ class TeacherSource:
         recipe = self.plan.recipe
         return evaluation(teacher, self.test, self.validation, batch_size=recipe.data.batch_size, seed=recipe.seed)
 
-    @property
-    def _checkpoint(self) -> Path | None:
-        return self.plan.start_checkpoint if self.name == "start" else self.plan.teacher_checkpoint
-
-    @property
-    def _frozen(self) -> bool:
-        return self.plan.start_frozen if self.name == "start" else self.plan.teacher_frozen
-
     def _untrained(self) -> Teacher:
         recipe = self.plan.recipe
         # A twin draws what a teacher of the same table draws: one is the other, and the cache knows it again.
@@ -132,8 +125,7 @@ class TeacherSource:
         load_into(teacher.network, weights, self._description(teacher))
         return True
 
-    def _from_checkpoint(self, teacher: Teacher) -> dict[str, float]:
-        path = self._checkpoint
+    def _from_checkpoint(self, teacher: Teacher, path: Path) -> dict[str, float]:
         expected = self._description(teacher)
         notes = processes.broadcast_from_main(lambda: load_into(teacher.network, path, expected))
         processes.broadcast_parameters(teacher)
