@@ -27,7 +27,7 @@ from lasnn.evaluation.measure import measure, teacher_accuracy
 from lasnn.run import environment
 from lasnn.training.diagnostics import norm
 
-HERE = Path(__file__).absolute().parent
+HERE = Path(__file__).resolve().parent
 # Where a student that may ship is measured besides its own T.
 TIMESTEPS = (1, 2, 4, 8)
 # A term's weight that is to be found: so much of cross-entropy's gradient.

@@ -15,7 +15,7 @@ from lasnn import evaluate, load_run
 from lasnn.files import write
 from lasnn.recipe.load import dump_toml
 
-HERE = Path(__file__).absolute().parent
+HERE = Path(__file__).resolve().parent
 MODELS = HERE.parent.parent / "models"
 KEPT = ("data.json", "metrics.jsonl", "student.safetensors", "summary.json", "teacher.json", "teacher.safetensors")
 TIMESTEPS = (1, 2, 4, 8)

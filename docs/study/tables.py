@@ -19,7 +19,7 @@ from units import SCREENING_SEEDS
 
 from lasnn.compare import student_t
 
-HERE = Path(__file__).absolute().parent
+HERE = Path(__file__).resolve().parent
 DRAWS = 2000
 # (name, of where, this, less that); the first is the primary contrast.
 CONTRASTS = (
@@ -82,6 +82,20 @@ def confirmed(results: dict[str, dict]) -> list[str]:
                 terms or "–",
             )
         )
+    return lines
+
+
+def diagnosed(results: dict[str, dict]) -> list[str]:
+    """Of every arm, by stage, in its last epoch: how far its maps are from the teacher's, and how it spikes."""
+    lines = head("start, T", "arm", "1 - cos of maps", "spikes/neuron/step", "silent neurons")
+    for (where, arm), of in grouped(results).items():
+        last = [one["diagnostics"][-1] for one in of.values()]
+        stages = last[0]["silent"]
+        cells = (
+            ", ".join(f"{mean(one[what][stage] for one in last):.3f}" for stage in stages)
+            for what in ("attention_distance", "firing_rate", "silent")
+        )
+        lines.append(row(where, arm, *cells))
     return lines
 
 
@@ -155,4 +169,4 @@ def holm(values: list[float]) -> list[float]:
 
 if __name__ == "__main__":
     done = read(HERE / "results.jsonl")
-    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts)))
+    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts, diagnosed)))

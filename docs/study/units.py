@@ -16,7 +16,7 @@ every processor has: bfloat16, in which the screening ran, is nine times as slow
 from pathlib import Path
 from statistics import mean
 
-TEACHERS = Path(__file__).absolute().parent / "teachers"
+TEACHERS = Path(__file__).resolve().parent / "teachers"
 # The networks that are trained first: a twin of the student, and the wider and deeper one that teaches.
 TRAINED = {
     "vgg5": ["teacher.architecture=vgg5"],
