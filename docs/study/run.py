@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy
 import torch
-from units import TEACHERS, units
+from units import CONVERSIONS, TEACHERS, units
 
 from lasnn import build, distill, load_run
+from lasnn.evaluation.evaluate import conversions
 from lasnn.evaluation.measure import measure, teacher_accuracy
 from lasnn.run import environment
 from lasnn.training.diagnostics import norm
@@ -70,11 +71,32 @@ def train_student(unit: str, settings: list[str]) -> dict:
         "accuracy_by_timesteps": {str(result["timesteps"]): result["accuracy"] for result in results},
         "diagnostics": [epoch["diagnostics"] for epoch in epochs if "diagnostics" in epoch],
         "correct": base64.b64encode(numpy.packbits(torch.cat(correct).numpy())).decode(),
-        "digests": {
-            str(Path(path).relative_to(HERE)): digest(Path(path))
-            for path in (setting.partition("=")[2] for setting in settings if ".checkpoint=" in setting)
-        },
+        "digests": digests(settings),
     }
+
+
+def convert_twin(unit: str, settings: list[str]) -> dict:
+    """Converts an ANN, and measures it on all test images at every T from 1 on."""
+    method = unit.split("/")[1]
+    built = build(HERE / "study.toml", overrides=settings)
+    timesteps = range(1, CONVERSIONS[method] + 1)
+    results = [
+        result
+        for converted, steps in conversions(built.teacher, method, built.train, timesteps, batch_size=500)
+        for result in measure(converted, built.test, steps, batch_size=500, seed=0)
+    ]
+    return {
+        "teacher_accuracy": teacher_accuracy(built.teacher, built.test, batch_size=500),
+        "accuracy_by_timesteps": {str(result["timesteps"]): result["accuracy"] for result in results},
+        "energy_uj_by_timesteps": {str(result["timesteps"]): result["energy_uj"] for result in results},
+        "digests": digests(settings),
+    }
+
+
+def digests(settings: list[str]) -> dict[str, str]:
+    """Of the weights that settings name."""
+    files = [Path(setting.partition("=")[2]) for setting in settings if ".checkpoint=" in setting]
+    return {str(file.relative_to(HERE)): digest(file) for file in files}
 
 
 def with_weight(settings: list[str]) -> tuple[list[str], dict[str, float]]:
@@ -94,6 +116,10 @@ def with_weight(settings: list[str]) -> tuple[list[str], dict[str, float]]:
         ratios.append(norm(terms[term], learnt) / norm(terms["cross-entropy"], learnt))
     weight = float(f"{share / statistics.median(ratios):.3g}")
     return [SHARE.sub(f"weight = {weight}", setting) for setting in settings], {"weight": weight}
+
+
+# By the first part of a unit's name; the others are students.
+MAKERS = {"teacher": train_teacher, "conversion": convert_twin}
 
 
 def read(file: Path) -> dict[str, dict]:
@@ -146,7 +172,7 @@ def main() -> None:
         home, start = Path.cwd(), time.monotonic()
         os.chdir(folder)
         try:
-            result = (train_teacher if unit.startswith("teacher/") else train_student)(unit, settings)
+            result = MAKERS.get(unit.partition("/")[0], train_student)(unit, settings)
         finally:
             os.chdir(home)
         seconds = round(time.monotonic() - start)

@@ -11,11 +11,11 @@ import base64
 import itertools
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy
 from run import read
-from units import SCREENING_SEEDS
+from units import CONVERSIONS, SCREENING_SEEDS
 
 from lasnn.compare import student_t
 
@@ -129,6 +129,40 @@ def contrasts(results: dict[str, dict]) -> list[str]:
     return lines
 
 
+def matched(results: dict[str, dict]) -> list[str]:
+    """Where conversions of the twin reach the students of arm C, the mean of their seeds, by block; and the energy."""
+    columns = ("T", "accuracy", "energy, µJ", "conversion", "its T", "its energy, µJ", "times T", "times energy")
+    lines, rows = head(*columns), []
+    for (where, arm), of in grouped(results).items():
+        if arm != "C" or not where.startswith("converted/"):
+            continue
+        blocks = sorted({block for block, _ in of})
+        accuracy = {block: mean(one["accuracy"] for (b, _), one in of.items() if b == block) for block in blocks}
+        energy = mean(one["energy_uj"] for one in of.values())
+        steps = int(where.removeprefix("converted/T"))
+        for method in CONVERSIONS:
+            curves = {block: results.get(f"conversion/{method}/{block}") for block in blocks}
+            if not all(curves.values()):
+                continue
+            reached = [first_reaching(curves[block], accuracy[block]) for block in blocks]
+            found = [f"> {CONVERSIONS[method]}" if one is None else str(one[0]) for one in reached]
+            middle = median(math.inf if one is None else one[0] for one in reached)
+            spent = [f"{one[1]:.1f}" if one else "–" for one in reached]
+            ratio = f"{middle / steps:g}" if math.isfinite(middle) else f"> {CONVERSIONS[method] / steps:g}"
+            times = f"{mean(one[1] for one in reached) / energy:.1f}" if all(reached) else "–"
+            cells = (method, ", ".join(found), ", ".join(spent), ratio, times)
+            rows.append((steps, middle, row(steps, f"{mean(accuracy.values()):.4f}", f"{energy:.2f}", *cells)))
+    return [*lines, *(line for *_, line in sorted(rows))]
+
+
+def first_reaching(curve: dict, accuracy: float) -> tuple[int, float] | None:
+    """The smallest T of a conversion that has this accuracy, and its energy."""
+    for steps, reached in curve["accuracy_by_timesteps"].items():
+        if reached >= accuracy:
+            return int(steps), curve["energy_uj_by_timesteps"][steps]
+    return None
+
+
 def grouped(results: dict[str, dict]) -> dict[tuple[str, str], dict[tuple[str, str], dict]]:
     """The confirmation's results: {(where, arm): {(block, seed): result}}."""
     found: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}
@@ -169,4 +203,4 @@ def holm(values: list[float]) -> list[float]:
 
 if __name__ == "__main__":
     done = read(HERE / "results.jsonl")
-    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts, diagnosed)))
+    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts, diagnosed, matched)))

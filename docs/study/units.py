@@ -22,6 +22,20 @@ TRAINED = {
     "vgg5": ["teacher.architecture=vgg5"],
     "vgg9": ["teacher.architecture=vgg9", "teacher.epochs=10", "precision=bf16"],
 }
+# Further ones, of the residual student and of the conversion that needs an ANN of its own.
+FURTHER = {
+    "resnet20": ["teacher.architecture=resnet20", "teacher.epochs=10"],
+    "vgg5-qcfs": ["teacher.architecture=vgg5", "teacher.activation=qcfs"],
+}
+# What the twin is converted by, and where each is given up: the first two are another conversion for each T.
+CONVERSIONS = {
+    "threshold-iteration": 12,
+    "light-calibration": 12,
+    "qcfs": 32,
+    "local-balancing": 64,
+    "percentile": 64,
+    "maxnorm": 64,
+}
 # What is chosen on images held out must not have been seen by the networks that it starts from.
 HELD_OUT = "data.validation=10000"
 HALF = "precision=bf16"
@@ -137,11 +151,10 @@ def units(results: dict[str, dict]) -> dict[str, list[str]]:
         for block in range(3):
             for arm in ("B", "C"):
                 confirm("random/T1", "random", arm, block, seed)
+    for network, settings in FURTHER.items():
+        for block in range(3):
+            found[f"teacher/{network}/{block}"] = [*settings, f"seed={block}", "student.init=random"]
     # The residual student, at the rate and weights that were chosen for the VGG-5.
-    for block in range(3):
-        found[f"teacher/resnet20/{block}"] = [
-            "teacher.architecture=resnet20", "teacher.epochs=10", f"seed={block}", "student.init=random",
-        ]  # fmt: skip
     for seed in range(2):
         for block in range(3):
             for arm in ("B", "C"):
@@ -149,6 +162,13 @@ def units(results: dict[str, dict]) -> dict[str, list[str]]:
                     *taught(block, "converted", "resnet20"), CONFIRMED, losses(*arms[arm]), f"seed={seed}", *learnt,
                     "student.architecture=resnet20",
                 ]  # fmt: skip
+    for method in CONVERSIONS:
+        for block in range(3):
+            twin = TEACHERS / f"vgg5{'-qcfs' if method == 'qcfs' else ''}-{block}.safetensors"
+            activation = ["teacher.activation=qcfs"] if method == "qcfs" else []
+            found[f"conversion/{method}/{block}"] = [
+                "teacher.architecture=vgg5", *activation, f"teacher.checkpoint={twin}", "student.init=random",
+            ]  # fmt: skip
     return found
 
 
