@@ -166,10 +166,14 @@ def first_reaching(curve: dict, accuracy: float) -> tuple[int, float] | None:
 def grouped(results: dict[str, dict]) -> dict[tuple[str, str], dict[tuple[str, str], dict]]:
     """The confirmation's results: {(where, arm): {(block, seed): result}}."""
     found: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}
+    made: dict[str, set[tuple[str, str]]] = {}
     for unit, result in results.items():
         if unit.startswith("confirm/"):
             _, start, steps, arm, block, seed = unit.split("/")
             found.setdefault((f"{start}/{steps}", arm), {})[block, seed] = result
+            made.setdefault(f"{start}/{steps}", set()).add((result["commit"], result["torch"]))
+    if mixed := {where: of for where, of in made.items() if len(of) > 1}:
+        raise SystemExit(f"these runs are of several commits or versions, and cannot be compared: {mixed}")
     return dict(sorted(found.items()))
 
 
