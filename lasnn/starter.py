@@ -144,7 +144,7 @@ def recipe_text(pictures: Pictures, choices: Choices, file: str) -> str:
     names = ", ".join(pictures.classes[:6]) + (", ..." if len(pictures.classes) > 6 else "")
     schema = next(iter(shipped().values())).parent / FILE
     name = toml_value(choices.architecture)
-    # Of the quickstart, with the rate in proportion to the batch.
+    # That of the quickstart's teacher, halved for small batches.
     rate = 0.1 if batch >= 64 else 0.05
     return f"""#:schema {schema}
 # {printable_line(pictures.root.name)}: {len(pictures.classes)} classes ({printable_line(names)}), \
@@ -154,8 +154,8 @@ def recipe_text(pictures: Pictures, choices: Choices, file: str) -> str:
 #   lasnn distill {command}              trains the teacher, then the student under it
 #   lasnn report{" " * (len(command) + 16)}shows what became of it
 #
-# What a part takes: lasnn list. The settings of the trainings are those of the shipped quickstart, with batches and
-# epochs by the number of pictures; they were not tuned on these.
+# What a part takes: lasnn list. The optimiser and the neuron are those of the shipped quickstart; batches, rates and
+# epochs go by the number of pictures, and were not tuned on these.
 seed = 0
 
 [data]

@@ -185,7 +185,7 @@ def test_mistakes_are_one_line_and_exit_2(lasnn, tmp_path, arguments, message):
 
 
 def test_all_mistakes_at_once(lasnn):
-    settings = ["student.timesteps=0", "student.width=x", "data.batch_sise=3", 'losses.attention.temporal="rat"']
+    settings = ["student.timesteps=0", "student.width=x", "data.batch_sise=3", 'losses.logit-kd.readout="stp"']
     result = lasnn("distill", "quickstart", *(item for text in settings for item in ("--set", text)), code=2)
     assert len(result.stderr.splitlines()) == 4
     assert (
