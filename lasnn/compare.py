@@ -204,7 +204,7 @@ class Comparison:
                 row["name"],
                 str(row["timesteps"]),
                 *(number(row[self.measure].get(str(seed))) for seed in seeds),
-                f"**{number(row['mean'])}**",
+                "" if row["mean"] is None else f"**{number(row['mean'])}**",
                 number(row["deviation"]),
                 number(row["teacher_mean"]),
                 number(row["firing_rate"], 3),
@@ -559,6 +559,8 @@ def signed(value: float | None) -> str:
 
 
 def within(gain: Mapping[str, Any]) -> str:
+    if gain["mean"] is None:
+        return "no pair yet"
     return "one seed" if gain["half_width"] is None else f"± {gain['half_width']:.4f}"
 
 

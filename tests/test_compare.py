@@ -55,6 +55,13 @@ def test_the_tables_of_a_comparison():
     assert "lasnn distill x.toml --set teacher= --set seed=$seed" in text
 
 
+def test_a_table_before_its_rows_are_done_leaves_them_empty():
+    arms = (Arm("distilled", (), 1), Arm("alone", ("teacher=",), 1))
+    text = Comparison("tiny", (0, 1), arms, "runs", {(arms[0], 0): {"accuracy": 0.5}}).as_markdown()
+    assert "| alone | 1 |  |  |  |  |  |  |" in text
+    assert "| distilled over alone | 1 |  | no pair yet |" in text
+
+
 def test_rows_seeds_and_a_second_call(lasnn, tiny):
     arguments = ("compare", tiny, "--seeds", 2, "--timesteps", "1,2", *SHORT, "--variant", "power 2: losses.1.power=2")
     base = ("--set", 'losses=[{name="cross-entropy"}, {name="attention", weight=100, power=1}]')
