@@ -5,7 +5,7 @@ then the weight of the logits, then one term of the features and its share: each
 log-likelihood on the images held out, in the mean over its seeds. The confirmation, on all 60,000 images and with other
 seeds, measures what was chosen:
 
-    A  cross-entropy                  D  B + attention maps as in recipes/quickstart.toml
+    A  cross-entropy                  D  B + attention maps, power 1, weight 100
     B  A + logits                     E  C with the teacher's features of another image
     C  B + the term that was chosen
 
@@ -66,7 +66,7 @@ LOGITS = {
 }
 SCREENED = [HELD_OUT, HALF, "distill.epochs=2"]
 CONFIRMED = "distill.epochs=4"
-# The attention maps of recipes/quickstart.toml.
+# The attention maps that recipes/quickstart.toml had when the study began.
 QUICKSTART = {"name": "attention", "power": 1.0, "weight": 100.0}
 
 
