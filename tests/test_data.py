@@ -215,6 +215,7 @@ def test_reads_the_folders_that_others_keep_them_in(small, inner):
 
 def test_root_goes_before_debian(small):
     write_set(small / "debian")
+    (small / "data").mkdir()
     dataset = datasets.build("fashion-mnist", small / "data")
     dataset.load()
     assert dataset.source == str(small / "debian")
@@ -223,7 +224,27 @@ def test_root_goes_before_debian(small):
     assert dataset.source == str(small / "data")
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_without_a_root_debian_s_folder_is_read(small, monkeypatch, there):
+    write_set(small / "debian")
+    monkeypatch.chdir(small)
+    if there:
+        Path("data").mkdir()
+    dataset = datasets.build("fashion-mnist")
+    dataset.load()
+    assert dataset.source == str(small / "debian")
+
+
+def test_a_slip_in_root_reads_no_other_folder(small):
+    write_set(small / "debian")
+    with pytest.raises(UserError) as error:
+        datasets.build("fashion-mnist", small / "dta").load()
+    assert str(small / "dta,") in message(error)
+    assert "ebian" not in message(error)
+
+
 def test_not_found_names_places_and_remedies(small):
+    (small / "data").mkdir()
     with pytest.raises(UserError) as error:
         datasets.build("fashion-mnist", small / "data").load()
     text = message(error)

@@ -56,10 +56,11 @@ class FashionMnist(IdxDataset, _FashionMnist):
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, ten classes of clothing.
 
     The four idx files, gzipped or not, are read from `root` or `root`/FashionMNIST/raw (where torchvision
-    keeps them), otherwise from the folder of Debian's package dataset-fashion-mnist, otherwise, with
-    `download`, fetched by torchvision. The first folder that holds any of the four is taken: what is missing
-    or broken there is an error, never a reason to read another one. Crops and flips are the augmentation of
-    most residual networks in the benchmark table of the data set's README.
+    keeps them), otherwise from the folder of Debian's package dataset-fashion-mnist (not in place of another
+    `root` than "data" that is no folder), otherwise, with `download`, fetched by torchvision. The first folder
+    that holds any of the four is taken: what is missing or broken there is an error, never a reason to read
+    another one. Crops and flips are the augmentation of most residual networks in the benchmark table of the
+    data set's README.
     """
 
     title, torchvision_name = "Fashion-MNIST", "FashionMNIST"

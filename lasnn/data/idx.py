@@ -21,6 +21,9 @@ import torch
 from lasnn.data.dataset import Dataset, Images
 from lasnn.errors import MachineError, UserError, not_read
 
+# Where a data set lies unless its user says so.
+ROOT = Path("data")
+
 
 class IdxDataset(Dataset):
     """A data set of four idx files that torchvision can fetch: MNIST and its kin."""
@@ -29,7 +32,7 @@ class IdxDataset(Dataset):
     train_size, test_size = 60_000, 10_000
     title: str
     torchvision_name: str
-    # Further folders to look into, and how to fill them.
+    # Folders to look into where `root` does not hold the set, and how to fill them.
     elsewhere: tuple[Path, ...] = ()
     remedy = ""
     # Of the training and of the test images: all these sets have the same file names and sizes, and one is easily taken
@@ -40,7 +43,7 @@ class IdxDataset(Dataset):
     def __init_subclass__(cls) -> None:
         cls.kin.update(dict.fromkeys(cls.first_labels, cls.title))
 
-    def __init__(self, root: Path | str = "data", *, download: bool = False):
+    def __init__(self, root: Path | str = ROOT, *, download: bool = False):
         self.root = Path(root)
         self.download = download
 
@@ -52,15 +55,18 @@ class IdxDataset(Dataset):
             MachineError: the download failed.
         """
         raw = self.root / self.torchvision_name / "raw"
-        places = (self.root, raw, *_of_other_spelling(self.root, self.torchvision_name), *self.elsewhere)
+        # A folder that was named and is not there is a slip: no other folder's images in its place.
+        elsewhere = self.elsewhere if self.root == ROOT or self.root.is_dir() else ()
+        places = (self.root, raw, *_of_other_spelling(self.root, self.torchvision_name), *elsewhere)
         folder = next((place for place in places if _holds_any_file(place)), None)
         if folder is None and self.download:
             _download(self, raw)
             folder = raw
         if folder is None:
+            remedy = self.remedy if elsewhere else ""
             raise UserError(
                 f"{self.title} is in none of {', '.join(map(str, places))}; put its four gz files into "
-                f"data.root (the first), {self.remedy}or set data.download = true"
+                f"data.root (the first), {remedy}or set data.download = true"
             )
         images = read_splits(self, folder)
         for what, split, own in zip(("training", "test"), images, self.first_labels, strict=True):
