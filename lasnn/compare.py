@@ -35,7 +35,7 @@ from lasnn.recipe.load import find, toml_value
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses
-from lasnn.run import RUNS, RunFolder, environment
+from lasnn.run import RUNS, RunFolder
 from lasnn.training.distill import distill
 from lasnn.training.stop import Stopped
 
@@ -45,6 +45,17 @@ MEASURES = {
     "accuracy": "test accuracy",
     "validation_accuracy": "accuracy on the images held out",
     "validation_nll": "negative log-likelihood on the images held out (lower is better)",
+}
+# What the figures of a run depend on besides its recipe: the key of env.json, and what tables call it.
+CONDITIONS = {
+    "device": "{}",
+    "device_name": "{}",
+    "precision": "{}",
+    "threads": "{} threads",
+    "world_size": "{} processes",
+    "lasnn": "lasnn {}",
+    "torch": "torch {}",
+    "python": "Python {}",
 }
 # What a row has of its own, and the option that sets it.
 OF_A_ROW = {"seed": "--seeds", "student.timesteps": "--timesteps"}
@@ -91,7 +102,10 @@ class Comparison:
     arms: tuple[Arm, ...]
     folder: Path
     summaries: dict[tuple[Arm, int], dict[str, Any]] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)
+    environments: dict[tuple[Arm, int], dict[str, Any]] = field(default_factory=dict)
+    """The `env.json` of each run that is done."""
+    images: int = 0
+    """How many images the rows are compared on."""
     conversion: "Conversion | None" = None
     measure: str = "accuracy"
     """What the rows are compared by, one of `MEASURES`."""
@@ -170,12 +184,20 @@ class Comparison:
                 },
                 "conversion_notes": self.notes(),
             }
+        conditions = self.conditions()
         return {
             "recipe": self.recipe,
             "seeds": list(self.seeds),
             "folder": str(self.folder),
             "measure": self.measure,
-            "conditions": self.conditions,
+            "conditions": {key: value for key, (value, *others) in conditions.items() if not others}
+            | {"images": self.images},
+            # Of each value, how many runs have it.
+            "mixed_conditions": {
+                key: {str(value): runs for value, runs in counts.items()}
+                for key, counts in conditions.items()
+                if len(counts) > 1
+            },
             "arms": [self.row(arm) for arm in self.arms],
             "gains": self.gains(),
             **conversion,
@@ -221,19 +243,47 @@ class Comparison:
             what = "accuracy" if self.measure == "accuracy" else said
             intro = f"Gains in {what}, paired by seed, with the 95 % interval of Student's t."
             text += ["", intro, "", *markdown_table(["gain", "T", "mean", "interval"], gains)]
-        where = known["conditions"]
-        if where:
-            text += [
-                "",
-                f"Conditions: {where['device']} ({where['device_name']}), {where['threads']} threads, "
-                f"lasnn {where['lasnn']}, torch {where['torch']}, Python {where['python']}; {where['images']:,} "
-                + ("test images." if self.measure == "accuracy" else "images held out."),
-            ]
+        text += self._conditions_as_markdown()
         if self.conversion is not None:
             text += ["", *self._conversion_as_markdown(known)]
         text += ["", "The commands of the rows:", "", "```sh"]
         text += [row["command"].replace("seed=SEED", "seed=$seed") for row in known["arms"]]
         return "\n".join([*text, "```", ""])
+
+    def conditions(self) -> dict[str, dict[Any, int]]:
+        """What the runs that are done were made with, by what: how many runs have each value."""
+        found: dict[str, dict[Any, int]] = {}
+        for known in self.environments.values():
+            for key in CONDITIONS:
+                if key in known:
+                    counts = found.setdefault(key, {})
+                    counts[known[key]] = counts.get(known[key], 0) + 1
+        return found
+
+    def warnings(self) -> list[str]:
+        """A line where the rows cannot be compared as they stand: the runs were made under different conditions."""
+        mixed = [counts for counts in self.conditions().values() if len(counts) > 1]
+        if not mixed:
+            return []
+        return [
+            "The runs were not made under the same conditions, and a difference between rows may come from that; give "
+            "another --out to make all of them anew."
+        ]
+
+    def _conditions_as_markdown(self) -> list[str]:
+        """What the runs were made with, value by value where it differs."""
+        said = []
+        for key, counts in self.conditions().items():
+            form = CONDITIONS[key]
+            if len(counts) == 1:
+                said.append(form.format(*counts))
+            else:
+                said.append(" or ".join(f"{form.format(value)} ({runs} runs)" for value, runs in counts.items()))
+        if not said:
+            return []
+        images = f"{self.images:,} {'test images' if self.measure == 'accuracy' else 'images held out'}"
+        text = f"Conditions: {', '.join(said)}; {images}."
+        return ["", text, *(line for warning in self.warnings() for line in ("", warning))]
 
     def _conversion_as_markdown(self, known: Mapping[str, Any]) -> list[str]:
         head = ["conversion", "ANN", "accuracy of the ANN", "student's T", "accuracy of the student"]
@@ -325,7 +375,7 @@ def compare(
         check_held_out(plans, by)
     folder = RUNS / "compare" / find(name).stem if out is None else expanded(out, "--out")
     found = Comparison(name, numbers, tuple(arms), folder, measure=by)
-    found.conditions = {**environment(plans[arms[0], numbers[0]].device), "images": base_images(plans, by)}
+    found.images = base_images(plans, by)
     if against_conversion:
         found.conversion = plan_conversion(base, name, overrides, arms, numbers, longest, plans)
 
@@ -341,10 +391,13 @@ def compare(
             distill(plans[arm, seed].recipe, path, resume=True, progress=progress)
         summary = RunFolder(path).read_json("summary.json")
         found.summaries[arm, seed] = summary
+        found.environments[arm, seed] = RunFolder(path).read_json("env.json") or {}
         tell(f"{where}: {by.replace('_', ' ')} {summary[by]:.4f}" + (" (done before)" if done[arm, seed] else ""))
         if found.conversion and arm == (*arms, *own)[-1]:
             convert_teachers(found, seed, tell)
         write(found)
+    for warning in found.warnings():
+        tell(warning)
     return found
 
 
@@ -451,9 +504,18 @@ def rows(
 
 
 def without_teacher(recipe: Recipe) -> tuple[str, ...]:
-    """Settings that take the teacher away and leave all else: its losses, its weights, itself."""
+    """Settings that take the teacher away and leave all else: its losses, its weights, itself.
+
+    Labels whose weights sum to less than 1 make room for the teacher's terms. Alone they have 1: under SGD half the
+    weight is half the rate.
+    """
     kept = [loss for loss in recipe.losses if not needs_teacher(loss.name)]
-    given = [f"losses={toml_value([entry(loss) for loss in kept] or [{'name': 'cross-entropy'}])}"]
+    of_labels = sum(loss.weight for loss in kept if "targets" in losses[loss.name].inputs)
+    raised = 1 / of_labels if 0 < of_labels < 1 else 1.0
+    terms = [entry(loss) | ({"weight": loss.weight * raised} if raised > 1 else {}) for loss in kept]
+    if not of_labels:
+        terms = [term for term in terms if term.get("weight", 1.0)] + [{"name": "cross-entropy"}]
+    given = [f"losses={toml_value(terms)}"]
     if recipe.start is None and recipe.student.init in ("teacher", "copied", "converted"):
         given += from_random(recipe)
     if recipe.distill.pairs is not None:

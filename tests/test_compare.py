@@ -55,6 +55,43 @@ def test_the_tables_of_a_comparison():
     assert "lasnn distill x.toml --set teacher= --set seed=$seed" in text
 
 
+def test_runs_of_other_conditions_are_said():
+    """Runs that were done before, perhaps with another torch, are taken as they are; the table says so."""
+    arms = (Arm("distilled", (), 4), Arm("alone", ("teacher=",), 4))
+    found = Comparison("x.toml", (0, 1), arms, "runs", images=100)
+    known = {"device": "cpu", "device_name": "x86_64", "threads": 1, "lasnn": "1", "torch": "2.8", "python": "3.11"}
+    for arm in arms:
+        for seed in (0, 1):
+            found.environments[arm, seed] = {**known, "command": [str(seed)]}
+    assert found.warnings() == []
+    assert (
+        "Conditions: cpu, x86_64, 1 threads, lasnn 1, torch 2.8, Python 3.11; 100 test images." in found.as_markdown()
+    )
+    found.environments[arms[0], 1] = {**known, "torch": "2.9"}
+    text, plain = found.as_markdown(), found.as_json()
+    assert "torch 2.8 (3 runs) or torch 2.9 (1 runs)" in text
+    assert "not made under the same conditions" in text
+    assert plain["conditions"]["threads"] == 1
+    assert "torch" not in plain["conditions"]
+    assert plain["mixed_conditions"] == {"torch": {"2.8": 3, "2.9": 1}}
+
+
+@pytest.mark.parametrize(
+    ("terms", "alone"),
+    [
+        ('{name="cross-entropy"}, {name="attention", weight=100}', '[{ name = "cross-entropy" }]'),
+        ('{name="cross-entropy", weight=0.1}, {name="logit-kd"}', '[{ name = "cross-entropy", weight = 1.0 }]'),
+        ('{name="cross-entropy", weight=2}, {name="logit-kd"}', '[{ name = "cross-entropy", weight = 2.0 }]'),
+        ('{name="entropy", weight=0.1}, {name="logit-kd"}',
+         '[{ name = "entropy", weight = 0.1 }, { name = "cross-entropy" }]'),
+    ],
+)  # fmt: skip
+def test_alone_learns_from_labels_at_their_full_weight(tiny, terms, alone):
+    """A weight below 1 makes room for the teacher's terms; alone it would be a lower rate, and no fair row."""
+    arms = rows(Recipe.load(tiny, [f"losses=[{terms}]"]), [], [], {}, ablation=False)
+    assert f"losses={alone}" in next(arm for arm in arms if arm.name == "alone").settings
+
+
 def test_a_table_before_its_rows_are_done_leaves_them_empty():
     arms = (Arm("distilled", (), 1), Arm("alone", ("teacher=",), 1))
     text = Comparison("tiny", (0, 1), arms, "runs", {(arms[0], 0): {"accuracy": 0.5}}).as_markdown()
