@@ -8,6 +8,7 @@ import torch
 from test_distillation import StopAt, digest, without_times
 
 from lasnn import build, distill
+from lasnn.network.units import NormSpike
 from lasnn.recipe.schema import Recipe
 from lasnn.report import report
 from lasnn.training.advice import term_notes
@@ -95,6 +96,29 @@ def test_chunks_parts_and_lone_students(tiny):
         assert ("gradient" in found) == ("attention_distance" in found) == (TERMS in options)
 
 
+def test_a_long_run_is_counted_whole(tiny):
+    """Without gradients it comes in chunks of time steps; whether a unit spiked is asked of all of them."""
+    built = build(tiny, overrides=["student.timesteps=12", "losses=[{name='cross-entropy'}]"], train_teacher=True)
+    measure = Diagnostics(built.objective, built.plan, built.train)
+    found = measure(0)["diagnostics"]
+    student, spikes = built.student.eval(), {}
+
+    def keep(unit, _, output):
+        spikes[unit.name] = output != 0
+
+    for unit in student.modules():
+        if isinstance(unit, NormSpike):
+            unit.register_forward_hook(keep)
+    # With gradients all twelve steps are one call.
+    student.steps(built.train.pixels[measure.chosen].float() / 255)
+    for stage, rate in found["firing_rate"].items():
+        of_stage = [out for name, out in spikes.items() if name.partition(".")[0] == stage]
+        assert {len(out) for out in of_stage} == {12 * len(measure.chosen)}
+        fired = torch.cat([out.any(0).flatten() for out in of_stage])
+        assert rate == pytest.approx(torch.cat([out.flatten() for out in of_stage]).float().mean().item(), abs=1e-6)
+        assert found["silent"][stage] == pytest.approx(1 - fired.float().mean().item(), abs=1e-6)
+
+
 def test_the_images_are_few(tiny):
     plan = build(tiny, overrides=[TERMS], train_teacher=True).plan
     # 1 + 2/3 * 3 passes an image, 1.2 % of an epoch.
@@ -123,9 +147,37 @@ RECIPE = {
     ],
 )  # fmt: skip
 def test_what_is_said_at_the_end(ratios, line):
-    metrics = [{"phase": "student", "diagnostics": {"gradient": {"attention": ratio}}} for ratio in ratios]
-    said = list(term_notes(Recipe.from_tables(RECIPE), [{"phase": "teacher"}, *metrics]))
-    assert said == ([] if line is None else [line])
+    assert terms_said(RECIPE, "attention", ratios) == ([] if line is None else [line])
+
+
+def terms_said(recipe, term, ratios):
+    """What is said of a term whose gradient had these ratios in the epochs of the student."""
+    recipe = Recipe.from_tables({**recipe, "distill": {"epochs": len(ratios)}})
+    lines = [
+        {"phase": "student", "epoch": epoch, "diagnostics": {"gradient": {term: ratio}}}
+        for epoch, ratio in enumerate(ratios, start=1)
+    ]
+    return list(term_notes(recipe, [{"phase": "teacher", "epoch": 1}, *lines]))
+
+
+def test_a_term_is_judged_by_the_epochs_that_it_is_felt_in():
+    until = {"name": "attention", "weight": 100.0, "schedule": "until", "until": 0.4}
+    recipe = {**RECIPE, "losses": [{"name": "cross-entropy"}, until]}
+    assert terms_said(recipe, "attention", [0.3, 0.0, 0.0]) == []
+    assert "is 0.002 of cross-entropy's" in terms_said(recipe, "attention", [0.002, 0.002, 0.0])[0]
+
+
+def test_a_teacher_s_logits_drown_no_labels():
+    recipe = {**RECIPE, "losses": [{"name": "cross-entropy", "weight": 0.1}, {"name": "logit-kd", "weight": 9.0}]}
+    assert terms_said(recipe, "logit-kd", [14.0, 20.0]) == []
+
+
+def test_the_gradient_of_a_scheduled_term_is_that_of_the_epoch(tiny):
+    """Off after the first quarter of one epoch: it was felt, and is not said to do nothing."""
+    terms = 'losses=[{name="cross-entropy"},{name="attention",weight=100.0,schedule="until",until=0.25}]'
+    run = distill(tiny, "run", overrides=[terms, "distill.epochs=1"])
+    assert run.metrics()[-1]["diagnostics"]["gradient"]["attention"] > 0
+    assert not any("does nothing" in line for line in run.read_json("summary.json")["terms"])
 
 
 def test_the_command_says_it(tiny, lasnn):

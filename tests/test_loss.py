@@ -406,13 +406,15 @@ def test_samd_by_hand():
 
 
 def test_standardised_logits_by_hand():
-    """(2, 0) and (30, 10) are both (1, -1)/sqrt(2): no distance; so is (0, 1) reversed, whose odds are e^-sqrt(2)."""
-    teacher = torch.tensor([[30.0, 10.0]])
-    assert logit_kd(torch.tensor([[[2.0, 0.0]]]), teacher, standardize=True).item() == pytest.approx(0, abs=1e-6)
-    p = 1 / (1 + math.exp(-math.sqrt(2) / 2))
-    wanted = 4 * (2 * p - 1) * math.log(p / (1 - p))
-    found = logit_kd(torch.tensor([[[0.0, 1.0]]]), teacher, standardize=True, temperature=2.0).item()
+    """(2, 1, 0) and (30, 20, 10) are both (1, 0, -1): no distance; (0, 2, 4) is that reversed."""
+    teacher = torch.tensor([[30.0, 20.0, 10.0]])
+    assert logit_kd(torch.tensor([[[2.0, 1.0, 0.0]]]), teacher, standardize=True).item() == pytest.approx(0, abs=1e-6)
+    # KL(softmax(0.5, 0, -0.5) || reversed): the logarithms differ by 1, 0 and -1.
+    wanted = 4 * (math.exp(0.5) - math.exp(-0.5)) / (math.exp(0.5) + 1 + math.exp(-0.5))
+    found = logit_kd(torch.tensor([[[0.0, 2.0, 4.0]]]), teacher, standardize=True, temperature=2.0).item()
     assert found == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ValueError, match="leaves nothing to learn of two classes"):
+        logit_kd(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[3.0, 1.0]]), standardize=True)
 
 
 def test_noise_smoothed_logits_by_hand():

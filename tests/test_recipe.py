@@ -129,7 +129,7 @@ power = 0
         "student.neuron.surrogate": 'one of "atan", "sigmoid", "triangle", "rectangle", "fast-sigmoid"',
         "distil": "did you mean 'distill'?",
         "distill.lr": "it takes a number (> 0)",
-        "losses": "no loss on the student's logits (with a weight above 0); add one of: cross-entropy",
+        "losses": "no loss that teaches the student's logits (with a weight above 0); add one of: cross-entropy",
     }.items():
         lines = [line for line in found if line.startswith(f"{plain}: {key}: ")]
         assert lines, f"nothing about {key} in\n{text}"
@@ -161,13 +161,15 @@ power = 0
         ("data.augment=[3]", "data.augment.0", "3 is not valid"),
         ("seed=-1", "seed", "(>= 0)"),
         ("precision=fp8", "precision", 'it takes one of "auto", "fp32", "bf16", "fp16"'),
-        ('losses=[{name="attention"}]', "losses", "no loss on the student's logits"),
+        ('losses=[{name="attention"}]', "losses", "no loss that teaches the student's logits"),
         ('losses=[{name="cross-entropy"},{name="cross-entropy"}]', "losses", "stands there 2 times"),
         ("teacher.architecture=torchvison", "teacher.architecture", "did you mean 'torchvision'?"),
         ("distill.warmup_epochs=9", "distill.warmup_epochs", "longer than the 2 epochs"),
         ("distill.min_lr=9", "distill.min_lr", "above lr"),
-        ('losses=[{name="cross-entropy",weight=0}]', "losses", "no loss on the student's logits"),
+        ('losses=[{name="cross-entropy",weight=0}]', "losses", "no loss that teaches the student's logits"),
         ('losses=[{name="cross-entropy",schedule="until",until=0.5}]', "losses", "(with a weight above 0 to the end)"),
+        ('losses=[{name="cross-entropy",schedule="cosine"}]', "losses", "(with a weight above 0 to the end)"),
+        ('losses=[{name="entropy"}]', "losses", "no loss that teaches the student's logits"),
         (
             'losses=[{name="cross-entropy"},{name="tet",schedule="until"}]',
             "losses.1.until",

@@ -50,7 +50,12 @@ def logit_kd(
             drawn at each step of the training, before anything else (NLD of CKDSNN, arXiv 2511.06902, with 0.1 and
             temperature 2). The noise is a constant of the gradient. Theirs has the logits' mean too, which a softmax
             does not see.
+
+    Raises:
+        ValueError: `standardize` with fewer than three classes.
     """
+    if standardize and logits.shape[-1] < 3:
+        raise ValueError("standardize leaves nothing to learn of two classes: any two logits become 0.71 and -0.71")
     logits, teacher = logits.float(), teacher_logits.float()
     student = logits.mean(0, keepdim=True) if readout == "mean" else logits
     if noise > 0:

@@ -91,6 +91,12 @@ def filled_in(recipe: Model) -> Model:
     return recipe.model_copy(update=changes)
 
 
+def teaches_classes(loss: str) -> bool:
+    """Whether a registered loss compares the student's logits with something: labels, or what a teacher knows."""
+    inputs = losses[loss].inputs
+    return "logits" in inputs and any(name == "targets" or name.startswith("teacher_") for name in inputs)
+
+
 @dataclass(frozen=True)
 class Named:
     """A registered part that a table names.
@@ -261,15 +267,16 @@ class Form:
         names = [self.values(("losses", number)).get("name") for number in range(len(entries))]
         known = [name for name in names if isinstance(name, str) and name in losses]
         terms = [self.values(("losses", number)) for number in range(len(entries))]
-        felt = [
-            losses[name].inputs
+        to_the_end = [
+            name
             for name, term in zip(names, terms, strict=True)
-            if name in known and term.get("weight", 1.0) > 0 and term.get("schedule") != "until"
+            if name in known and term.get("weight", 1.0) > 0 and term.get("schedule", "constant") == "constant"
         ]
-        if names and len(known) == len(names) and not any("logits" in inputs for inputs in felt):
-            with_logits = ", ".join(name for name in losses if "logits" in losses[name].inputs)
-            above = "above 0 to the end" if any(term.get("schedule") == "until" for term in terms) else "above 0"
-            message = f"no loss on the student's logits (with a weight {above}); add one of: {with_logits}"
+        if names and len(known) == len(names) and not any(map(teaches_classes, to_the_end)):
+            choices = ", ".join(filter(teaches_classes, losses))
+            scheduled = any(term.get("schedule", "constant") != "constant" for term in terms)
+            above = "above 0 to the end" if scheduled else "above 0"
+            message = f"no loss that teaches the student's logits (with a weight {above}); add one of: {choices}"
             yield ("losses",), message
         for number, term in enumerate(terms):
             # What is wrong by itself is not there.

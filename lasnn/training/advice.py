@@ -57,17 +57,24 @@ def drowned_labels(recipe: Recipe, epoch: Mapping[str, Any]) -> Iterable[str]:
 
 
 def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A line for each term without the labels whose gradient, in the mean of the epochs, is next to nothing beside
-    cross-entropy's, or drowns it.
+    """A line for each term without the labels whose gradient, in the mean of the epochs that it is felt in, is next to
+    nothing beside cross-entropy's, or drowns it. A teacher's logits, which say the class too, drown nothing.
 
     Args:
         recipe: the run's.
         metrics: of its epochs; those without diagnostics say nothing.
     """
-    measured = [line.get("diagnostics", {}).get("gradient", {}) for line in metrics if line["phase"] == "student"]
+    epochs = [line for line in metrics if line["phase"] == "student"]
+    measured = {line["epoch"]: line.get("diagnostics", {}).get("gradient", {}) for line in epochs}
     for number, loss in enumerate(recipe.losses):
-        ratios = [epoch[loss.name] for epoch in measured if epoch.get(loss.name) is not None]
-        if not ratios or not loss.weight or "targets" in losses[loss.name].inputs:
+        inputs = losses[loss.name].inputs
+        # They are of each epoch's first step.
+        ratios = [
+            found[loss.name]
+            for epoch, found in measured.items()
+            if found.get(loss.name) is not None and loss.weight_at((epoch - 1) / recipe.distill.epochs)
+        ]
+        if not ratios or "targets" in inputs:
             continue
         share, key = mean(ratios), f"losses.{number}.weight"
         if share == 0:
@@ -75,6 +82,6 @@ def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator
         elif share < NOTHING:
             fix = f"raise {key} from {loss.weight:g} to about {loss.weight * A_TENTH / share:.2g} for a tenth of it"
             yield f"{loss.name!r} does next to nothing: its gradient is {share:.2g} of cross-entropy's; {fix}"
-        elif share > DROWNS:
+        elif share > DROWNS and "teacher_logits" not in inputs:
             fix = f"lower {key} from {loss.weight:g} to about {loss.weight / share:.2g} for as much"
             yield f"{loss.name!r} drowns the labels: its gradient is {share:.2g} times cross-entropy's; {fix}"

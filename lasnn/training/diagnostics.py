@@ -8,6 +8,7 @@ are keyed. Every process computes all of it, on the same images.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ class Diagnostics:
     - `images`: how many it is measured on;
     - `attention_distance`, by pair: 1 - cos of student's and teacher's attention maps (channel sums of the squared
       firing rate and feature), the mean over images; 1 where the student's map is empty;
-    - `gradient`, by term: the norm of its weight times its gradient on the student's parameters, over that of
-      cross-entropy (the recipe's, or else that of the mean logits with weight 1); None where that is 0;
+    - `gradient`, by term: the norm of its weight at the epoch's first step times its gradient on the student's
+      parameters, over that of cross-entropy (the recipe's, or else that of the mean logits with weight 1); None where
+      that is 0;
     - `firing_rate` and `silent`, by stage: spikes per neuron and step, and the share of neurons that spike on none of
       the images.
 
@@ -77,7 +79,7 @@ class Diagnostics:
                         for pair in self.pairs
                     }
             if several:
-                weights = objective.weights_at(epoch, objective.steps_per_epoch - 1)
+                weights = objective.weights_at(epoch, 0)
                 found["gradient"] = self._gradients(terms, weights, logits, targets)
         return {"diagnostics": found | by_stage(spikes)}
 
@@ -132,16 +134,27 @@ def norm(term: Tensor, learnt: list[nn.Parameter]) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
+@dataclass
+class Counts:
+    """What a spiking unit did: which of its neurons spiked, and how many values and spikes it had."""
+
+    spiked: Tensor
+    values: int
+    spikes: Tensor
+
+
 @contextmanager
-def counted(student: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block the spiking units of a student count, by name: neurons, silent ones, values and spikes."""
-    found: dict[str, list[Tensor]] = {}
+def counted(student: nn.Module) -> Iterator[dict[str, Counts]]:
+    """Within the block the spiking units of a student count, by name."""
+    found: dict[str, Counts] = {}
 
     def count(unit: NormSpike, _: Any, output: Tensor) -> None:
-        # [T*B, ...]: a neuron is silent where it spikes at no step and on no image.
+        # [T*B, ...]; a long run comes in several calls, a chunk of its steps each.
         spikes = output.detach() != 0
-        silent = (~spikes.any(0)).sum()
-        found[unit.name] = [torch.tensor(spikes[0].numel()), silent, torch.tensor(spikes.numel()), spikes.sum()]
+        now = Counts(spikes.any(0), spikes.numel(), spikes.sum())
+        if before := found.get(unit.name):
+            now = Counts(before.spiked | now.spiked, before.values + now.values, before.spikes + now.spikes)
+        found[unit.name] = now
 
     units = [unit for unit in student.modules() if isinstance(unit, NormSpike)]
     handles = [unit.register_forward_hook(count) for unit in units]
@@ -152,13 +165,18 @@ def counted(student: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             handle.remove()
 
 
-def by_stage(counts: dict[str, list[Tensor]]) -> dict[str, dict[str, float]]:
+def by_stage(counts: dict[str, Counts]) -> dict[str, dict[str, float]]:
     """Firing rate and silent share of the units, by the stage (or stem, or head) that they are in."""
-    sums: dict[str, list[int]] = {}
-    for name, values in counts.items():
-        stage = name.partition(".")[0]
-        sums[stage] = [a + int(b) for a, b in zip(sums.get(stage, [0] * 4), values, strict=True)]
+    stages: dict[str, list[Counts]] = {}
+    for name, of_unit in counts.items():
+        stages.setdefault(name.partition(".")[0], []).append(of_unit)
     return {
-        "firing_rate": {stage: spikes / values for stage, (_, _, values, spikes) in sums.items()},
-        "silent": {stage: silent / neurons for stage, (neurons, silent, _, _) in sums.items()},
+        "firing_rate": {
+            stage: sum(int(unit.spikes) for unit in units) / sum(unit.values for unit in units)
+            for stage, units in stages.items()
+        },
+        "silent": {
+            stage: 1 - sum(int(unit.spiked.sum()) for unit in units) / sum(unit.spiked.numel() for unit in units)
+            for stage, units in stages.items()
+        },
     }
