@@ -81,7 +81,11 @@ def load_data(recipe: Recipe, data: Dataset, device: torch.device) -> tuple[Imag
                 f"data set {entry.name!r}: its {what} images are {list(found)}; it announced {list(wanted)}"
             )
         check_labels(images.labels, len(data.classes), f"data set {entry.name!r}: {what}")
-    (train, test), said = place(splits, device, residence=recipe.data.residence, workers=recipe.data.workers)
+    # Those that are held out, and the others, are copies beside the whole.
+    copies = sizes[0] if recipe.data.validation else 0
+    (train, test), said = place(
+        splits, device, residence=recipe.data.residence, workers=recipe.data.workers, copies=copies
+    )
     return train, test, said
 
 

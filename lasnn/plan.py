@@ -56,6 +56,7 @@ from lasnn.probe import (
     try_teacher,
 )
 from lasnn.problems import Problems
+from lasnn.recipe.load import toml_value
 from lasnn.recipe.schema import Recipe
 from lasnn.registry import losses, translate_errors
 
@@ -245,7 +246,7 @@ def make_plan(recipe: Recipe) -> Plan:
         start=start,
         memory_bytes=memory,
         notes=(
-            *held_out(recipe, data),
+            *held_out(recipe, data, anns, start),
             *slow_arithmetic(recipe, device),
             *real_values(student.network, student.probed),
             *scheduled_losses(recipe),
@@ -367,6 +368,7 @@ def _start(
         return Start("file", f"the weights in {path}", path)
     name = "start" if recipe.start else "teacher"
     source = "[start]" if recipe.start else "the teacher"
+    ann = recipe.start or recipe.teacher
     if name not in anns:
         # It is left out, or cannot be built.
         return Start("random", "random weights: there is no [start] and no [teacher]")
@@ -377,11 +379,13 @@ def _start(
             for problem in error.problems:
                 problems.report("start" if recipe.start else "student.init", problem)
         return Start("random", f"random weights: those of {source} are of another network")
-    if init in ("teacher", "copied"):
-        return Start(name, f"the weights of {source}, copied")
-    if problems.lines:
+    # Same weights, and yet another network: what pools, how many heads there are.
+    other = recipe.other_options(ann) if ann.architecture == recipe.student.architecture else {}
+    differ = [f"{key} = {toml_value(theirs)}, the student's {toml_value(own)}" for key, (theirs, own) in other.items()]
+    also = f"; learnt with {' and '.join(differ)}" if differ else ""
+    if init in ("teacher", "copied") or problems.lines:
         # What cannot run has no scales.
-        return Start(name, f"the weights of {source}, copied")
+        return Start(name, f"the weights of {source}, copied{also}")
     try:
         with translate_errors(teacher_entry(recipe, name)):
             Scales(anns[name].network, (data.channels, data.height, data.width))
@@ -389,16 +393,26 @@ def _start(
         if init == "converted":
             for problem in error.problems:
                 problems.report("student.init", f'{problem}; it can be "copied"')
-        return Start(name, f"the weights of {source}, copied: they cannot be converted ({error.problems[0]})")
+        return Start(name, f"the weights of {source}, copied: they cannot be converted ({error.problems[0]}){also}")
     known = {"images": "measured on training images", "none": "by batch norm's own"}[recipe.student.calibration]
     said = f"the weights of {source}, converted: thresholds for T = {recipe.student.timesteps}, currents {known}"
-    return Start(name, said, converted=True)
+    return Start(name, said + also, converted=True)
 
 
-def held_out(recipe: Recipe, data: Dataset) -> Iterator[str]:
-    """A line where images are held out."""
+def held_out(recipe: Recipe, data: Dataset, anns: Mapping[str, PlannedAnn], start: Start) -> Iterator[str]:
+    """Lines where images are held out, one on the networks that this run does not train."""
     if count := recipe.data.validation:
         yield f"held out {count:,} of the {data.train_size:,} training images, by a hash of each; not trained on"
+        given = [
+            f"{name}.checkpoint" if ann.checkpoint else f"[{name}]" for name, ann in anns.items() if not ann.trained
+        ]
+        if start.source == "file":
+            given.append("student.init")
+        if given:
+            yield (
+                f"held out: whether {' and '.join(given)} learnt from these images is not known; if so, what is "
+                "measured on them flatters"
+            )
 
 
 def slow_arithmetic(recipe: Recipe, device: torch.device) -> Iterator[str]:

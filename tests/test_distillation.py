@@ -108,6 +108,7 @@ def test_the_same_seed_repeats_to_the_last_digit_also_with_a_cached_teacher(tiny
         ("student.timesteps=1", False),
         ("distill.epochs=1", False),
         ("data.root=elsewhere", False),
+        ("data.download=true", False),
         ("teacher.epochs=1", True),
         ("teacher.width=5", True),
         ("data.batch_size=40", True),
@@ -116,7 +117,9 @@ def test_the_same_seed_repeats_to_the_last_digit_also_with_a_cached_teacher(tiny
 )
 def test_what_defines_a_cached_teacher(tiny, setting, trains_again):
     cpu, images = torch.device("cpu"), Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]))
-    keys = {teacher_key(Recipe.load(tiny, overrides), cpu, images) for overrides in ([], [setting])}
+    # One that can be fetched.
+    always = ["data.name=fashion-mnist"]
+    keys = {teacher_key(Recipe.load(tiny, [*always, *overrides]), cpu, images) for overrides in ([], [setting])}
     assert len(keys) == 1 + trains_again
     other = Images(images.pixels + 1, images.labels)
     assert teacher_key(Recipe.load(tiny), cpu, other) not in keys, "the images themselves count, not where they lie"

@@ -109,6 +109,10 @@ def test_a_network_of_the_users_own_that_a_conversion_cannot_follow(tiny, init):
         (["student.init=random"], "random weights"),
         (["student.init=teacher"], "the weights of the teacher, copied"),
         (["student.init=converted"], "the weights of the teacher, converted: thresholds for T = 2"),
+        (
+            ["student.init=teacher", "student.pool=max"],
+            'the weights of the teacher, copied; learnt with pool = "avg", the student\'s "max"',
+        ),
         (["student.init=converted", *TWIN], "the weights of [start], converted: thresholds for T = 2"),
         (["student.init=copied", *TWIN], "the weights of [start], copied"),
         (["student.init=copied", *TWIN[2:], "teacher="], "the weights of [start], copied"),

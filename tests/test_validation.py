@@ -9,7 +9,7 @@ from test_distillation import StopAt, digest, without_times
 
 from lasnn import distill, load_run
 from lasnn.data import Images, Streamed, hold_out
-from lasnn.data.stream import InMemory
+from lasnn.data.stream import InMemory, place
 from lasnn.errors import UserError
 from lasnn.evaluation.measure import validate
 from lasnn.plan import read_plan
@@ -136,6 +136,27 @@ def test_the_plan_counts_what_is_left(tiny):
     assert plan.notes[0] == "held out 40 of the 400 training images, by a hash of each; not trained on"
     with pytest.raises(UserError, match=r"data\.validation: 400 images to hold out; there are 400 training images"):
         read_plan(tiny, ["data.validation=400"])
+
+
+def test_networks_that_may_have_learnt_from_them_are_named(tiny, cached_teachers):
+    run = distill(tiny, "run", overrides=["distill.epochs=1"])
+    teacher = f"teacher.checkpoint={run / 'teacher.safetensors'}"
+    start = f"student.init={run / 'student.safetensors'}"
+    for given, names in (([teacher], "teacher.checkpoint"), ([teacher, start], "teacher.checkpoint and student.init")):
+        notes = read_plan(tiny, [*HELD, *given]).notes
+        assert any(f"whether {names} learnt from these images is not known" in note for note in notes)
+    assert not any("is not known" in note for note in read_plan(tiny, HELD).notes)
+    assert not any("is not known" in note for note in read_plan(tiny, [teacher]).notes)
+
+
+def test_there_is_room_for_the_copies(monkeypatch):
+    """Those held out and the others lie beside the whole while it is split."""
+    images = pictures(100)
+    monkeypatch.setattr("lasnn.data.stream.free_bytes", lambda _: 2 * 9 * 150)
+    cpu = torch.device("cpu")
+    for copies, kind in ((0, Images), (100, Streamed)):
+        [placed], _ = place([images], cpu, residence="auto", workers=0, copies=copies)
+        assert isinstance(placed, kind)
 
 
 def test_the_command_says_them(tiny, lasnn, cached_teachers):

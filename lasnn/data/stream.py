@@ -73,12 +73,13 @@ class Streamed:
 
 
 def place(
-    splits: Sequence[Images | Source], device: torch.device, *, residence: str, workers: int
+    splits: Sequence[Images | Source], device: torch.device, *, residence: str, workers: int, copies: int = 0
 ) -> tuple[list[Images | Streamed], str]:
     """Put the splits of a data set on the device if they fit, otherwise stream them.
 
     Args:
         residence: "auto" keeps them on the device if they take at most half of its free memory; "device", "stream".
+        copies: of how many further images there will be room needed.
 
     Returns:
         The splits, and a line that says what was chosen and why.
@@ -87,7 +88,7 @@ def place(
         UserError: an image cannot be read any more, or a source of the user's own fails.
         MachineError: the machine failed to read one.
     """
-    needed = sum(prod(split.shape) for split in splits)
+    needed = sum(prod(split.shape) for split in splits) + copies * prod(splits[0].shape[1:])
     free = free_bytes(device)
     size = f"{needed / 2**20:,.0f} MiB of images, {free / 2**20:,.0f} MiB free on {device}"
     if residence == "device" or (residence == "auto" and needed <= SHARE * free):

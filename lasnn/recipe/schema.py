@@ -288,10 +288,19 @@ class Recipe(Section):
     @property
     def twins(self) -> bool:
         """Whether teacher and student are of one architecture with the same options, those left out too."""
-        if self.teacher is None or self.teacher.architecture != self.student.architecture:
-            return False
-        defaults = {name: option.default for name, option in architectures[self.student.architecture].options.items()}
-        return defaults | self.teacher.options == defaults | self.student.options
+        same = self.teacher is not None and self.teacher.architecture == self.student.architecture
+        return same and not self.other_options(self.teacher)
+
+    def other_options(self, ann: TeacherTable) -> dict[str, tuple[Any, Any]]:
+        """Which options of the student's architecture an ANN of it has otherwise: its value and the student's, those
+        left out too.
+        """
+        options = architectures[self.student.architecture].options
+        pairs = {
+            name: tuple(table.options.get(name, option.default) for table in (ann, self.student))
+            for name, option in options.items()
+        }
+        return {name: values for name, values in pairs.items() if values[0] != values[1]}
 
     def _located(self, key: str, written: str, left_out: bool = False) -> Path:
         if key in self._overridden:

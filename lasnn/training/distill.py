@@ -9,6 +9,7 @@ trainer.py has the loop, objective.py the terms.
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,7 +100,9 @@ def distill(
         saved = processes.broadcast_from_main(lambda: saved_state(run))
         if saved is None and resume:
             callback.note(f"nothing to resume in {run.path}; starting from the beginning")
-        described = processes.broadcast_from_main(lambda: bind(run, plan.recipe, plan.data, (whole, test)))
+        described = processes.broadcast_from_main(partial(bind, run, plan.recipe, plan.data, (whole, test)))
+        # Where some are held out, the others are a copy.
+        del whole
         known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
         run.write_json("env.json", {**environment(plan.device), **known})
         if plan.device.type == "cpu":

@@ -230,7 +230,7 @@ def near_chance(accuracy: float, classes: int, images: int) -> bool:
 
 def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed, name: str = "teacher") -> str:
     """What defines a trained teacher, as twelve hexadecimal digits: the same key, the same weights."""
-    data = recipe.data.model_dump(exclude={"root", "residence", "workers"})
+    data = recipe.data.model_dump(exclude={"root", "download", "residence", "workers"})
     teacher = getattr(recipe, name).model_dump(exclude={"checkpoint", "min_accuracy", "stages"})
     # Not where the images lie, but what they are.
     images = train.fingerprint()
