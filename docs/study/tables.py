@@ -2,8 +2,9 @@
 
     python docs/study/tables.py
 
-A difference is paired by teacher and seed. Its interval is that of Student's t over the pairs, at 95 %; beside it is a
-bootstrap over the test images, of the mean of the pairs; its p-value is that of the exact sign-flip test, and those of
+A difference is paired by teacher and seed. Its interval is that of Student's t over the pairs, at 95 %, which holds for
+these teachers; beside it are that over the teachers' own means, which is wide, since they are few, and a bootstrap over
+the test images, of the mean of the pairs. Its p-value is that of the exact sign-flip test over the pairs, and those of
 the secondary contrasts are also given as Holm corrects them.
 """
 
@@ -108,19 +109,23 @@ def contrasts(results: dict[str, dict]) -> list[str]:
         if len(pairs) < 2:
             continue
         differences = [ours[pair]["accuracy"] - theirs[pair]["accuracy"] for pair in pairs]
-        half = student_t(len(pairs) - 1) * stdev(differences) / math.sqrt(len(pairs))
+        blocks: dict[str, list[float]] = {}
+        for (block, _), difference in zip(pairs, differences, strict=True):
+            blocks.setdefault(block, []).append(difference)
+        halves = [half_width(differences), half_width([mean(of_block) for of_block in blocks.values()])]
         images = numpy.mean([bits(ours[pair]) - bits(theirs[pair]) for pair in pairs], axis=0)
-        found.append((name, where, differences, half, bootstrap(images), sign_flips(differences)))
+        found.append((name, where, differences, halves, bootstrap(images), sign_flips(differences)))
     corrected = holm([p for *_, p in found[1:]])
-    lines = head("contrast", "start, T", "pairs", "mean", "95 % of the pairs", "95 % of the images", "p", "p, Holm")
-    for number, (name, where, differences, half, (low, high), p) in enumerate(found):
+    intervals = [f"95 % of the {what}" for what in ("pairs", "teachers", "images")]
+    lines = head("contrast", "start, T", "pairs", "mean", *intervals, "p", "p, Holm")
+    for number, (name, where, differences, halves, (low, high), p) in enumerate(found):
         lines.append(
             row(
                 f"**{name}**" if number == 0 else name,
                 where,
                 len(differences),
                 f"{mean(differences):+.4f}",
-                f"± {half:.4f}",
+                *(f"± {half:.4f}" for half in halves),
                 f"{low:+.4f} to {high:+.4f}",
                 f"{p:.4f}",
                 "primary" if number == 0 else f"{corrected[number - 1]:.4f}",
@@ -175,6 +180,11 @@ def grouped(results: dict[str, dict]) -> dict[tuple[str, str], dict[tuple[str, s
     if mixed := {where: of for where, of in made.items() if len(of) > 1}:
         raise SystemExit(f"these runs are of several commits or versions, and cannot be compared: {mixed}")
     return dict(sorted(found.items()))
+
+
+def half_width(values: list[float]) -> float:
+    """Of the 95 % interval of their mean, by Student's t."""
+    return student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def bits(result: dict) -> numpy.ndarray:
