@@ -128,7 +128,8 @@ class TensorBoard(Callback):
             if isinstance(found, Mapping):
                 known = {name: value for name, value in found.items() if value is not None}
                 values |= {f"{what.replace('_', ' ')}/{name}": value for name, value in known.items()}
-        self._write(metrics["epoch"] * self._steps, values)
+        # Beside the epoch's last step: the first step after it is where a resumed run writes anew.
+        self._write(metrics["epoch"] * self._steps - 1, values)
         self._writers[self._phase].flush()
 
     def _write(self, at: int, values: Mapping[str, float]) -> None:

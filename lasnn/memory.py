@@ -3,10 +3,12 @@
 import ctypes
 import math
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from lasnn import processes
 from lasnn.data import Dataset
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -14,6 +16,8 @@ from lasnn.network.time_chunks import even_chunks
 from lasnn.recipe.schema import Recipe
 from lasnn.registry import neurons, translate_errors
 
+# Numbers that an optimiser keeps of each that is learnt.
+STATES = {"sgd": 1, "adamw": 2}
 # Options of glibc's mallopt, from <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 # Freed memory stays in the heap, or goes back to the system.
@@ -40,9 +44,13 @@ def carried_voltages(recipe: Recipe, data: Dataset, student: Student) -> list[to
 
 def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> torch.Tensor:
     """The first steps of what a micro-batch of images is encoded to, on the meta device."""
-    batch = math.ceil(recipe.data.batch_size / recipe.data.accumulate)
-    images = torch.empty(batch, data.channels, data.height, data.width, device="meta")
-    return student.encoder.part(images, recipe.student.timesteps, stop=steps)
+    return student.encoder.part(_images(recipe, data), recipe.student.timesteps, stop=steps)
+
+
+def _images(recipe: Recipe, data: Dataset) -> torch.Tensor:
+    """What a process computes at once, on the meta device."""
+    batch = math.ceil(recipe.data.batch_size / processes.world_size() / recipe.data.accumulate)
+    return torch.empty(batch, data.channels, data.height, data.width, device="meta")
 
 
 def training_memory(
@@ -54,6 +62,31 @@ def training_memory(
     forward pass of a micro-batch on the meta device, half of them where the training is in `half` precision. With time
     in chunks they are those of one chunk, and the voltages before each. Workspaces of the convolutions are not in it.
     """
+    timesteps, carried = recipe.student.timesteps, 0
+    if recipe.time_chunk:
+        count, timesteps = even_chunks(timesteps, recipe.time_chunk)
+        carried = count * sum(voltage.nbytes for voltage in carried_voltages(recipe, data, student))
+    student.train()
+    saved = _saved(lambda: student.network(_encoded(recipe, data, student, timesteps), timesteps))
+    learnt = 4 * (count_parameters(student.network) + of_losses) * (2 + STATES[recipe.distill.optimizer])
+    frozen = 4 * count_parameters(teacher.network) if teacher else 0
+    return saved // (2 if half else 1) + carried + learnt + frozen
+
+
+def ann_memory(recipe: Recipe, data: Dataset, ann: Teacher, name: str, half: bool = False) -> int:
+    """Bytes of a step of an ANN's own training, on the meta device, counted as those of the student's.
+
+    Args:
+        name: "teacher" or "start".
+    """
+    ann.train()
+    saved = _saved(lambda: ann(_images(recipe, data)))
+    learnt = 4 * count_parameters(ann.network) * (2 + STATES[getattr(recipe, name).optimizer])
+    return saved // (2 if half else 1) + learnt
+
+
+def _saved(forward: Callable[[], object]) -> int:
+    """Bytes of what autograd saves in a forward pass, but for parameters."""
     saved: dict[int, int] = {}
     kept = []
 
@@ -64,18 +97,9 @@ def training_memory(
             saved[id(storage)] = storage.nbytes()
         return tensor
 
-    timesteps, carried = recipe.student.timesteps, 0
-    if recipe.time_chunk:
-        count, timesteps = even_chunks(timesteps, recipe.time_chunk)
-        carried = count * sum(voltage.nbytes for voltage in carried_voltages(recipe, data, student))
-    student.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student.network(_encoded(recipe, data, student, timesteps), timesteps)
-    activations = sum(saved.values()) // (2 if half else 1) + carried
-    states = {"sgd": 1, "adamw": 2}[recipe.distill.optimizer]
-    learnt = 4 * (count_parameters(student.network) + of_losses) * (2 + states)
-    frozen = 4 * count_parameters(teacher.network) if teacher else 0
-    return activations + learnt + frozen
+        forward()
+    return sum(saved.values())
 
 
 def tune_allocator(chunks: bool) -> None:

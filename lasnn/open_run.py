@@ -1,7 +1,9 @@
 """How a run's folder begins, and how it is taken up again: with the same recipe and data, as far as they matter."""
 
+import hashlib
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from lasnn.errors import MachineError, UserError
 from lasnn.factory import find_checkpoint
 from lasnn.foreign_weights import read_checkpoint
 from lasnn.recipe.paths import expanded
+from lasnn.recipe.plugins import is_file
 from lasnn.recipe.schema import Recipe
 from lasnn.resume import changes_between, more_epochs
 from lasnn.run import DATA, RUNS, STATE_FILE, WRITTEN, RunFolder, all_runs, read_text
@@ -43,11 +46,7 @@ def open_run(
     """
     if out is None:
         out = (recipe.run_folder or _unfinished(recipe) if resume else None) or _new_folder(recipe.name)
-    run = RunFolder(expanded(out, "--out"))
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--out {run.path} is a file; name a folder")
-    if run.path.is_dir() and set(os.listdir(run.path)) - {lock.NAME} and not (run / "recipe.toml").is_file():
-        raise UserError(f"{run.path} is not empty{' and not a run folder' if resume else ''}; choose another --out")
+    run = check_folder(out, resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError) as error:
@@ -59,6 +58,23 @@ def open_run(
         yield run
 
 
+def check_folder(out: Path, resume: bool) -> RunFolder:
+    """The run folder that `out` is, or is to be.
+
+    Raises:
+        UserError: it is a file, not empty, or a run that is not to be resumed.
+    """
+    run = RunFolder(expanded(out, "--out"))
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--out {run.path} is a file; name a folder")
+    begun = (run / "recipe.toml").is_file()
+    if run.path.is_dir() and set(os.listdir(run.path)) - {lock.NAME} and not begun:
+        raise UserError(f"{run.path} is not empty{' and not a run folder' if resume else ''}; choose another --out")
+    if begun and not resume:
+        raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
+    return run
+
+
 def _begin(run: RunFolder, recipe: Recipe, resume: bool, note: Callable[[str], None]) -> None:
     """Write the recipe and its plugins, or check that the run that is there can go on with them."""
     if not (run / "recipe.toml").is_file():
@@ -67,8 +83,8 @@ def _begin(run: RunFolder, recipe: Recipe, resume: bool, note: Callable[[str], N
         for plugin in recipe.plugin_files:
             files.write(run / plugin.name, plugin.read_bytes())
         return
-    if not resume:
-        raise UserError(f"{run.path} is not empty; choose another --out, or --resume to go on with the run in it")
+    # Another process may have begun it in the meantime.
+    check_folder(run.path, resume)
     accepted = _check_changes(run, recipe)
     _check_plugins(recipe, run)
     files.remove_partial(run.path, (*WRITTEN, *(plugin.name for plugin in recipe.plugin_files)))
@@ -147,6 +163,20 @@ def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
             raise UserError(
                 f"{plugin} has changed since the run in {run.path} began; resume with {run / 'recipe.toml'}"
             )
+    now = module_digests(recipe)
+    for module, digest in run.read_json("env.json").get("plugins", {}).items():
+        if now.get(module, digest) != digest:
+            raise UserError(f"the module {module} has changed since the run in {run.path} began; put it back as it was")
+
+
+def module_digests(recipe: Recipe) -> dict[str, str]:
+    """A digest of the file of each plugin that is a module, for `env.json`: it has no copy in the run folder."""
+    modules = [sys.modules[plugin] for plugin in recipe.plugins if not is_file(plugin)]
+    return {
+        module.__name__: hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+        for module in modules
+        if getattr(module, "__file__", None)
+    }
 
 
 def _unfinished(recipe: Recipe) -> Path | None:

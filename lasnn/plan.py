@@ -31,7 +31,7 @@ from lasnn.factory import (
     pick_precision,
 )
 from lasnn.loss import Pair
-from lasnn.memory import carried_voltages, count_parameters, training_memory
+from lasnn.memory import ann_memory, carried_voltages, count_parameters, training_memory
 from lasnn.network.scales import Scales
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -113,6 +113,7 @@ class Plan:
     anns: dict[str, PlannedAnn]
     start: Start
     memory_bytes: int
+    ann_memory_bytes: dict[str, int]
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict:
@@ -163,6 +164,7 @@ class Plan:
             "start_steps": self._steps("start"),
             "student_steps": epochs * self.steps_per_epoch,
             "memory_bytes": self.memory_bytes,
+            "ann_memory_bytes": self.ann_memory_bytes,
         }
 
     @property
@@ -235,7 +237,13 @@ def make_plan(recipe: Recipe) -> Plan:
     memory = _try(recipe, data, device, networks, anns, pairs, augmentation, problems)
     if problems.lines:
         raise UserError(*problems.lines)
-    student = networks.student
+    student, half = networks.student, pick_precision(recipe, device) != "fp32"
+    with on_meta():
+        ann_memory_bytes = {
+            name: ann_memory(recipe, data, network.model, name, half)
+            for name, network in networks.anns.items()
+            if anns[name].trained
+        }
     return Plan(
         recipe=recipe,
         data=data,
@@ -245,6 +253,7 @@ def make_plan(recipe: Recipe) -> Plan:
         anns=anns,
         start=start,
         memory_bytes=memory,
+        ann_memory_bytes=ann_memory_bytes,
         notes=(
             *held_out(recipe, data, anns, start),
             *slow_arithmetic(recipe, device),

@@ -67,7 +67,7 @@ def join() -> None:
     local, gpus = _local_rank(), torch.cuda.device_count()
     if gpus:
         if local >= gpus:
-            raise UserError(f"{_local_count()} processes but {gpus} GPUs on this machine; --nproc-per-node {gpus}")
+            raise UserError(f"{local_count()} processes but {gpus} GPUs on this machine; --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=TIMEOUT)
@@ -78,15 +78,16 @@ def launcher() -> list[str]:
     """The words that start lasnn as this process was started."""
     if world_size() == 1:
         return ["lasnn"]
-    nodes = ["--nnodes", str(world_size() // _local_count())] if world_size() != _local_count() else []
-    return ["torchrun", *nodes, "--nproc-per-node", str(_local_count()), "-m", "lasnn"]
+    nodes = ["--nnodes", str(world_size() // local_count())] if world_size() != local_count() else []
+    return ["torchrun", *nodes, "--nproc-per-node", str(local_count()), "-m", "lasnn"]
 
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def _local_count() -> int:
+def local_count() -> int:
+    """How many of the processes are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

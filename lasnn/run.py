@@ -305,8 +305,13 @@ def _known_runs() -> str:
 
 
 def resume_command(folder: Path) -> str:
-    """The command that goes on with a run, in as many processes as there are now."""
-    command = ["distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume"]
+    """The command that goes on with a run, in as many processes as there are now, with the options that it has."""
+    try:
+        options = RunFolder(folder).read_json("env.json").get("options", [])
+    except UserError:
+        # Damaged; it is written anew.
+        options = []
+    command = ["distill", str(folder / "recipe.toml"), "--out", str(folder), "--resume", *options]
     return shlex.join([*processes.launcher(), *command])
 
 

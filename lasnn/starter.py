@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image
 
 from lasnn import files
+from lasnn.data.folders import is_text
 from lasnn.data.image_files import each
 from lasnn.data.image_folder import LOOKED_AT, ImageFolder
 from lasnn.data.picture import formats
-from lasnn.errors import UserError
+from lasnn.errors import UserError, printable
 from lasnn.plan import Plan, make_plan
 from lasnn.recipe.json_schema import FILE
 from lasnn.recipe.load import parse, shipped, toml_value
@@ -75,6 +76,8 @@ def look(folder: str | Path) -> Pictures:
     if not root.is_dir():
         what = "a file, not a folder" if root.exists() else "not there"
         raise UserError(f"{root} is {what}; give the folder of the pictures, with a folder a class in it")
+    if not is_text(str(root)):
+        raise UserError(f"{printable(str(root))}: the name is no UTF-8, which a recipe could not hold; rename it")
     images = ImageFolder(root)
     train, test = images.splits
     paths = [*train.paths, *test.paths]

@@ -8,6 +8,7 @@ from test_distillation import StopAt, digest
 
 from lasnn import Callback, distill
 from lasnn.errors import UserError
+from lasnn.run import resume_command
 from lasnn.training.stop import Stopped
 
 pytestmark = pytest.mark.usefixtures("cached_teachers")
@@ -88,10 +89,30 @@ def test_tensorboard_shows_a_resumed_run_as_one(tiny):
         events = accumulator.EventAccumulator(str(run / "tensorboard" / phase)).Reload()
         lines = [line for line in run.metrics() if line["phase"] == phase]
         accuracy = [(event.step, pytest.approx(event.value)) for event in events.Scalars("accuracy")]
-        assert accuracy == [(40 * line["epoch"], line["accuracy"]) for line in lines]
+        assert accuracy == [(40 * line["epoch"] - 1, line["accuracy"]) for line in lines]
         assert [event.value for event in events.Scalars("epoch/loss")] == pytest.approx([it["loss"] for it in lines])
         steps = [event.step for event in events.Scalars("this epoch so far/cross-entropy")]
         assert steps == [40 * epoch + step for epoch in range(epochs) for step in (0, 20, 39)]
+
+
+def test_tensorboard_keeps_the_epoch_before_a_run_goes_on(tiny):
+    """What begins at an epoch's end purges nothing of that epoch."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = ["teacher.epochs=1", "distill.min_lr=0.05", "distill.lr=0.05", "distill.warmup_epochs=0"]
+    for epochs in (1, 2):
+        further = [*settings, f"distill.epochs={epochs}"]
+        run = distill(tiny, "out", overrides=further, resume=epochs == 2, callbacks=["tensorboard"])
+    events = accumulator.EventAccumulator(str(run / "tensorboard" / "student")).Reload()
+    accuracy = [event.value for event in events.Scalars("accuracy")]
+    assert accuracy == pytest.approx([line["accuracy"] for line in run.metrics() if line["phase"] == "student"])
+    assert len(accuracy) == 2
+
+
+def test_the_command_that_goes_on_has_the_callbacks(tiny):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(Stopped) as stopped:
+        distill(tiny, "out", overrides=SHORT, progress=StopAt("student", 1, 15), callbacks=["tensorboard"])
+    assert resume_command(stopped.value.run).endswith("--resume --callback tensorboard")
 
 
 def test_tensorboard_that_is_not_installed(tiny, monkeypatch):

@@ -119,12 +119,36 @@ def test_a_long_run_is_counted_whole(tiny):
         assert found["silent"][stage] == pytest.approx(1 - fired.float().mean().item(), abs=1e-6)
 
 
+def test_targets_are_as_in_training(tiny):
+    """A loss of one's own that takes class probabilities alone, beside an augmentation that mixes."""
+    (tiny.parent / "soft.py").write_text(
+        """
+from lasnn import losses
+
+@losses.register("soft")
+def soft(logits, targets):
+    \"\"\"Cross-entropy with class probabilities.\"\"\"
+    return -(targets * logits.mean(0).log_softmax(-1)).sum(-1).mean()
+"""
+    )
+    terms = 'losses=[{name="soft"},{name="attention",weight=3.0}]'
+    mixed = ["data.augment=['mixup']", "plugins=['tiny_clothes.py','soft.py']", terms, "distill.epochs=1"]
+    found = distill(tiny, "run", overrides=mixed).metrics()[-1]["diagnostics"]
+    assert found["gradient"]["soft"] > 0
+
+
 def test_the_images_are_few(tiny):
     plan = build(tiny, overrides=[TERMS], train_teacher=True).plan
     # 1 + 2/3 * 3 passes an image, 1.2 % of an epoch.
     assert how_many(plan, 10_000) == 40
     assert how_many(plan, 60_000) == plan.recipe.data.batch_size == 50
     assert how_many(plan, 3) == 3
+
+
+def test_the_images_are_no_more_than_a_process_has(tiny, monkeypatch):
+    plan = build(tiny, overrides=[TERMS], train_teacher=True).plan
+    monkeypatch.setattr("lasnn.processes.world_size", lambda: 5)
+    assert how_many(plan, 60_000) == 10
 
 
 RECIPE = {

@@ -15,6 +15,7 @@ from lasnn import build, distill, evaluate, load_run, losses
 from lasnn.callback import Callback
 from lasnn.data import Images
 from lasnn.errors import MachineError, UserError
+from lasnn.evaluation.measure import teacher_accuracy
 from lasnn.recipe.schema import Recipe, Training
 from lasnn.training.optimizer import learning_rate, make_optimizer
 from lasnn.training.precision import Precision
@@ -421,6 +422,55 @@ def test_a_plugin_that_changed_is_not_resumed(tiny):
     copy.write_text(plugin.read_text() + "\n# not what the run began with\n")
     with pytest.raises(UserError, match="tiny_clothes.py has changed since the run in out began"):
         distill(tiny, "out", resume=True)
+
+
+def test_a_module_that_changed_is_not_resumed(tiny, monkeypatch):
+    """It has no copy in the run folder."""
+    monkeypatch.syspath_prepend(str(tiny.parent))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    module = tiny.parent / "module_of_clothes.py"
+    (tiny.parent / "tiny_clothes.py").rename(module)
+    tiny.write_text(tiny.read_text().replace("tiny_clothes.py", "module_of_clothes"))
+    with pytest.raises(Stopped):
+        distill(tiny, "out", progress=StopAt("student", 1, signal.SIGTERM))
+    before = module.read_text()
+    module.write_text(before + "\n# not what the run began with\n")
+    with pytest.raises(UserError, match="the module module_of_clothes has changed since the run in out began"):
+        distill(tiny, "out", resume=True)
+    module.write_text(before)
+    assert distill(tiny, "out", resume=True).read_json("summary.json")
+
+
+def test_a_state_of_the_student_is_not_lost_with_the_teachers_file(tiny):
+    """Without it and without the cache the teacher would be trained anew, over what the student has learnt."""
+    with pytest.raises(Stopped):
+        distill(tiny, "out", progress=StopAt("student", 1, signal.SIGTERM))
+    state = (tiny.parent / "out/last.pt").read_bytes()
+    (tiny.parent / "out/teacher.safetensors").rename(tiny.parent / "kept")
+    shutil.rmtree(tiny.parent / "runs")
+    with pytest.raises(UserError, match=r"last.pt is of the student's training, but .*teacher.safetensors is missing"):
+        distill(tiny, "out", resume=True)
+    assert (tiny.parent / "out/last.pt").read_bytes() == state
+    (tiny.parent / "kept").rename(tiny.parent / "out/teacher.safetensors")
+    assert distill(tiny, "out", resume=True).read_json("summary.json")
+
+
+def test_a_cached_teacher_is_measured_on_todays_test_images(tiny):
+    """What it is trained on defines it, and not what it is measured on."""
+    plugin = tiny.parent / "tiny_clothes.py"
+    whole = "Images(test.pixels[::16][:120], test.labels[::16][:120])"
+    shifted = "(test.labels[::16][:120] + __import__('os').path.exists('shifted')) % 10"
+    plugin.write_text(plugin.read_text().replace(whole, f"Images(test.pixels[::16][:120], {shifted})"))
+    first = distill(tiny, "first").read_json("summary.json")["teacher_accuracy"]
+    (tiny.parent / "shifted").touch()
+    notes = Notes()
+    run = distill(tiny, "second", progress=notes)
+    loaded = load_run(run.path)
+    measured = teacher_accuracy(loaded.teacher, loaded.images.test, batch_size=50)
+    assert run.read_json("summary.json")["teacher_accuracy"] == pytest.approx(measured) != first
+    assert any("from the cache" in line for line in notes.lines)
+    assert any("measured again, on other test images" in line for line in notes.lines)
+    assert not any(epoch["phase"] == "teacher" for epoch in run.metrics())
 
 
 def test_overrides_go_with_a_file(tiny):

@@ -163,3 +163,11 @@ def test_what_is_proposed_by_size_and_number(discs):
     assert starter.propose(small, given) == given
     with pytest.raises(UserError, match="is a folder; name a file"):
         starter.write(small, given, discs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path):
+    folder = tmp_path / os.fsdecode(b"pictures-\xff")
+    write(folder, "discs", 20)
+    with pytest.raises(UserError, match="the name is no UTF-8"):
+        starter.look(folder)

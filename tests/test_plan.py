@@ -55,6 +55,14 @@ def test_memory_grows_with_batch_and_time(plain):
     assert memory("precision=bf16") < memory()
 
 
+def test_memory_of_the_teachers_own_training(plain):
+    """A wide ANN and a student of few steps: what is short of memory is the ANN."""
+    found = plan(plain, "student.timesteps=1", "teacher.width=64")
+    assert found.ann_memory_bytes.keys() == {"teacher"}
+    assert found.ann_memory_bytes["teacher"] > found.memory_bytes
+    assert found.summary()["ann_memory_bytes"] == found.ann_memory_bytes
+
+
 def test_memory_counts_what_a_loss_learns(plain):
     """A 3x3 convolution and a batch norm for each pair: weight, gradient and SGD's momentum."""
 

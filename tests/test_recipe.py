@@ -62,7 +62,8 @@ def test_toml_writer_round_trips():
         "flag": True,
         "list": [1, "two", [3.0]],
         "table": {"deep": {"x": 1}, "empty": []},
-        "tables": [{"name": "a", "inner": {"y": 2}}, {"name": "b"}],
+        "tables": [{"name": "a", "inner": {"y": 2}}, {"name": "b", "in line": [[{"a b": 1}]]}],
+        "a key of.its own é": {"layer 1": "c1", "c1.a": {"": 8}},
     }
     assert tomllib.loads(dump_toml(tables)) == tables
 

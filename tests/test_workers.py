@@ -13,7 +13,7 @@ from PIL import Image
 
 from common import ROOT
 from lasnn.data import Batches, BatchFailed, BatchLost, Images, Streamed, UnreadableBatch
-from lasnn.data.stream import InMemory, place
+from lasnn.data.stream import InMemory, limits_left, place
 from lasnn.errors import MachineError, UserError
 
 CPU = torch.device("cpu")
@@ -246,3 +246,16 @@ def test_what_is_in_memory_is_known_by_where_it_came_from():
     assert resident.fingerprint() == streamed.fingerprint() == resident.to("cpu").fingerprint() == "numbered"
     images = Images(resident.pixels, resident.labels)
     assert images.fingerprint() == InMemory(images).fingerprint() != "numbered"
+
+
+def test_the_memory_limit_of_a_control_group_counts(tmp_path):
+    """A container's or a batch job's, of any group around the process; none where it says "max"."""
+    inner = tmp_path / "cgroup/jobs/one"
+    inner.mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/jobs/one\n")
+    for folder, limit, used, cached in ((inner, "max", 10, 0), (inner.parent, 1000, 700, 100)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+    assert list(limits_left(tmp_path / "cgroup", tmp_path / "own")) == [400]
+    assert list(limits_left(tmp_path / "cgroup", tmp_path / "missing")) == []

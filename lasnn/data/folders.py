@@ -196,7 +196,7 @@ def classes_in(folder: Path, found: Found) -> dict[str, list[Path]]:
     if files:
         found.left["file beside the folders of classes"] += len(files)
     for inner in folders:
-        if not _is_text(inner.name):
+        if not is_text(inner.name):
             found.problems.append(f"{folder}: the name of its folder {printable(inner.name)!r} is no UTF-8; rename it")
             continue
         # The same letters, as a Mac and as others write them.
@@ -254,7 +254,8 @@ def _is_picture(path: Path, found: Found) -> bool:
     return False
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:

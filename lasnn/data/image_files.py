@@ -15,6 +15,10 @@ from lasnn.errors import UserError
 from lasnn.random import key_to_seed
 
 T = TypeVar("T")
+# Pillow and the digests work outside the interpreter's lock.
+THREADS = min(8, os.cpu_count() or 1)
+# Images from which on several threads decode them.
+MANY = 1024
 
 
 class ImageFiles:
@@ -54,8 +58,19 @@ class ImageFiles:
             MachineError: the machine failed to read it.
         """
         pixels = torch.empty((len(chosen), *self.shape[1:]), dtype=torch.uint8)
-        for index, number in enumerate(chosen):
-            pixels[index] = torch.from_numpy(read_image(self.paths[number], self.shape[1:], self.fit, self.ranges))
+
+        def put(index: int) -> None:
+            path = self.paths[chosen[index]]
+            pixels[index] = torch.from_numpy(read_image(path, self.shape[1:], self.fit, self.ranges))
+
+        if len(chosen) < MANY:
+            # A worker process has its own.
+            for index in range(len(chosen)):
+                put(index)
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                for _ in pool.map(put, range(len(chosen)), chunksize=16):
+                    pass
         return pixels
 
     def examine(self) -> list[Seen | UserError]:
@@ -106,8 +121,7 @@ def each(paths: Sequence[Path], make: Callable[[Path], T]) -> list[T | UserError
         except UserError as error:
             return error
 
-    # Pillow and the digests work outside the interpreter's lock.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(attempt, paths, chunksize=16))
 
 

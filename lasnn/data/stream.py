@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lasnn import processes
 from lasnn.data.dataset import Images
 from lasnn.data.workers import Source, read_ahead, read_now
 from lasnn.errors import UserError
@@ -108,14 +109,36 @@ def _resident(split: Images | Source) -> Images:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a CPU what the system says is available."""
+    """Memory that is free on a device, to each process that is on it; on a CPU what the system says is available, or
+    the limit of a container or batch job leaves.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        available = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min([available, *limits_left()]) // processes.local_count()
+
+
+def limits_left(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that the memory limit of each control group (Linux, version 2) around this process leaves."""
+    try:
+        [inside] = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    except (OSError, ValueError):
+        return
+    group = mounted / inside
+    for folder in (group, *group.parents):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            # Pages of files are given back when they are needed.
+            lines = (folder / "memory.stat").read_text().splitlines()
+            cached = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        except (OSError, ValueError):
+            # No limit ("max"), or no such group.
+            continue
+        yield max(0, limit - used + cached)
 
 
 def check_labels(labels: Tensor, classes: int, what: str) -> None:

@@ -208,7 +208,8 @@ def _entry(entries: list, step: str, where: str) -> int:
 def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
     """Nested dicts as TOML: values first, then tables, then lists of tables."""
     values, nested = [], []
-    for key, value in tables.items():
+    for name, value in tables.items():
+        key = toml_key(name)
         if isinstance(value, dict):
             nested.append(f"\n[{prefix}{key}]\n{dump_toml(value, f'{prefix}{key}.')}")
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -218,12 +219,17 @@ def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:
     return "".join(values + nested)
 
 
+def toml_key(key: str) -> str:
+    """A key as TOML: bare where it can be."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
+
+
 def toml_value(value: Any) -> str:
     """A value as TOML on one line."""
     if isinstance(value, list):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        return f"{{ {', '.join(f'{key} = {toml_value(item)}' for key, item in value.items())} }}"
+        return f"{{ {', '.join(f'{toml_key(key)} = {toml_value(item)}' for key, item in value.items())} }}"
     # JSON's text, true, false and finite numbers are TOML's as well; its NaN and Infinity are not, nor a bare DEL.
     text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)

@@ -23,6 +23,9 @@ MADE_WITH = {
     "start": "the weights that the student started from",
 }
 
+# In the order of a run.
+PHASES = ("teacher", "start", "student")
+
 
 class Buffers:
     """The buffers of what is trained before a step: batch norm updates its statistics in the forward pass, so that a
@@ -93,10 +96,18 @@ class Checkpoints:
             epochs, steps: how many epochs the training has, and how many steps an epoch has.
 
         Raises:
-            UserError: it is of other images or another teacher, or does not fit the recipe.
+            UserError: it is of other images, another teacher or a later phase, or does not fit the recipe.
         """
         saved, self.saved = self.saved, None
-        if saved is None or saved["phase"] != progress.phase:
+        if saved is None:
+            return False
+        if PHASES.index(saved["phase"]) > PHASES.index(progress.phase):
+            missing = f"{self.path.parent / progress.phase}.safetensors"
+            raise UserError(
+                f"{self.path} is of the {saved['phase']}'s training, but {missing} is missing: put it back, or choose "
+                f"another --out to train the {progress.phase} again"
+            )
+        if saved["phase"] != progress.phase:
             return False
         self._check_identity(saved)
         with self._translate_errors():

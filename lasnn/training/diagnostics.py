@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lasnn import processes
 from lasnn.data import Images, Streamed
+from lasnn.factory import make_augmentation
 from lasnn.loss import attention
 from lasnn.network.units import NormSpike
 from lasnn.plan import Plan, micro_batches
@@ -52,13 +54,17 @@ class Diagnostics:
         self.pairs = plan.pairs
         # Half precision without its scaler loses small gradients.
         self.half = plan.precision == "bf16"
-        self.device = plan.device
+        self.device, self.data = plan.device, plan.data
+        self.mixed = make_augmentation(plan.recipe, plan.data).mixes
         order = torch.randperm(len(images), generator=generator(plan.recipe.seed, "diagnose"))
         self.images, self.chosen = images, order[: how_many(plan, len(images))]
 
     def __call__(self, epoch: int) -> dict[str, Any]:
         objective, (student, teacher) = self.objective, self.objective.networks
         [(pixels, targets)] = self.images.batches([self.chosen])
+        if self.mixed:
+            # As the losses get them in training.
+            targets = nn.functional.one_hot(targets, len(self.data.classes)).float()
         images = pixels.float() / 255
         draws = generator(objective.seed, "diagnose", device=images.device)
         stages = [pair.student for pair in self.pairs]
@@ -119,9 +125,13 @@ def how_many(plan: Plan, images: int) -> int:
     recipe = plan.recipe
     # In passes of a training step, of which a third goes forward, and two passes of the teacher.
     cost = 1 + 2 * len(recipe.losses) / 3
-    at_once = math.ceil(recipe.data.batch_size / micro_batches(recipe.data.batch_size, recipe))
+    share = math.ceil(recipe.data.batch_size / processes.world_size())
+    at_once = math.ceil(share / micro_batches(recipe.data.batch_size, recipe))
     if recipe.time_chunk:
         at_once = at_once * recipe.time_chunk // recipe.student.timesteps
+    if plan.precision == "fp16":
+        # These are in fp32, which takes twice as much.
+        at_once //= 2
     return max(1, min(max(LEAST, int(SHARE * images / cost)), MOST, at_once, images))
 
 

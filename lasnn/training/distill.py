@@ -27,7 +27,7 @@ from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.notebook import default_progress
-from lasnn.open_run import bind, is_done, open_run
+from lasnn.open_run import bind, check_folder, is_done, module_digests, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
@@ -81,8 +81,12 @@ def distill(
     check_processes(plan.recipe)
     progress = default_progress() if progress == "auto" else progress
     # A plugin's callback is known once the recipe has been read.
-    callbacks = [callbacks] if isinstance(callbacks, str | Callback) else callbacks
+    callbacks = [callbacks] if isinstance(callbacks, str | Callback) else list(callbacks)
+    names = [callback for callback in callbacks if isinstance(callback, str)]
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
+    if out is not None and processes.is_main():
+        # Before many images are read.
+        check_folder(Path(out), resume)
     with processes.main_process_first():
         whole, test, placed = load_data(plan.recipe, plan.data, plan.device)
         check_batches(plan)
@@ -103,7 +107,17 @@ def distill(
         described = processes.broadcast_from_main(partial(bind, run, plan.recipe, plan.data, (whole, test)))
         # Where some are held out, the others are a copy.
         del whole
-        known = {"precision": plan.precision, "data": plan.data.source, **absolute_paths(plan.recipe)}
+        known = {
+            "precision": plan.precision,
+            "data": plan.data.source,
+            "plugins": module_digests(plan.recipe),
+            # For the command that goes on with the run.
+            "options": [
+                *(["--detect-anomaly"] if detect_anomaly else []),
+                *(word for named in names for word in ("--callback", named)),
+            ],
+            **absolute_paths(plan.recipe),
+        }
         run.write_json("env.json", {**environment(plan.device), **known})
         if plan.device.type == "cpu":
             tune_allocator(chunks=plan.recipe.time_chunk > 0)

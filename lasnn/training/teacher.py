@@ -176,9 +176,14 @@ class TeacherSource:
     def _from_cache(self, teacher: Teacher) -> dict[str, float] | None:
         """Load it from the cache; None where it is not there, or damaged."""
         result = processes.broadcast_from_main(lambda: self._read_cache(teacher))
-        if result is not None:
-            found = f"{self.table.architecture} from the cache ({self.cache.path})"
-            self.callbacks.note(f"{self.name}: {found}, not trained again")
+        if result is None:
+            return None
+        found = f"{self.table.architecture} from the cache ({self.cache.path})"
+        self.callbacks.note(f"{self.name}: {found}, not trained again")
+        if result.pop("test", None) != self.test.fingerprint():
+            self.callbacks.note(f"{self.name}: measured again, on other test images than when it was trained")
+            processes.broadcast_parameters(teacher)
+            result = {**self._measured(teacher), "seconds": result["seconds"]}
         return result
 
     def _read_cache(self, teacher: Teacher) -> dict[str, float] | None:
@@ -193,8 +198,9 @@ class TeacherSource:
         except UserError as error:
             self.callbacks.note(f"the cached {self.name} cannot be used and is trained again: {error}")
             return None
-        others = [epoch for epoch in self.run.metrics() if epoch["phase"] != self.name]
-        self.run.write_metrics([*others, *({**epoch, "phase": self.name} for epoch in metrics)])
+        if result.get("test") == self.test.fingerprint():
+            others = [epoch for epoch in self.run.metrics() if epoch["phase"] != self.name]
+            self.run.write_metrics([*others, *({**epoch, "phase": self.name} for epoch in metrics)])
         return result
 
     def _store(self, teacher: Teacher, result: dict[str, float]) -> None:
@@ -206,7 +212,8 @@ class TeacherSource:
                 remove_partial(cache.path, WRITTEN)
                 mine = [epoch for epoch in self.run.metrics() if epoch["phase"] == self.name]
                 cache.write_metrics([{**epoch, "phase": "teacher"} for epoch in mine])
-                cache.write_json("teacher.json", result)
+                # Its accuracy is on these test images, which do not define it.
+                cache.write_json("teacher.json", {**result, "test": self.test.fingerprint()})
                 # The weights come last: their presence says that the cached teacher is whole.
                 save_weights(cache / "teacher.safetensors", teacher.network.state_dict(), self._description(teacher))
         except (OSError, MachineError, UserError) as error:
