@@ -296,7 +296,7 @@ def norm_lif_gradient(ctx, grad_spikes, grad_v_last, _):
         means = mean_over(sums, ctx.count)
     if not ctx.needs_input_grad[0]:
         grad_y = None
-    elif residual is None and write:
+    elif residual is None and write and not torch.is_grad_enabled():
         norm_grad_(g, y, statistics, weight, means, ctx.eps)
         grad_y = g
     elif write:

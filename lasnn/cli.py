@@ -60,7 +60,7 @@ RunDevice = Annotated[
 ]
 # Of several benchmarks.
 BenchTimesteps = Annotated[str | None, typer.Option(metavar="T[,T...]", help="Time steps.  [default: the recipe's]")]
-Rounds = Annotated[int, typer.Option(metavar="N", min=3, help="Rounds, in each of which all take turns.")]
+Rounds = Annotated[int, typer.Option(metavar="N", min=6, help="Rounds, in each of which all take turns.")]
 ResultsFolder = Annotated[Path, typer.Option(metavar="DIR", help="Where the CSV and JSON files go.")]
 IntoPage = Annotated[
     Path | None, typer.Option(metavar="FILE.md", help="Put the table into this page, as docs/benchmarks.md.")
@@ -194,13 +194,14 @@ def evaluate(
         raise UserError("--membrane-start goes with --converted; a student's neurons start from rest")
     options = {"membrane_start": membrane_start} | ({} if percentile is None else {"percentile": percentile})
     with json_alone(as_json) as answer:
+        from lasnn.evaluation.conversion import OF_ONE_T
         from lasnn.evaluation.evaluate import conditions, load_run
         from lasnn.evaluation.evaluate import evaluate as measure_run
 
         loaded = load_run(run, device=device or "recipe", data_root=data)
         results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
         known = conditions(loaded)
-        if converted:
+        if converted and converted not in OF_ONE_T:
             # The same at every T.
             known["converted"] = results[0]["converted"]
             results = [{key: value for key, value in result.items() if key != "converted"} for result in results]

@@ -1,6 +1,7 @@
 """What a distillation tells while it runs: a bar and a live line on a terminal, plain lines when piped."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,7 @@ class ConsoleProgress(RunProgress):
 
     def finish(self, summary: Mapping[str, Any], run: Path) -> None:
         super().finish(summary, run)
-        self.say(f"next: lasnn evaluate {run} --timesteps 1,2,4,8")
+        self.say(f"next: lasnn evaluate {shlex.quote(str(run))} --timesteps 1,2,4,8")
 
     def close(self) -> None:
         """End the live line; what was said before stays."""
@@ -211,7 +212,8 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
     for line in (*lines, *data_change_lines(known)):
         print_text(console, line)
-    converted = known.get("converted")
+    # Of a conversion for each T that of the last, whose layers are shown.
+    converted = known.get("converted") or results[-1].get("converted")
     if converted:
         _say_converted(console, converted)
     table = Table(box=None, pad_edge=False)

@@ -195,6 +195,8 @@ def check_images(images: Tensor) -> None:
     if not images.is_floating_point() or images.ndim != 4:
         shape = list(images.shape)
         raise ValueError(f"images must be floats in [0, 1] of shape [B, C, H, W], not {images.dtype} {shape}")
+    if not images.numel():
+        return
     low, high = (value.item() for value in images.aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(

@@ -49,6 +49,16 @@ class Run:
     """Classes, image size, normalisation: what the networks were trained on."""
     device: torch.device
     student: Student = field(repr=False)
+    part: str = ""
+    """Of a student that ships, the part of its data set that ships too, whose images are at hand."""
+
+    @property
+    def images_recipe(self) -> Recipe:
+        """The recipe of the images that are at hand: the run's, but of `part`."""
+        if not self.part:
+            return self.recipe
+        data = self.recipe.data.model_copy(update={"name": self.part})
+        return self.recipe.model_copy(update={"data": data})
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -69,7 +79,7 @@ class Run:
             UserError: its folder is not there, or broken.
         """
         with self._naming_the_place():
-            return make_data(self.recipe)
+            return make_data(self.images_recipe)
 
     @cached_property
     def images(self) -> RunImages:
@@ -78,9 +88,8 @@ class Run:
         Raises:
             UserError: they are not there or broken, or no test of this run any more (see `lasnn.bound_data`).
         """
-        if self.recipe.data.name != self.description.name:
-            # The part of a shipped student's data set that ships too.
-            train, test, _ = load_data(self.recipe, self.data, self.device)
+        if self.part:
+            train, test, _ = load_data(self.images_recipe, self.data, self.device)
             return RunImages(train, test, [])
         # What is found without decoding anything comes first: classes, and where each file has gone.
         data_changes(self.description, self.data)
@@ -138,17 +147,17 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
         raise UserError(f"{folder} has no student yet; finish it with `{resume_command(folder.path)}`")
     if data_root is not None:
         root = str(expanded(data_root, "--data").absolute())
-        # Some data sets look elsewhere where their folder is not there, and would be measured in its place.
+        if not datasets[recipe.data.name].function.reads_root:
+            raise UserError(f"--data: the images of {recipe.data.name} ship with lasnn; leave it out")
         if not Path(root).is_dir():
             raise UserError(f"--data: no folder {data_root}; name the one of the run's images")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
-    elif folder.model and (part := datasets[recipe.data.name].function.shipped_part):
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"name": part})})
+    part = datasets[recipe.data.name].function.shipped_part if folder.model and data_root is None else ""
     where = own_device(recipe) if device == "recipe" else pick_device(device)
     description = _description(weights, recipe)
     student = make_student(recipe, description)
     load_into(student.network, weights, describe_student(recipe, description))
-    return Run(folder, recipe, description, where, student.to(where).eval())
+    return Run(folder, recipe, description, where, student.to(where).eval(), part)
 
 
 def own_device(recipe: Recipe) -> torch.device:

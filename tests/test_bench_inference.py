@@ -14,7 +14,7 @@ def test_the_command(lasnn):
     name = "inference-quickstart-vgg5-cpu"
     (lasnn.folder / "page.md").write_text(f"# Speed\n\n<!-- {name} -->\n<!-- /{name} -->\nend\n")
     sets = [part for setting in SMALL for part in ("--set", setting)]
-    result = lasnn.json("bench", "inference", "quickstart", *sets, "--rounds", "3", "--write", "page.md")
+    result = lasnn.json("bench", "inference", "quickstart", *sets, "--rounds", "6", "--write", "page.md")
     assert result["files"] == [f"runs/bench/{name}.csv", f"runs/bench/{name}.json", "page.md"]
     written = json.loads((lasnn.folder / result["files"][1]).read_text())
     assert written == {key: value for key, value in result.items() if key != "files"}

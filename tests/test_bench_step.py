@@ -20,7 +20,7 @@ def test_the_command(lasnn):
     (lasnn.folder / "page.md").write_text(PAGE)
     sets = [part for setting in SMALL for part in ("--set", setting)]
     result = lasnn.json(
-        "bench", "step", "quickstart", *sets, "--timesteps", "2", "--rounds", "3", "--neighbour", "--write", "page.md"
+        "bench", "step", "quickstart", *sets, "--timesteps", "2", "--rounds", "6", "--neighbour", "--write", "page.md"
     )
     files = ["runs/bench/step-quickstart-vgg5-cpu.csv", "runs/bench/step-quickstart-vgg5-cpu.json", "page.md"]
     assert result["files"] == files
@@ -31,7 +31,7 @@ def test_the_command(lasnn):
     assert [(row["timesteps"], row["implementation"]) for row in rows] == [(t, name) for t in "2" for name in names]
     for row in result["rows"]:
         assert row["over_floor_low"] <= row["over_floor"] <= row["over_floor_high"]
-        assert row["beside_rounds"] == row["rounds"] == 3
+        assert row["beside_rounds"] == row["rounds"] == 6
         assert row["images_per_second"] == pytest.approx(6000 / row["median_ms"])
         assert row["implementation"] == "floor" or row["peak_bytes"] > 0
     for kinds in result["kinds"].values():

@@ -256,6 +256,14 @@ def test_a_distribution_does_not_depend_on_the_order():
     assert seen[0][-1] == float(values.max())
 
 
+def test_a_value_that_is_no_number_is_not_forgotten():
+    for bins in (1, 2**14):
+        distribution = Distribution(bins)
+        for value in (1.0, math.nan, 2.0):
+            distribution.add(torch.tensor([value]))
+        assert math.isnan(distribution.largest)
+
+
 def test_silent_and_broken_layers():
     data = images(2, 1, 4)
     for method in ("maxnorm", "percentile"):
@@ -418,6 +426,22 @@ def test_evaluate_converted(runs, run, method, images, start):
     assert f"the teacher, converted by {method}" in shown
     assert "threshold" in shown
     assert "images/s" in shown
+
+
+def test_thresholds_of_one_t_are_shown_with_that_t(runs):
+    """Of a method that makes another conversion for each T."""
+    method = "threshold-iteration"
+    alone = {
+        steps: runs.json("evaluate", "relu", "--converted", method, "--timesteps", steps)["converted"]
+        for steps in ("1", "4")
+    }
+    assert alone["1"]["thresholds"] != alone["4"]["thresholds"]
+    both = runs.json("evaluate", "relu", "--converted", method, "--timesteps", "1,4")
+    assert [result["converted"] for result in both["results"]] == [alone["1"], alone["4"]]
+    shown = runs("evaluate", "relu", "--converted", method, "--timesteps", "1,4").stdout
+    for name, threshold in alone["4"]["thresholds"].items():
+        [line] = [line for line in shown.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[-1] == f"{threshold:.4g}"
 
 
 @pytest.mark.full

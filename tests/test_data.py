@@ -150,7 +150,7 @@ def test_mini_can_be_made_again(tmp_path):
 
 @needs_full_set
 def test_full_set(tmp_path):
-    dataset = datasets.build("fashion-mnist", tmp_path)
+    dataset = datasets.build("fashion-mnist", tmp_path / "data")
     train, test = dataset.load()
     assert dataset.source == str(DEBIAN)
     assert train.labels.bincount().tolist() == [6000] * 10

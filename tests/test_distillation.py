@@ -512,8 +512,8 @@ architectures.register("with-dropout")(with_dropout)
             "must return one number",
         ),
         (
-            "from lasnn import losses\n@losses.register('bad-{n}')\ndef bad(logits):\n    return logits @ logits\n",
-            r"failed: RuntimeError: .*bad.py:4\)",
+            "from lasnn import losses\n@losses.register('bad-{n}')\ndef bad(logits, targets): return logits @ logits\n",
+            r"failed: RuntimeError: .*bad.py:3\)",
         ),
     ],
 )

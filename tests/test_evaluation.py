@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_measure import images, small
+from torch import nn
 
 from lasnn.errors import UserError
 from lasnn.evaluation.evaluate import evaluate, load_run, merge
@@ -12,7 +13,7 @@ from lasnn.evaluation.operations import OperationCounter
 from lasnn.evaluation.speed import speed
 from lasnn.network.staged import build
 from lasnn.network.student import Student
-from lasnn.network.units import snn_units
+from lasnn.network.units import NormSpike, snn_units
 from lasnn.registry import encoders
 
 OPTIONS = {"batch_size": 16, "seed": 3}
@@ -274,3 +275,32 @@ def test_a_stream_needs_a_causal_encoder_in_eval_mode():
         small("rate").step(batch)
     with pytest.raises(ValueError, match=r"call \.eval\(\)"):
         small().train().step(batch)
+    student = small()
+    for unit in student.modules():
+        if isinstance(unit, NormSpike):
+            unit.neuron = WithoutStart()
+    with pytest.raises(ValueError, match="its neurons take no v0"):
+        student.step(batch)
+
+
+class WithoutStart(nn.Module):
+    """A neuron that cannot go on from a voltage."""
+
+    def forward(self, x, timesteps):
+        return (x > 0).to(x.dtype)
+
+
+def test_no_images_have_no_logits():
+    assert small()(torch.rand(0, 2, 12, 12)).shape[0] == 0
+
+
+def test_the_mean_of_draws_has_what_only_some_of_them_have():
+    """A layer that is silent in one draw has no spikes to count there."""
+    draws = [
+        {"accuracy": 0.5, "reads": {"a": {"spikes": 2}}},
+        {"accuracy": 0.7, "reads": {"a": {"values": 1}}},
+    ]
+    for order in (draws, draws[::-1]):
+        found = merge(order)
+        assert found["reads"] == {"a": {"spikes": 1, "values": 0.5}}
+        assert found["accuracy"] == pytest.approx(0.6)

@@ -6,6 +6,8 @@ import re
 import pytest
 
 from lasnn import evaluate, load_run
+from lasnn.errors import UserError
+from lasnn.export import export
 from lasnn.run import find_run, shipped_models
 
 MODELS = shipped_models()
@@ -55,6 +57,22 @@ def test_the_commands_take_it(lasnn):
     line = lasnn("evaluate", f"model:{name}", "--data", "nowhere", code=2).stderr
     assert line == "lasnn: --data: no folder nowhere; name the one of the run's images\n"
     assert f"unknown model '{name}x'; did you mean '{name}'?" in lasnn("evaluate", f"model:{name}x", code=2).stderr
+
+
+def test_an_exported_one_is_of_the_whole_data_set(tmp_path):
+    """And not of the part that ships: its file knows the images that it was trained on."""
+    name = next(iter(MODELS))
+    file = export(f"model:{name}", "safetensors", out=tmp_path / "student.safetensors")["file"]
+    loaded = load_run(file)
+    assert loaded.recipe.data.name == loaded.description.name == "fashion-mnist"
+    assert loaded.description.train_size == 60_000
+
+
+def test_a_folder_without_the_images_is_an_error(tmp_path):
+    """Not measured on images that lie elsewhere."""
+    loaded = load_run(f"model:{next(iter(MODELS))}", data_root=tmp_path)
+    with pytest.raises(UserError, match="Fashion-MNIST is in none of"):
+        _ = loaded.images.test
 
 
 def test_it_loads_without_data():

@@ -236,3 +236,10 @@ def test_an_image_that_is_too_small_is_said():
     network = torchvision.models.vgg11(num_classes=10)
     with torch.device("meta"), pytest.raises(UserError, match=r"cannot run on 8 x 8 images \(.*size is too small"):
         probe(HookedView(network.to("meta"), {"stage1": "features.3"}), (3, 8, 8))
+
+
+def test_its_stages_have_no_currents(recipe):
+    """Said before anything is trained."""
+    terms = 'losses=[{name="cross-entropy"},{name="attention",tap="current"}]'
+    with pytest.raises(UserError, match=r"the teacher.s stage1 is of a network that act\(\) did not build"):
+        make_plan(Recipe.load(recipe, [terms]))

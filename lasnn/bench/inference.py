@@ -158,7 +158,7 @@ def passes_of(plan: Plan, batch: int, peer: bool) -> tuple[dict[str, Callable[[i
         return one.steps(images, (), draws.manual_seed(0))[0].mean(0)
 
     passes: dict[str, Callable[[], Any]] = {LASNN: lambda: whole(student)}
-    if student.encoder.causal:
+    if student.encoder.causal and student.neurons_carry_voltages():
         passes[STREAM] = lambda: step_by_step(student, images)
     if peer:
         try:

@@ -405,7 +405,9 @@ def figures(samples: Mapping[str, Sequence[float]], name: str, batch: int) -> di
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """A 95 % interval of the median from the values' order alone (Conover, Practical Nonparametric Statistics)."""
+    """A 95 % interval of the median from the values' order alone (Conover, Practical Nonparametric Statistics), six
+    values or more.
+    """
     ordered, count = sorted(values), len(values)
     outside, rank = 0.0, 0
     while rank < count // 2:

@@ -76,7 +76,7 @@ class Dataset(ABC):
     Making one touches no file, so that a dry run needs no data on disk. A subclass sets the attributes below:
     `mean` and `std` are per channel, of training pixels in [0, 1]; `augment` names the augmentations that are
     used unless the recipe says otherwise; `source` says where `load` read from and is empty before that; `shipped_part`
-    names a registered part of it that ships with lasnn, if there is one.
+    names a registered part of it that ships with lasnn, if there is one; `reads_root` is False where all of it does.
     """
 
     channels: int
@@ -90,6 +90,7 @@ class Dataset(ABC):
     augment: tuple[str, ...] = ()
     source: str = ""
     shipped_part: str = ""
+    reads_root: bool = True
 
     def notes(self) -> list[str]:
         """Lines for whoever starts a run: what the data set is and what of it is left out; more once it is loaded."""

@@ -55,8 +55,9 @@ class IdxDataset(Dataset):
             MachineError: the download failed.
         """
         raw = self.root / self.torchvision_name / "raw"
-        # A folder that was named and is not there is a slip: no other folder's images in its place.
-        elsewhere = self.elsewhere if self.root == ROOT or self.root.is_dir() else ()
+        # Where a folder was named, no other folder's images are read in its place. A run knows the default by its whole
+        # path.
+        elsewhere = self.elsewhere if self.root.name == ROOT.name else ()
         places = (self.root, raw, *_of_other_spelling(self.root, self.torchvision_name), *elsewhere)
         folder = next((place for place in places if _holds_any_file(place)), None)
         if folder is None and self.download:

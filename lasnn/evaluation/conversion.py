@@ -376,8 +376,8 @@ class Distribution:
     def add(self, x: Tensor) -> None:
         """Count the values of a tensor."""
         top, bins = float(x.max()), len(self.counts)
-        # NaN is larger than any threshold, and stays.
-        self.largest = self.largest if top <= self.largest else top
+        # NaN compares with nothing, and stays.
+        self.largest = self.largest if top <= self.largest or math.isnan(self.largest) else top
         if bins == 1 or not 0 < top < math.inf:
             return
         self.width = self.width or 2.0 ** math.ceil(math.log2(top)) / bins

@@ -113,8 +113,8 @@ def evaluate(
         teacher = {}
         if run.teacher is not None:
             teacher["teacher_accuracy"] = run.summary.get("teacher_accuracy")
-            if run.recipe.data.name != run.description.name:
-                # The summary's is that of the whole test set, and only a part of it is at hand.
+            if run.part or run.images.changes:
+                # The summary's is that of all test images, and as they were.
                 teacher["teacher_accuracy"] = teacher_accuracy(run.teacher, test, batch_size=batch_size)
             teacher["teacher_energy_uj"] = teacher_energy_uj(run.teacher, image)
             teacher["teacher_energy_with_memory"] = in_each_precision(teacher_layers(run.teacher, image))
@@ -169,7 +169,9 @@ def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
-        return {key: _mean([value[key] for value in values]) for key in first}
+        # What does not occur is left out of the counts of a draw.
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _mean([value.get(key, 0) for value in values]) for key in keys}
     if isinstance(first, list):
         return [_mean(each) for each in zip(*values, strict=True)]
     return first if all(value == first for value in values) else mean(values)
@@ -186,8 +188,8 @@ def check_conversion(run: Run, method: str, **options: Any) -> None:
     """
     if run.teacher is None:
         raise UserError(
-            f"{run.folder} has no teacher to convert: its student was trained alone; evaluate a run whose recipe "
-            "has a [teacher]"
+            f"{run.folder} has no teacher to convert: its student was trained alone, or only the student is at hand; "
+            "evaluate the folder of a run whose recipe has a [teacher]"
         )
     check(run.teacher, method, (run.description.channels, run.description.height, run.description.width), **options)
 
@@ -208,7 +210,7 @@ def conditions(run: Run) -> dict[str, Any]:
     known = environment(run.device)
     return {
         "run": str(run.folder),
-        "data": run.recipe.data.name,
+        "data": run.images_recipe.data.name,
         "data_source": run.data.source,
         "data_changes": run.images.changes,
         "classes": list(run.description.classes),

@@ -96,7 +96,8 @@ def convert_until(run: Path, method: Method, accuracy: float, longest: int, kept
             "run": str(run),
             "teacher": teacher,
             "teacher_accuracy": results[0]["teacher_accuracy"],
-            "converted": results[0]["converted"],
+            # Of a conversion for each T that of the last one.
+            "converted": results[-1]["converted"],
             "results": found["results"][: first - 1] + [{key: result[key] for key in figures} for result in results],
         }
         folder.write_json(kept.name, found)

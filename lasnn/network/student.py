@@ -92,6 +92,10 @@ class Student(nn.Module):
         """Whether a run can go on from its voltages: nothing is learnt or traced, and every neuron takes them."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
+        return self.neurons_carry_voltages()
+
+    def neurons_carry_voltages(self) -> bool:
+        """Whether every neuron can go on from a voltage."""
         units = [unit for unit in self.network.modules() if isinstance(unit, NormSpike)]
         return all("v0" in inspect.signature(unit.neuron.forward).parameters for unit in units)
 
@@ -171,7 +175,7 @@ class Student(nn.Module):
             Logits of this step [B, K], and the voltage [B, ...] of each layer by name.
 
         Raises:
-            ValueError: the student is in training mode, or its encoder cannot go step by step.
+            ValueError: the student is in training mode, or its encoder or its neurons cannot go step by step.
         """
         if self.training:
             raise ValueError("batch statistics belong to all steps at once; call .eval() before step()")
@@ -180,6 +184,8 @@ class Student(nn.Module):
                 f"the encoder {type(self.encoder).__name__} decides the spikes of all steps at once; step() needs a "
                 "causal one, as direct or poisson"
             )
+        if not self.neurons_carry_voltages():
+            raise ValueError("its neurons take no v0, the voltage to go on from, so that step() cannot go step by step")
         with self.network.time.carry_state(voltages or {}) as after:
             logits, _ = self.network(self.encoder(images, 1, generator))
         return logits[0], after

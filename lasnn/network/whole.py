@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import Tensor, nn
 
 from lasnn.errors import UserError
-from lasnn.network.staged import Staged
+from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.time import TimeContext
 
 # What PyTorch keeps of a module's own; shared with the network, they stay one whatever is moved, loaded or copied.
@@ -49,9 +49,14 @@ class WholeView(Staged):
         """Images [1, B, C, H, W] -> logits [1, B, K] and {stage: feature [1, B, C, H, W]}, as of every `Staged`.
 
         Raises:
-            UserError: a stage cannot be taken; it is named.
+            UserError: a stage, or a current, cannot be taken; it is named.
         """
-        logits, features = self.outputs(x[0], tuple(taps))
+        taps = tuple(taps)
+        for tap in taps:
+            if tap.endswith(CURRENT):
+                stage = tap.removesuffix(CURRENT)
+                raise UserError(f"{stage} is of a network that act() did not build, so that it has no current")
+        logits, features = self.outputs(x[0], taps)
         return logits[None], {name: feature[None] for name, feature in features.items()}
 
     def outputs(self, x: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -73,7 +73,7 @@ def gather(
         "title": title(run),
         "plugins": run.recipe.plugins,
         "run": str(run.folder),
-        "data": run.recipe.data.name,
+        "data": run.images_recipe.data.name,
         "data_changes": run.images.changes,
         "classes": list(run.description.classes),
         "images": len(test),
@@ -170,10 +170,16 @@ def measure_teacher(run: Run, test: Any) -> tuple[dict[str, Any], dict[str, dict
         Answers(len(run.description.classes)),
         (run.description.channels, run.description.height, run.description.width),
     )
-    active: dict[str, list[float]] = {}
+    # Values above 0, and values.
+    active: dict[str, tuple[int, int]] = {}
     energy: dict[str, float] = {}
     network = run.teacher.network
-    with hooked(network, (NormActivate, nn.ReLU), lambda name, _, y: active.setdefault(name, []).append(share(y))):
+
+    def count_active(name: str, _: nn.Module, output: Tensor) -> None:
+        above, values = active.get(name, (0, 0))
+        active[name] = above + int((output > 0).sum()), values + output.numel()
+
+    with hooked(network, (NormActivate, nn.ReLU), count_active):
         for batch, labels in Batches(test, run.recipe.data.batch_size, seed=0, epoch=0, shuffle=False):
             answers.add(run.teacher(batch), labels)
 
@@ -182,14 +188,9 @@ def measure_teacher(run: Run, test: Any) -> tuple[dict[str, Any], dict[str, dict
 
     with hooked(network, (nn.Conv2d, nn.Linear, Product), count):
         run.teacher(torch.zeros(1, *image, device=run.device))
-    rates = {name: sum(shares) / len(shares) for name, shares in active.items()}
+    rates = {name: above / count for name, (above, count) in active.items()}
     result = {**answers.result(), "energy_uj": teacher_energy_uj(run.teacher, image)}
     return result, {"rates": rates, "energy": energy}
-
-
-def share(x: Tensor) -> float:
-    """Of a tensor's values, those above 0."""
-    return float((x > 0).float().mean())
 
 
 @contextmanager

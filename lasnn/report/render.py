@@ -215,7 +215,7 @@ def as_percent(value: float | None, places: int = 1) -> str:
 
 def three_digits(value: float | None) -> str:
     """A positive figure in three digits; None as a dash."""
-    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return "–" if value is None else f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def bar(value: float, largest: float) -> str:

@@ -343,3 +343,15 @@ def test_a_triton_that_will_do(monkeypatch):
 def test_importing_a_launcher_leaves_the_function_and_triton_in_place():
     program = "import lasnn.kernels.triton.lif, triton; print(type(lasnn.kernels.lif), triton.__version__)"
     assert "function" in run(program)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_gradient_is_not_differentiated_again(residual):
+    """A penalty on gradients would be silently wrong; it is refused by name."""
+    norm = nn.BatchNorm2d(3)
+    y = torch.randn(4, 3, 2, 2, requires_grad=True)
+    added = torch.randn(4, 3, 2, 2) if residual else None
+    spikes, _ = norm_lif(y, norm, added, timesteps=2)
+    [gradient] = torch.autograd.grad(spikes.sum(), y, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()
