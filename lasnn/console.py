@@ -307,6 +307,8 @@ def _say_operations(console: Console, result: Mapping[str, Any]) -> None:
         f"{counted['dense']:,.0f} multiply-additions if computed densely"
     )
     print_text(console, line)
+    for layer, note in result["counting_notes"].items():
+        print_text(console, f"operations of {layer}: {note} (docs/energy.md)")
 
 
 def _show_energy_with_memory(console: Console, results: Sequence[Mapping[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_measure import images, small
 from torch import nn
 
@@ -24,7 +25,7 @@ from lasnn.evaluation.operations import OperationCounter, dense_operations
 from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import ann_units, snn_units
+from lasnn.network.units import Add, Product, ann_units, snn_units
 from lasnn.registry import encoders
 
 # SpikingJelly's, which takes all operations as those of integers of 32 bits.
@@ -286,3 +287,327 @@ def test_layers_of_a_student_come_in_the_order_of_its_network():
     layers = counter.layers(3)
     assert list(layers) == ["stage1.0", "stage1.1", "stage2.1", "stage2.2", "stage3.0", "stage3.1", "head.2"]
     assert all(isinstance(layer, LayerTraffic) for layer in layers.values())
+
+
+class Called(nn.Module):
+    """A function as a module, with weights of its own."""
+
+    def __init__(self, function, **weights):
+        super().__init__()
+        self.function = function
+        self.tensors = nn.ParameterDict(weights)
+
+    def forward(self, x):
+        return self.function(x, self.tensors) if len(self.tensors) else self.function(x)
+
+
+def counted_with(stages, head, encoder=None, steps=2, batch=None):
+    """The counter after a run on images of zeros and ones, which are spikes unless another encoder is given."""
+    student = Student(Staged(stages, head), encoder or Fixed(), steps).eval()
+    if batch is None:
+        batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    with torch.no_grad(), OperationCounter(student, steps) as counter:
+        student.steps(batch)
+    return counter
+
+
+def test_functions_cost_what_modules_cost():
+    """The same network, once of modules and once of functions and operators; spikes and currents are added."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 6, 3, stride=2, padding=1, groups=2)]
+    transposed, along = nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1), nn.Conv1d(4, 6, 3, padding=1)
+    last = nn.Linear(6 * 4, 3)
+    found = []
+    for functional in (False, True):
+        act = snn_units(threshold=0.2)
+
+        class Modules(nn.Module):
+            def __init__(self, act=act):
+                super().__init__()
+                self.layers, self.transposed, self.along = nn.ModuleList(layers), transposed, along
+                self.acts = nn.ModuleList(act() for _ in range(4))
+                self.first, self.second, self.pool, self.up = Add(), Add(), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
+                self.shuffle, self.flat, self.unflat = nn.ChannelShuffle(2), nn.Flatten(2), nn.Unflatten(2, (7, 7))
+
+            def forward(self, x):
+                x = self.acts[0](self.layers[0](x))
+                x = self.first(x, self.acts[1](self.layers[0](x[:, :4])))
+                x = self.up(self.pool(self.shuffle(x)))
+                x = self.acts[2](self.layers[1](x))
+                x = self.transposed(x)
+                # Currents.
+                x = self.acts[3](self.second(x, x))
+                return self.unflat(self.along(self.flat(x)))
+
+        class Functions(Modules):
+            def forward(self, x):
+                one, two = self.layers
+                x = self.acts[0](F.conv2d(x, one.weight, one.bias, padding=1))
+                y = self.acts[1](F.conv2d(x[:, :4], one.weight, one.bias, padding=1))
+                x = x + y
+                x = x.unflatten(1, (2, 3)).transpose(1, 2).reshape(x.shape)
+                x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2)
+                x = self.acts[2](F.conv2d(x, two.weight, two.bias, 2, 1, groups=2))
+                x = F.conv_transpose2d(x, self.transposed.weight, self.transposed.bias, 2, 1)
+                x = self.acts[3](torch.add(x, x))
+                return F.conv1d(x.flatten(2), self.along.weight, self.along.bias, padding=1).reshape(-1, 6, 7, 7)
+
+        stages = {"stage1": (Functions if functional else Modules)(), "stage2": act()}
+        if functional:
+            head = Called(lambda x, w: F.linear(F.adaptive_avg_pool2d(x, 2).flatten(1), w["w"], w["b"]))
+            head.tensors.update({"w": last.weight, "b": last.bias})
+        else:
+            head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), last)
+        found.append(counted_with(stages, head))
+    modules, functions = (counter.after(2) for counter in found)
+    assert not modules["counting_notes"]
+    assert not functions["counting_notes"]
+    assert modules["operations"]["multiply_additions"] == functions["operations"]["multiply_additions"] == 0
+    assert modules["operations"]["additions"] > 1000
+    assert functions["operations"] == pytest.approx(modules["operations"])
+    assert functions["energy_uj"] == pytest.approx(modules["energy_uj"])
+    # The sum of currents is called after where it is, the head after its weight.
+    names = {"stage1.second": "stage1.add", "head.2": "head.tensors.w"}
+    for precision in PRECISIONS:
+        ours, theirs = (found["energy_with_memory"][precision]["by_layer"] for found in (functions, modules))
+        assert ours == pytest.approx({names.get(name, name): energy for name, energy in theirs.items()})
+
+
+def padded_with(x):
+    """As the shortcut of a ResNet without a convolution fills up its channels."""
+    return torch.cat([x, torch.zeros_like(x)], 1)[:, :4]
+
+
+@pytest.mark.parametrize(
+    ("function", "share"),
+    [
+        (lambda x: F.avg_pool2d(x, 2), 4),
+        (lambda x: F.adaptive_avg_pool2d(x, 4), 4),
+        (lambda x: x.unflatten(2, (4, 2)).sum(3), 1),
+        (lambda x: F.max_pool2d(x, 2), 1),
+        (lambda x: x + x, 1),
+        (lambda x: x.clone().add_(x), 1),
+        (lambda x: torch.cat([x, x], 2), 1),
+        (lambda x: torch.cat(x.chunk(2, 1), 1), 1),
+        (padded_with, 1),
+        (lambda x: F.pad(x, (1, 2, 3, 4)), 1),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), 1),
+        (lambda x: F.interpolate(x, scale_factor=2), 1),
+        (lambda x: F.pixel_unshuffle(x, 2)[:, ::4], 1),
+        (lambda x: x.permute(0, 2, 3, 1).reshape(-1, 64, 4).transpose(1, 2).unflatten(2, (8, 8)), 1),
+        (lambda x: torch.roll(x, 1, 2)[:, [3, 1, 2, 0]], 1),
+        (lambda x: x.repeat_interleave(2, 3).squeeze().contiguous(memory_format=torch.channels_last), 1),
+        (lambda x: 0.5 * x / 4, 8),
+    ],
+)
+def test_what_is_made_of_spikes_stays_spikes(function, share):
+    """A 1 x 1 convolution behind it costs its outputs for each spike; a value of 1 stands for `share` spikes."""
+    layer = nn.Conv2d(4, 5, 1)
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    counter = counted_with({"stage1": nn.Sequential(Called(function), layer)}, nn.Flatten(), batch=batch)
+    expected = 5 * share * float(function(batch).sum())
+    assert not counter.notes
+    assert not counter.multiply_additions
+    assert counter.additions["stage1.1"].tolist() == pytest.approx([expected] * 2)
+    assert counter.batch_additions.sum(1).tolist() == pytest.approx([expected] * 2)
+
+
+def test_a_difference_of_spikes_is_as_many_as_both():
+    layer = nn.Conv2d(4, 5, 1)
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    for function, share in ((lambda x: x - x.flip(2), 2), (lambda x: -x, 1), (lambda x: F.avg_pool2d(x - x, 2), 2)):
+        counter = counted_with({"stage1": nn.Sequential(Called(function), layer)}, nn.Flatten(), batch=batch)
+        assert counter.additions["stage1.1"].tolist() == pytest.approx([5 * share * float(batch.sum())] * 2)
+
+
+class Ternary(nn.Module):
+    """Spikes of 1 where the current is positive, of -1 where it is negative."""
+
+    def forward(self, current, v0=None, timesteps=None):
+        return current.sign().expand(timesteps, *current.shape[1:]), current[-1]
+
+
+def test_a_negative_spike_is_one_spike():
+    act = snn_units()
+    unit = act()
+    unit.neuron = Ternary()
+    # One of three channels is positive and two are negative, at each of 16 pixels and 2 steps.
+    first, second = nn.Conv2d(1, 3, 1, bias=False), nn.Conv2d(3, 5, 1, bias=False)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1, 1))
+    stages = {"stage1": nn.Sequential(first, unit), "stage2": nn.Sequential(nn.AvgPool2d(2), second, act())}
+    counter = counted_with(stages, nn.Sequential(nn.Flatten(), nn.Linear(20, 2)), batch=torch.ones(1, 1, 4, 4))
+    result = counter.after(2)
+    assert result["firing_rate_by_layer"]["stage1.1"] == 1
+    # Each costs what it would cost behind the pool.
+    assert float(counter.additions["stage2.1"].sum()) == 2 * 16 * 3 * 5
+    assert result["energy_uj"] > 0
+    assert result["memory_accesses"]["stage1.1"]["spike_writes"] == 2 * 16 * 3
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.ConvTranspose2d(4, 2, (2, 3), dilation=(1, 2), padding=(0, 1)),
+        nn.Conv2d(4, 6, (3, 2), stride=(3, 1), dilation=2, padding=(2, 0), groups=2),
+        nn.Conv2d(4, 6, 2, padding="same"),
+        nn.Conv1d(4, 3, 5, stride=3, padding=4),
+        nn.ConvTranspose1d(4, 3, 3, stride=2),
+        nn.Conv3d(4, 2, 3, padding=1),
+        nn.Linear(8, 3),
+    ],
+)
+def test_layers_of_every_kind_cost_their_connections(layer):
+    """By brute force: with weights of one the outputs sum up what the spikes reach."""
+    size = {"1d": "2", "2d": "2 3", "3d": "3 4"}.get(type(layer).__name__[-2:], "3")
+    shape = {"2": (4, 64), "2 3": (4, 8, 8), "3 4": (4, 2, 4, 8), "3": (4, 8, 8)}[size]
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    stages = {"stage1": nn.Sequential(nn.Flatten(1), nn.Unflatten(1, shape), layer)}
+    counter = counted_with(stages, nn.Flatten(), batch=batch)
+    spikes, before = batch.view(3, *shape), {name: value.clone() for name, value in layer.named_parameters()}
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.bias.zero_()
+        by_image = layer(spikes).flatten(1).sum(1)
+        for name, value in before.items():
+            layer.get_parameter(name).copy_(value)
+    assert counter.batch_additions.tolist() == [pytest.approx(by_image.tolist())] * 2
+    assert not counter.notes
+    # Fed by real values it costs what PyTorch counts, at each step.
+    stages = {"stage1": nn.Sequential(nn.Sigmoid(), nn.Flatten(1), nn.Unflatten(1, shape), layer)}
+    counter = counted_with(stages, nn.Flatten(), batch=batch)
+    student = Student(Staged(stages, nn.Flatten()), Fixed(), 1).eval()
+    dense = dense_operations(student.steps, (4, 8, 8), torch.device("cpu"))
+    assert float(counter.multiply_additions["stage1.3"].sum()) == 2 * 3 * dense > 0
+    assert counter.notes == {"stage1.3": "fed by real values: sigmoid in stage1.0"}
+    teacher = teacher_layers(Teacher(Staged(stages, nn.Flatten()), (0.5,) * 4, (0.2,) * 4).eval(), (4, 8, 8))
+    assert teacher["stage1.3"].always.multiply_additions == dense
+
+
+def attend(x, weights):
+    """Attention as networks write it: 64 pixels of 4 channels, two heads."""
+    q, k, v = (x.flatten(2).transpose(1, 2) @ weights["w"]).unflatten(2, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+    return ((q @ k.transpose(-2, -1)) @ v).transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (8, 8))
+
+
+def test_what_cannot_be_told_is_charged_as_real_values_and_said():
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    act = snn_units(threshold=0.2)
+    attention = Called(attend, w=torch.randn(4, 12))
+    # The second reads spikes, whose product is none that the counter knows; an LSTM is no layer that it knows.
+    stages = {"stage1": nn.Sequential(attention, act()), "stage2": nn.Sequential(Called(attend_to_itself), act())}
+    stages["stage3"] = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 5, batch_first=True), Called(lambda found: found[0]))
+    counter = counted_with(stages, nn.Sequential(nn.Flatten(), nn.Linear(20, 2)), batch=batch)
+    product = "charged as one of real values: a product of two signals"
+    assert counter.notes == {
+        "stage1.0.bmm": product,
+        "stage1.0.bmm2": product,
+        "stage2.0.bmm": product,
+        "stage3.1.weight_ih_l0": "not counted: mkldnn_rnn_layer is not known",
+        "head.1": "fed by real values: mkldnn_rnn_layer in stage3.1",
+    }
+    assert counter.additions["stage1.0.tensors.w"].tolist() == pytest.approx([12 * float(batch.sum())] * 2)
+    # Of each of 3 images: 64 x 64 pairs of pixels for two of each head's channels.
+    for name in ("stage1.0.bmm", "stage1.0.bmm2"):
+        assert counter.multiply_additions[name].tolist() == [3 * 2 * 64 * 64 * 2] * 2
+    assert counter.multiply_additions["stage2.0.bmm"].tolist() == [3 * 4 * 8 * 8 * 8] * 2
+    result = counter.after(2)
+    assert result["counting_notes"] == counter.notes
+    assert {"stage1.0.bmm", "stage2.0.bmm", "head.1"} <= set(result["energy_uj_by_layer"])
+
+
+def attend_to_itself(x):
+    return x @ x.transpose(-2, -1)
+
+
+def test_spikes_whose_step_cannot_be_told_are_spread_evenly():
+    """PyTorch's own attention puts the pixels first; how many spikes there are is still known."""
+    layer = nn.Linear(4, 3, bias=False)
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    moved = Called(lambda x: x.flatten(2).permute(2, 0, 1))
+    counter = counted_with(
+        {"stage1": nn.Sequential(moved, layer, Called(lambda x: x.transpose(0, 1)))}, nn.Flatten(), batch=batch
+    )
+    assert counter.additions["stage1.1"].tolist() == pytest.approx([3 * float(batch.sum())] * 2)
+    assert counter.batch_additions.flatten().tolist() == pytest.approx([float(batch.sum())] * 6)
+    assert counter.notes == {"stage1.1": "fed by spikes whose step and image cannot be told: spread evenly over both"}
+
+
+def test_hooks_are_no_part_of_the_network():
+    """What a forward hook computes is not counted, and what it puts in an output's place are real values."""
+    layer, last = nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1)
+    pool = nn.AvgPool2d(2)
+    stages = {"stage1": nn.Sequential(pool, layer, snn_units(threshold=0.2)(), last)}
+    plain = counted_with(stages, nn.Flatten())
+
+    def compute(module, inputs, output):
+        F.conv2d(inputs[0], module.weight)
+
+    hook = layer.register_forward_hook(compute)
+    assert counted_with(stages, nn.Flatten()).after(2) == plain.after(2)
+    hook.remove()
+    pool.register_forward_hook(lambda module, inputs, output: output.sqrt())
+    assert counted_with(stages, nn.Flatten()).notes == {"stage1.1": "fed by real values: AvgPool2d"}
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+def test_the_dense_count_does_not_depend_on_time_chunks(encoder):
+    """By hand: under direct encoding the first layer runs once, whatever T."""
+    student = small(encoder)
+    first = 12 * 12 * 4 * 2 * 9
+    step = 3 * 3 * 6 * 2 * 9 + 2 * 2 * 5 * 6 * 4 + 5 * 3
+    for steps in (1, 8, 9, 16, 32):
+        student.timesteps = steps
+        dense = dense_operations(student.steps, (2, 12, 12), torch.device("cpu"))
+        assert dense == first * (1 if encoder == "direct" else steps) + step * steps
+        assert student.timesteps == steps
+
+
+@pytest.mark.parametrize("architecture", ["vgg5", "resnet20", "resnet20-sew", "resnet20-membrane", "spikformer"])
+def test_there_is_nothing_to_note_of_what_ships(architecture):
+    """Every layer is counted, under its own name."""
+    torch.manual_seed(0)
+    name, _, style = architecture.partition("-")
+    options = {"residual": style} if style else {}
+    network = build(name, snn_units(threshold=0.3), in_channels=2, num_classes=3, width=16, **options)
+    student = Student(network, encoders.build("direct", (0.5, 0.5), (0.25, 0.25)), 9).eval()
+    with torch.no_grad(), OperationCounter(student, 9) as counter:
+        student.steps(images(2).pixels.float() / 255)
+    assert not counter.notes
+    kinds = nn.Conv2d, nn.Linear, Product
+    layers = {name for name, module in network.named_modules() if isinstance(module, kinds)}
+    assert layers == {*counter.additions, *counter.multiply_additions}
+
+
+def test_inference_mode_and_gradients_change_nothing():
+    """In either PyTorch shows a network's operations in another form."""
+    pools = Called(lambda x: F.avg_pool2d(x.transpose(2, 3), 2).flatten(1))
+    stages = {"stage1": nn.Sequential(pools, nn.Linear(64, 32), nn.Unflatten(1, (8, 2, 2)), snn_units(threshold=0.1)())}
+    student = Student(Staged(stages, nn.Sequential(nn.Flatten(), nn.Linear(32, 3))), Fixed(), 2).eval()
+    batch, found = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float(), []
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode(), OperationCounter(student, 2) as counter:
+            student.steps(batch)
+        found.append(counter.after(2))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["operations"]["additions"] > 0
+
+
+def test_what_is_constant_is_counted_at_each_step_once_it_is_written_out():
+    """Nine steps, made as eight and one: the first layer runs once, the one behind the copies at each step."""
+    act = snn_units(threshold=0.2)
+    first, second = nn.Conv2d(2, 4, 1, bias=False), nn.Conv2d(4, 5, 1, bias=False)
+
+    class Repeat(nn.Module):
+        def forward(self, x):
+            return x.repeat(network.time.steps, 1, 1, 1)
+
+    network = Staged(
+        {"stage1": nn.Sequential(first, Repeat(), second, act())}, nn.Sequential(nn.Flatten(), nn.Linear(45, 3))
+    )
+    student = Student(network, encoders.build("direct", (0.5, 0.5), (0.25, 0.25)), 9).eval()
+    with torch.no_grad(), OperationCounter(student, 9) as counter:
+        student.steps(images(4, size=3).pixels.float() / 255)
+    assert counter.multiply_additions["stage1.0"].tolist() == [4 * 9 * 8, *[0] * 8]
+    assert counter.multiply_additions["stage1.2"].tolist() == [4 * 9 * 20] * 9

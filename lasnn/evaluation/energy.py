@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Add, NormActivate, Product
@@ -108,7 +109,7 @@ class LayerSize:
     @classmethod
     def of(cls, layer: nn.Module, inputs: int, outputs: int, source: Source) -> "LayerSize":
         """The size of a convolution, a linear layer, a sum or a product."""
-        if not isinstance(layer, nn.Linear | nn.Conv2d):
+        if not isinstance(layer, nn.Linear | _ConvNd):
             return cls("product" if isinstance(layer, Product) else "sum", 0, 0, 0, inputs, outputs, source)
         biases = 0 if layer.bias is None else len(layer.bias)
         if isinstance(layer, nn.Linear):
@@ -318,7 +319,7 @@ def teacher_layers(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, L
                 add(name, size, Traffic(additions=outputs, value_reads=2 * outputs, value_writes=outputs))
             else:
                 size = LayerSize.of(layer, inputs[0].numel(), outputs, "values")
-                count = multiply_additions_of(layer, output)
+                count = multiply_additions_of(layer, output, inputs[0])
                 add(name, size, of_values(size, count) + Traffic(value_writes=outputs))
 
         return see
@@ -326,7 +327,7 @@ def teacher_layers(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, L
     hooks = [
         module.register_forward_hook(hook(name), with_kwargs=True)
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | Add | Product | NormActivate | _BatchNorm)
+        if isinstance(module, _ConvNd | nn.Linear | Add | Product | NormActivate | _BatchNorm)
         and id(module) not in folded
     ]
     try:
@@ -342,8 +343,10 @@ def has_bias(norm: nn.Module, output: torch.Tensor) -> int:
     return 0 if isinstance(norm, nn.Identity) else output.shape[1]
 
 
-def multiply_additions_of(layer: nn.Module, output: torch.Tensor) -> int:
-    """Multiply-additions of a convolution, a linear layer or a product (two of matrices), from its output."""
+def multiply_additions_of(layer: nn.Module, output: torch.Tensor, x: torch.Tensor | None = None) -> int:
+    """Multiply-additions of a convolution, a linear layer or a product (two of matrices), from its output; of a
+    transposed convolution from its input, x.
+    """
     if isinstance(layer, Product):
         return 2 * output.numel() * output.shape[1] // layer.heads
-    return output.numel() * layer.weight[0].numel()
+    return (x if getattr(layer, "transposed", False) else output).numel() * layer.weight[0].numel()

@@ -169,12 +169,16 @@ def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _mean(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, dict):
-        # What does not occur is left out of the counts of a draw.
-        keys = dict.fromkeys(key for value in values for key in value)
-        return {key: _mean([value.get(key, 0) for value in values]) for key in keys}
+        # What does not occur in a draw is left out of its counts, and of its notes.
+        found: dict[str, list[Any]] = {}
+        for value in values:
+            for key, one in value.items():
+                found.setdefault(key, []).append(one)
+        missing = {key: [0] * (len(values) - len(ones)) for key, ones in found.items()}
+        return {key: _mean(ones if isinstance(ones[0], str) else ones + missing[key]) for key, ones in found.items()}
     if isinstance(first, list):
         return [_mean(each) for each in zip(*values, strict=True)]
-    return first if all(value == first for value in values) else mean(values)
+    return first if isinstance(first, str) or all(value == first for value in values) else mean(values)
 
 
 def check_conversion(run: Run, method: str, **options: Any) -> None:

@@ -58,7 +58,8 @@ def measure(
         `calibration_error` (expected, 15 bins), `confusion` (rows: true classes), `firing_rate` (spikes per neuron and
         step), `silent` (the fraction of neurons that spike on no image) and both by layer, `energy_uj` (per image; also
         by layer), `operations` (per image), `energy_with_memory` (per image, for "fp32" and "int8"; see
-        `lasnn.evaluation.energy.energy_with_memory`), `memory_accesses` (per image, by layer), with `early_exit` also
+        `lasnn.evaluation.energy.energy_with_memory`), `memory_accesses` (per image, by layer), `counting_notes` (by
+        layer, what could not be told; see `lasnn.evaluation.operations.OperationCounter`), with `early_exit` also
         `exit`: its `threshold`, `mean_steps`, `accuracy` and `energy_uj`.
 
     Raises:

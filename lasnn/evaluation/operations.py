@@ -1,15 +1,18 @@
-"""Spikes and synaptic operations of a spiking network, counted by hooks."""
+"""Spikes and synaptic operations of a spiking network, counted while it runs.
+
+Shapes: T time steps, B batch, C channels. T and B are folded into the leading dimension, as in the network.
+"""
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lasnn import processes
 from lasnn.evaluation.energy import (
@@ -22,7 +25,8 @@ from lasnn.evaluation.energy import (
     memory_accesses,
     multiply_additions_of,
 )
-from lasnn.network.student import Student
+from lasnn.evaluation.signals import Signal, SignalTrace, absolute_if_signed, tensors_of
+from lasnn.network.student import TIME_CHUNK, Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Add, NormSpike, Product
 
@@ -30,19 +34,25 @@ from lasnn.network.units import Add, NormSpike, Product
 PJ_ADD = 0.9
 PJ_MULTIPLY_ADD = 4.6
 
-POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
-SAME = (nn.Identity, nn.Flatten, nn.Dropout)
+# Where a layer's operation has its input and its weight, in one or the other order, and its bias.
+LAYERS = {"convolution": (0, 1, 2), "mm": (0, 1, None), "bmm": (0, 1, None), "addmm": (1, 2, 0), "baddbmm": (1, 2, 0)}
 
 
 class OperationCounter:
-    """Counts spikes and synaptic operations in forward passes, by hooks that live as long as the `with` block.
+    """Counts spikes and synaptic operations in the forward passes of a `with` block.
 
     A layer fed by spikes costs one addition for each connection that a spike meets; connections that end in the
     padding do not exist. An average pool is linear: a spike that enters it costs what it would cost in the layer
-    behind the pool. A sum of spikes, where a shortcut adds them, is so many spikes. In a product of queries, keys and
-    values a key's spike costs one for each value's spike of its head and pixel, a query's one for each of the head's
-    channels. A layer fed by anything else costs its multiply-additions, once where its input is constant in time and T
-    times where it is not; currents that a shortcut carries and adds cost nothing until a layer reads them.
+    behind the pool. A sum of spikes, where a shortcut adds them, is so many spikes, and one of -1 counts as one of 1.
+    In a product of queries, keys and values a key's spike costs one for each value's spike of its head and pixel, a
+    query's one for each of the head's channels. A layer fed by anything else costs its multiply-additions, once where
+    its input is constant in time and T times where it is not; currents that a shortcut carries and adds cost nothing
+    until a layer reads them.
+
+    Layers are convolutions and products with a matrix, whether a module computes them or a function; one without a
+    module of its own is called after its weight. `notes` has, by layer, what could not be told: which operation made
+    real values of the spikes that it would have read, that it is a product charged as one of real values, or that it
+    was not counted.
     """
 
     def __init__(self, student: Student, timesteps: int):
@@ -60,72 +70,72 @@ class OperationCounter:
         self.sizes: dict[str, LayerSize] = {}
         # Additions of all layers for each step and image of the current batch, [T, B].
         self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
-        # How many spikes a value of 1 stands for, by the identity of the tensors of the current pass; where that is not
-        # the same for all values, the number of spikes of each. The reference is weak, so that features are freed as
-        # ever; it also tells a tensor from a later one with the same identity.
-        self._marked: dict[int, tuple[weakref.ref, float, Tensor | None]] = {}
-        self._fanout: dict[tuple, Tensor] = {}
+        self.notes: dict[str, str] = {}
+        self._trace = SignalTrace(student.network, self)
+        # How often what has no name of its own was met in the current pass, by what it is called after.
+        self._met: dict[str, int] = {}
+        self._reach: dict[tuple, Tensor] = {}
         self._hooks: list = []
 
     def __enter__(self) -> "OperationCounter":
-        network = self.student.network
+        network, trace = self.student.network, self._trace
         self._hooks.append(network.stem.register_forward_pre_hook(self._enter))
         for name, module in network.named_modules():
+            self._hooks.append(module.register_forward_pre_hook(trace.enter(name)))
+            # Before and after all other hooks.
+            self._hooks.append(module.register_forward_hook(trace.pause, prepend=True))
             if isinstance(module, NormSpike):
                 self._hooks.append(module.register_forward_hook(self._count_spikes(name), with_kwargs=True))
-                continue
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                hook = self._count_operations(name)
-            elif isinstance(module, (*POOLS, *SAME)):
-                hook = self._pass_on
-            elif isinstance(module, Add):
-                hook = self._add(name)
             elif isinstance(module, Product):
-                hook = self._count_product(name)
-            else:
-                continue
-            self._hooks.append(module.register_forward_hook(hook))
+                self._hooks.append(module.register_forward_hook(self._count_product(name)))
+            self._hooks.append(module.register_forward_hook(trace.leave, always_call=True))
+        trace.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._trace.__exit__(*error)
         for hook in self._hooks:
             hook.remove()
 
     def _enter(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._marked.clear()
-        context = self.student.network.time
+        self._met.clear()
+        context, images = self.student.network.time, inputs[0]
         if context.start == 0:
             # A run in time chunks sees its images in each of them.
             self.images += context.batch
             self.batch_additions = torch.zeros(self.timesteps, context.batch, dtype=torch.float64)
+        # The last of a run's time chunks may be a single step, which does not show whether its input is constant.
+        constant = self.timesteps > 1 and len(images) == context.batch
+        constant = constant and (context.steps > 1 or getattr(self.student.encoder, "constant", False))
         if getattr(self.student.encoder, "spiking", False):
-            self._mark(inputs[0], 1.0)
-
-    def _mark(self, x: Tensor, spikes_per_one: float, numbers: Tensor | None = None) -> None:
-        self._marked[id(x)] = (weakref.ref(x), spikes_per_one, numbers)
+            self._trace.signals[images] = Signal(constant, 1.0, absolute_if_signed(images))
+        else:
+            self._trace.signals[images] = Signal(constant)
 
     def _spikes_in(self, x: Tensor) -> tuple[Tensor, float] | None:
         """Numbers of x's shape, and how many spikes a 1 of them stands for; None where x is not made of spikes."""
-        reference, scale, numbers = self._marked.get(id(x), (None, 0.0, None))
-        if reference is None or reference() is not x:
+        signal = self._trace.signals.get(x)
+        if signal is None or signal.spikes_per_one is None:
             return None
-        return x if numbers is None else numbers, scale
+        return x if signal.numbers is None else signal.numbers, signal.spikes_per_one
 
     def _count_spikes(self, name: str):
         def hook(unit: NormSpike, inputs: tuple[Tensor, ...], named: dict[str, Tensor], spikes: Tensor) -> None:
             # A converted network's spikes carry their layer's threshold, and count as one.
-            amplitude, emitted, numbers = getattr(unit.neuron, "amplitude", 1.0), spikes, None
+            amplitude, emitted = getattr(unit.neuron, "amplitude", 1.0), spikes
             if isinstance(amplitude, Tensor):
                 # Each channel's carry a value of their own.
                 amplitude, numbers = 1.0, spikes.detach().ne(0).to(spikes.dtype)
-                spikes = numbers
+            else:
+                numbers = absolute_if_signed(spikes)
+            spikes = spikes if numbers is None else numbers
             spikes_per_one = 1 / amplitude
             count = self.spikes.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
             count[self._now] += spikes_per_one * self._by_step(spikes)
             fired = self.student.network.time.unfold(spikes).detach().ne(0).any(1)
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
-            self._mark(emitted, spikes_per_one, numbers)
+            self._trace.signals[emitted] = Signal(False, spikes_per_one, numbers)
             residual = inputs[1] if len(inputs) > 1 else named.get("residual")
             added = None if residual is None else self._spikes_in(residual)
             if added is not None:
@@ -140,67 +150,130 @@ class OperationCounter:
 
         return hook
 
-    def _pass_on(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found = self._spikes_in(inputs[0])
-        if found is None:
-            return
-        numbers, scale = found
-        if isinstance(module, nn.AvgPool2d):
-            size = module.kernel_size
-            scale *= size * size if isinstance(size, int) else size[0] * size[1]
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            scale *= inputs[0][0, 0].numel() / output[0, 0].numel()
-        self._mark(output, scale, None if numbers is inputs[0] else module.forward(numbers))
+    def count_layer(self, op: Any, name: str, args: tuple, kwargs: dict, output: Any) -> str:
+        """Count a convolution, a product with a matrix, or another operation that PyTorch's counter of them knows.
 
-    def _add(self, name: str):
-        def hook(module: Add, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-            known = [self._spikes_in(x) for x in inputs]
-            if any(found is None for found in known):
-                self.sizes[name] = LayerSize.of(module, output[0].numel(), output[0].numel(), "values")
-                return
-            (x, x_scale), (y, y_scale) = known
-            if x is inputs[0] and y is inputs[1] and x_scale == y_scale:
-                self._mark(output, x_scale)
+        Returns:
+            what its outputs are for people, as of a signal; "" is a current.
+        """
+        if self._trace.inside(Product):
+            # Which is counted as a whole.
+            return ""
+        signals, context = self._trace.signals, self.student.network.time
+        where, module = self._trace.running[-1]
+        places = LAYERS.get(name, (0, 1, None))
+        x, weight, bias = (None if place is None else (*args, None, None)[place] for place in places)
+        both = x in signals and weight in signals
+        if name not in LAYERS or both:
+            return self._count_unknown(op, name, args, kwargs, output)
+        swapped = x not in signals
+        x, weight = (weight, x) if swapped else (x, weight)
+        if x not in signals:
+            # Only the bias, or what it is added to, is a signal.
+            return f"{name} in {self._trace.place}"
+        signal = signals[x]
+        if isinstance(module, _ConvNd | nn.Linear):
+            label, bias = where, module.bias
+        else:
+            label = self._trace.weights.get(weight) or self._numbered(name)
+            label = label.removesuffix(".weight")
+            bias = None if bias is None or bias in signals else bias
+        real = signal.spikes_per_one is None
+        rows = context.batch * (1 if signal.constant or len(x) == context.batch else context.steps)
+        kernel = math.prod(weight.shape[2:]) if name == "convolution" else 0
+        size = LayerSize(
+            "convolution" if kernel else "linear",
+            # A matrix may have been repeated for each image.
+            weights=weight[0].numel() if name in ("bmm", "baddbmm") else weight.numel(),
+            biases=0 if bias is None else bias.numel(),
+            filters=output.shape[1] * kernel,
+            inputs=x.numel() // rows,
+            outputs=output.numel() // rows,
+            source="spikes" if not real else "constant" if signal.constant else "values",
+        )
+        if self.sizes.setdefault(label, size).source == "spikes":
+            # One that is also fed by real values has to read them.
+            self.sizes[label] = replace(self.sizes[label], source=size.source)
+        if real:
+            if signal.why:
+                self.notes[label] = f"fed by real values: {signal.why}"
+            # A time chunk of one step does not show that it was written out for all.
+            several = context.steps == 1 and self.sizes[label].source == "values"
+            self._charge(label, dense(op, name, args, kwargs, output), signal.constant and not several)
+        else:
+            numbers = x if signal.numbers is None else signal.numbers
+            # Summed over channels first, so that nothing of the feature's size is made.
+            if kernel:
+                reached, channels = self._outputs_reached(x, weight, output, *args[3:9]), 1
             else:
-                # As where a converted network's layers each have a value of their own.
-                self._mark(output, 1.0, module.forward(x * x_scale, y * y_scale))
+                reached, channels = weight.shape[-2 if swapped else -1], -2 if swapped else -1
+            spikes = signal.spikes_per_one * numbers.sum(channels, dtype=torch.float64)
+            self._count_additions(label, signal, spikes, spikes * reached)
+        return ""
 
-        return hook
+    def _count_unknown(self, op: Any, name: str, args: tuple, kwargs: dict, output: Any) -> str:
+        """Charge a product of two signals, or what is not known well enough, as one of real values."""
+        label = self._numbered(name)
+        known = self._trace.known((*args, *kwargs.values()))
+        constant = all(it.constant for it in known)
+        context, [first, *_] = self.student.network.time, tensors_of([output])
+        rows = context.batch * (1 if constant else context.steps)
+        inputs, source = args[0].numel() // rows, "constant" if constant else "values"
+        self.sizes[label] = LayerSize("product", inputs=inputs, outputs=first.numel() // rows, source=source)
+        what = "a product of two signals" if len(known) > 1 else f"{name} is not known"
+        self.notes[label] = f"charged as one of real values: {what}"
+        self._charge(label, dense(op, name, args, kwargs, output), constant)
+        return f"{name} in {self._trace.place}"
 
-    def _count_operations(self, name: str):
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0]
-            context = self.student.network.time
-            found = self._spikes_in(x)
-            constant = x.shape[0] == context.batch and self.timesteps > 1
-            source = "spikes" if found is not None else "constant" if constant else "values"
-            # The last of a run's time chunks may be a single step, which does not show whether its input is constant.
-            size = self.sizes.setdefault(name, LayerSize.of(layer, x[0].numel(), output[0].numel(), source))
-            if found is not None:
-                numbers, scale = found
-                fanout = self._fanout_of(layer, x, output)
-                # Summed over channels first, so that nothing of the feature's size is made.
-                by_pixel = context.unfold(numbers).sum(2, dtype=torch.float64)
-                self._count(self.spikes_in, name)[self._now] += scale * by_pixel.flatten(1).sum(1).cpu()
-                if by_pixel.ndim == 2:
-                    by_pixel = by_pixel[..., None]
-                by_image = scale * (by_pixel * fanout).flatten(2).sum(2).cpu()
-                self.batch_additions[self._now] += by_image
-                self._count(self.additions, name)[self._now] += by_image.sum(1)
-                return
-            multiply_additions = multiply_additions_of(layer, output)
-            count = self._count(self.multiply_additions, name)
-            if size.source == "values":
-                count[self._now] += multiply_additions / context.steps
-            elif context.start == 0:
-                count[0] += multiply_additions
+    def _numbered(self, name: str) -> str:
+        """What to call an operation of a module that has no name of its own."""
+        label = f"{self._trace.running[-1][0]}.{name.strip('_')}".removeprefix(".")
+        self._met[label] = self._met.get(label, 0) + 1
+        return label if self._met[label] == 1 else f"{label}{self._met[label]}"
 
-        return hook
+    def _charge(self, label: str, multiply_additions: float, constant: bool) -> None:
+        context, count = self.student.network.time, self._count(self.multiply_additions, label)
+        if not constant:
+            count[self._now] += multiply_additions / context.steps
+        elif context.start == 0:
+            count[0] += multiply_additions
+
+    def _count_additions(self, label: str, signal: Signal, spikes: Tensor, additions: Tensor) -> None:
+        """Count the spikes that a layer reads and the additions that they cause, both by place."""
+        context = self.student.network.time
+        steps = 1 if signal.constant else context.steps
+        rows = steps * context.batch
+        leading = next((size for size in spikes.shape if size > 1), 1)
+        if signal.moved or leading % rows:
+            self.notes[label] = "fed by spikes whose step and image cannot be told: spread evenly over both"
+            read, by_image = (x.sum().expand(steps, context.batch) / rows for x in (spikes, additions))
+        else:
+            read, by_image = (x.reshape(steps, context.batch, -1).sum(2) for x in (spikes, additions))
+        by_image = by_image.cpu()
+        self._count(self.spikes_in, label)[self._now] += read.sum(1).cpu()
+        self.batch_additions[self._now] += by_image
+        self._count(self.additions, label)[self._now] += by_image.sum(1)
+
+    def count_sum(self, output: Tensor, constant: bool) -> None:
+        """Note a sum of signals that are not both spikes; it costs nothing until a layer reads it but memory."""
+        trace, context = self._trace, self.student.network.time
+        where, module = trace.running[-1]
+        if len(trace.running) == 1 or trace.inside(NormSpike, Product):
+            return
+        label = where
+        if not isinstance(module, Add):
+            label = self._numbered("add")
+        outputs = output.numel() // (context.batch * (1 if constant else context.steps))
+        self.sizes[label] = LayerSize("sum", inputs=outputs, outputs=outputs, source="values")
 
     def _count_product(self, name: str):
         def hook(module: Product, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
             known = [self._spikes_in(x) for x in inputs]
             real = any(found is None for found in known)
+            if real:
+                why = next((it.why for it in self._trace.known(inputs) if it.why), "")
+                if why:
+                    self.notes[name] = f"fed by real values: {why}"
             self.sizes[name] = LayerSize.of(
                 module, inputs[0][0].numel(), output[0].numel(), "values" if real else "spikes"
             )
@@ -226,29 +299,34 @@ class OperationCounter:
     def _count(self, counts: dict[str, Tensor], name: str) -> Tensor:
         return counts.setdefault(name, torch.zeros(self.timesteps, dtype=torch.float64))
 
-    def _fanout_of(self, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-        """Connections that each input of a layer has: [H, W] for a convolution, [] for a linear layer."""
-        if isinstance(layer, nn.Linear):
-            return torch.tensor(float(layer.out_features), dtype=torch.float64, device=x.device)
-        key = (id(layer), x.shape[-2:])
-        if key not in self._fanout:
-            # The transposed convolution of ones counts, at each input, the outputs that read it.
-            ones = torch.ones(1, 1, *output.shape[-2:], dtype=torch.float64, device=x.device)
-            kernel = torch.ones(1, 1, *layer.kernel_size, dtype=torch.float64, device=x.device)
-            options = {"stride": layer.stride, "dilation": layer.dilation}
-            reads = F.conv_transpose2d(ones, kernel, **options)
-            # PyTorch's own padding of each side, last dimension first; layer.padding may be a word.
-            left, _, top, _ = layer._reversed_padding_repeated_twice
-            height, width = x.shape[-2:]
-            # A stride may leave the last rows unread; they count zero.
-            reads = F.pad(reads, (0, max(0, left + width - reads.shape[-1]), 0, max(0, top + height - reads.shape[-2])))
-            reads = reads[0, 0, top : top + height, left : left + width]
-            self._fanout[key] = reads * (layer.out_channels // layer.groups)
-        return self._fanout[key]
+    def _outputs_reached(self, x: Tensor, weight: Tensor, output: Tensor, *options: Any) -> Tensor:
+        """Connections that each input of a convolution has, [H, W] of images.
+
+        Args:
+            x, weight, output: of the convolution.
+            options: its stride, padding, dilation, whether it is transposed, its output padding and groups.
+        """
+        stride, padding, dilation, transposed, _, groups = options
+        key = (x.shape[2:], weight.shape, output.shape[2:], repr(options), x.device)
+        if key not in self._reach:
+            sides = []
+            for number, (size, out, kernel) in enumerate(
+                zip(x.shape[2:], output.shape[2:], weight.shape[2:], strict=True)
+            ):
+                step, pad, apart = (one[number if len(one) > 1 else 0] for one in (stride, padding, dilation))
+                # Each weight of the kernel ties an output to an input; transposed, the two have changed places.
+                ours, theirs = (size, out) if transposed else (out, size)
+                tied = torch.arange(ours)[:, None] * step + torch.arange(kernel) * apart - pad
+                exists = (tied >= 0) & (tied < theirs)
+                sides.append(exists.sum(1) if transposed else tied[exists].bincount(minlength=theirs))
+            channels = weight.shape[1] if transposed else weight.shape[0] // groups
+            reached = channels * reduce(lambda a, b: a[..., None] * b, sides)
+            self._reach[key] = reached.to(x.device, torch.float64)
+        return self._reach[key]
 
     def _by_step(self, x: Tensor) -> Tensor:
         """Sum over everything but time: [T*B, ...] -> [T], in fp64 on the CPU."""
-        x = self.student.network.time.unfold(x)
+        x = self.student.network.time.unfold(x.detach())
         sums = x.flatten(1).sum(1, dtype=torch.float64).cpu()
         steps = self.student.network.time.steps
         return sums if len(sums) == steps else sums.repeat(steps)
@@ -264,15 +342,19 @@ class OperationCounter:
         counts = ("spikes", "additions", "multiply_additions", "spikes_in")
         own = {name: getattr(self, name) for name in ("images", *counts)}
         first = {name: step.cpu() for name, step in self.first.items()}
-        every = processes.all_gather({**own, "first": first, "sizes": self.sizes})
+        every = processes.all_gather({**own, "first": first, "sizes": self.sizes, "notes": self.notes})
         self.images = sum(part["images"] for part in every)
         for name in counts:
             setattr(self, name, merge_by_name([part[name] for part in every], torch.add))
         self.first = merge_by_name([part["first"] for part in every], torch.minimum)
         self.sizes = {name: size for part in every for name, size in part["sizes"].items()}
+        self.notes = {name: note for part in every for name, note in part["notes"].items()}
 
     def after(self, steps: int) -> dict[str, Any]:
-        """Firing rates, silent fractions, energy and memory accesses of a run of the first `steps` steps."""
+        """Firing rates, silent fractions, energy and memory accesses of a run of the first `steps` steps.
+
+        `counting_notes` has `notes`.
+        """
         spikes = {name: float(count[:steps].sum()) for name, count in self.spikes.items()}
         neurons = {name: first.numel() for name, first in self.first.items()}
         silent = {name: int((first >= steps).sum()) for name, first in self.first.items()}
@@ -296,6 +378,7 @@ class OperationCounter:
             "operations": {kind: sum(counts.values()) for kind, counts in operations.items()},
             "energy_with_memory": in_each_precision(layers),
             "memory_accesses": memory_accesses(layers),
+            "counting_notes": dict(self.notes),
         }
 
     def layers(self, steps: int) -> dict[str, LayerTraffic]:
@@ -323,18 +406,44 @@ def merge_by_name(parts: Sequence[dict[str, Tensor]], how: Callable[[Tensor, Ten
     return {name: reduce(how, [part[name] for part in parts if name in part]) for name in names}
 
 
+def dense(op: Any, name: str, args: tuple, kwargs: dict, output: Any) -> float:
+    """Multiply-additions of an operation as if no value were 0."""
+    if op.overloadpacket in flop_registry:
+        return flop_registry[op.overloadpacket](*args, **kwargs, out_val=output) / 2
+    # Attention that PyTorch does not count, as that of a CPU: each query with all keys, then all values of each.
+    return (args[0].numel() + tensors_of([output])[0].numel()) * args[1].shape[-2]
+
+
 @torch.no_grad()
 def dense_operations(run: Callable[[Tensor], Any], image: tuple[int, int, int], device: torch.device) -> float:
     """Multiply-additions of all convolutions and linear layers for one image, as if no value were 0.
+
+    What is the same at each step, as the first layer's current under direct encoding, is counted once, whatever T.
 
     Args:
         run: what takes the image, as a teacher or a student's `steps`.
         image: C, H, W.
         device: where it runs.
     """
-    with FlopCounterMode(display=False) as flops:
-        run(torch.zeros(1, *image, device=device))
-    return flops.get_total_flops() / 2
+
+    def count() -> float:
+        with FlopCounterMode(display=False) as flops:
+            run(torch.zeros(1, *image, device=device))
+        return flops.get_total_flops() / 2
+
+    student = getattr(run, "__self__", None)
+    if not isinstance(student, Student) or student.timesteps <= TIME_CHUNK:
+        return count()
+    # A longer run is made in time chunks, each of which computes anew what is the same at each step. What a step adds
+    # is the same for all.
+    steps = student.timesteps
+    try:
+        student.timesteps = 1
+        first = count()
+        student.timesteps = 2
+        return first + (steps - 1) * (count() - first)
+    finally:
+        student.timesteps = steps
 
 
 def teacher_energy_uj(teacher: Teacher, image: tuple[int, int, int]) -> float:

@@ -103,10 +103,7 @@ class NormSpike(Unit):
 
 
 class Add(nn.Module):
-    """The sum of two tensors of a network [T*B, ...]; one that is constant in time, [B, ...], is added at each step.
-
-    As a module it is seen by the counter of operations, to which a sum of spikes is spikes.
-    """
+    """The sum of two tensors of a network [T*B, ...]; one that is constant in time, [B, ...], is added at each step."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.shape[0] == y.shape[0]:
