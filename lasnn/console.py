@@ -207,7 +207,10 @@ def print_evaluation(console: Console, known: Mapping[str, Any], results: list[d
     where = (
         known["device"] if known["device"] == known["device_name"] else f"{known['device']} ({known['device_name']})"
     )
-    lines = [f"{known['run']}: {first['images']:,} test images of {known['data']}, {where}, torch {known['torch']}"]
+    source = f" ({known['data_source']})" if known["data_source"] else ""
+    lines = [
+        f"{known['run']}: {first['images']:,} test images of {known['data']}{source}, {where}, torch {known['torch']}"
+    ]
     if first.get("teacher_accuracy") is not None:
         lines.append(f"teacher: accuracy {first['teacher_accuracy']:.4f}, {first['teacher_energy_uj']:.3f} µJ an image")
     for line in (*lines, *data_change_lines(known)):
