@@ -22,6 +22,8 @@ from lasnn.compare import student_t
 
 HERE = Path(__file__).resolve().parent
 DRAWS = 2000
+# T of the conversions' table.
+SHOWN = (1, 2, 4, 8, 12, 16, 32, 64)
 # (name, of where, this, less that); the first is the primary contrast.
 CONTRASTS = (
     ("C - B", "converted/T1", "C", "B"),
@@ -135,11 +137,13 @@ def contrasts(results: dict[str, dict]) -> list[str]:
 
 
 def matched(results: dict[str, dict]) -> list[str]:
-    """Where conversions of the twin reach the students of arm C, the mean of their seeds, by block; and the energy."""
-    columns = ("T", "accuracy", "energy, µJ", "conversion", "its T", "its energy, µJ", "times T", "times energy")
+    """Where conversions of the twin reach the students of arms B and C, the mean of their seeds, by block; and the
+    energy.
+    """
+    columns = ("T", "arm", "accuracy", "energy, µJ", "conversion", "its T", "its energy, µJ", "times T", "times energy")
     lines, rows = head(*columns), []
     for (where, arm), of in grouped(results).items():
-        if arm != "C" or not where.startswith("converted/"):
+        if arm not in ("B", "C") or not where.startswith("converted/"):
             continue
         blocks = sorted({block for block, _ in of})
         accuracy = {block: mean(one["accuracy"] for (b, _), one in of.items() if b == block) for block in blocks}
@@ -156,8 +160,24 @@ def matched(results: dict[str, dict]) -> list[str]:
             ratio = f"{middle / steps:g}" if math.isfinite(middle) else f"> {CONVERSIONS[method] / steps:g}"
             times = f"{mean(one[1] for one in reached) / energy:.1f}" if all(reached) else "–"
             cells = (method, ", ".join(found), ", ".join(spent), ratio, times)
-            rows.append((steps, middle, row(steps, f"{mean(accuracy.values()):.4f}", f"{energy:.2f}", *cells)))
-    return [*lines, *(line for *_, line in sorted(rows))]
+            shown = row(steps, arm, f"{mean(accuracy.values()):.4f}", f"{energy:.2f}", *cells)
+            rows.append((steps, arm, middle, shown))
+    return [*lines, *(line for *_, line in sorted(rows)), "", *over_time(results)]
+
+
+def over_time(results: dict[str, dict]) -> list[str]:
+    """Accuracy of the conversions at some T, the mean of the twins."""
+    lines = head("conversion", "ANN", *map(str, SHOWN))
+    for method in CONVERSIONS:
+        runs = [result for unit, result in results.items() if unit.startswith(f"conversion/{method}/")]
+        if not runs:
+            continue
+        curves = [run["accuracy_by_timesteps"] for run in runs]
+        cells = [
+            f"{mean(curve[str(steps)] for curve in curves):.4f}" if str(steps) in curves[0] else "" for steps in SHOWN
+        ]
+        lines.append(row(method, f"{mean(run['teacher_accuracy'] for run in runs):.4f}", *cells))
+    return lines
 
 
 def first_reaching(curve: dict, accuracy: float) -> tuple[int, float] | None:
