@@ -52,7 +52,6 @@ CONDITIONS = {
     "device_name": "{}",
     "precision": "{}",
     "threads": "{} threads",
-    "world_size": "{} processes",
     "lasnn": "lasnn {}",
     "torch": "torch {}",
     "python": "Python {}",

@@ -191,7 +191,7 @@ def print_plan(console: Console, plan: Any) -> None:
     say(
         f"device   {facts['device']}, {facts['precision']}; about {facts['memory_bytes'] / 2**20:,.0f} MiB a step "
         "(weights, gradients, optimiser, saved activations)"
-        + "".join(f"; {name} {size / 2**20:,.0f}" for name, size in facts["ann_memory_bytes"].items())
+        + "".join(f"; {size / 2**20:,.0f} MiB to train the {name}" for name, size in facts["ann_memory_bytes"].items())
     )
     if facts["pairs"]:
         table = Table("student stage", "C x H x W", "teacher stage", "C x H x W", box=None, pad_edge=False)

@@ -18,14 +18,56 @@ from lasnn.network.units import NormSpike
 
 # PyTorch's operations, as they are named below its functions and modules. Those that move, copy or pick values, or add
 # values of one tensor up: of spikes they make spikes.
-KEEP = (
-    "view _unsafe_view _reshape_alias clone alias detach lift_fresh _to_copy t transpose permute expand squeeze "
-    "unsqueeze slice select split split_with_sizes unbind flip roll repeat unfold im2col col2im index index_select "
-    "constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
-    "_upsample_nearest_exact2d _upsample_nearest_exact3d channel_shuffle native_channel_shuffle pixel_shuffle "
-    "pixel_unshuffle sum"
+KEEP = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "_reshape_alias",
+        "clone",
+        "alias",
+        "detach",
+        "lift_fresh",
+        "_to_copy",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "squeeze",
+        "unsqueeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "flip",
+        "roll",
+        "repeat",
+        "unfold",
+        "im2col",
+        "col2im",
+        "index",
+        "index_select",
+        "constant_pad_nd",
+        "reflection_pad1d",
+        "reflection_pad2d",
+        "reflection_pad3d",
+        "replication_pad1d",
+        "replication_pad2d",
+        "replication_pad3d",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d",
+        "_upsample_nearest_exact3d",
+        "channel_shuffle",
+        "native_channel_shuffle",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "sum",
+    ]
 )
+JOIN = ("cat", "stack")
 VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 LARGEST = (
     "max_pool2d_with_indices",
@@ -172,7 +214,7 @@ class SignalTrace(TorchDispatchMode):
                 self.counter.count_sum(output, constant)
             of = [self.weights.get(x) for x in tensors_of((*args, *kwargs.values()))]
             of = [weight for weight in of if weight in self._learnt]
-            cheap = name in (*KEEP.split(), "cat", "stack", "copy") or torch.Tag.pointwise in op.tags
+            cheap = name in KEEP or name in (*JOIN, "copy") or torch.Tag.pointwise in op.tags
             if of and not cheap and not ("norm" in name or "prelu" in name or self.inside(NormSpike)):
                 self.counter.notes[of[0].removesuffix(".weight")] = f"not counted: {name} is not known"
         if spikes is None:
@@ -192,7 +234,7 @@ class SignalTrace(TorchDispatchMode):
         parts = [x]
         if name in ("add", "sub"):
             parts = [x, *rest[:1]]
-        elif name in ("cat", "stack"):
+        elif name in JOIN:
             # Zeros that fill up channels are no spikes.
             parts = [one for one in x if one in self.signals or bool(one.any())]
         elif name == "copy" or (name == "mul" and other in self.signals):
@@ -208,7 +250,7 @@ class SignalTrace(TorchDispatchMode):
                 return scale, None
             # Weighted or taken away, each spike remains one.
             return 1.0, self._counts(parts[0]) + self._counts(parts[1])
-        if name in ("cat", "stack"):
+        if name in JOIN:
             return (scale, None) if equal else (1.0, op([self._counts(one) for one in x], *rest, **kwargs))
         if name == "copy":
             return scale, None if plain else counts.expand(output.shape)
@@ -228,7 +270,7 @@ class SignalTrace(TorchDispatchMode):
             return None
         if name in VIEWS:
             return scale, None if plain else counts.reshape(output.shape)
-        if name in KEEP.split():
+        if name in KEEP:
             filled = name == "constant_pad_nd" and len(rest) > 1 and rest[1] != 0
             if filled or not tensors_of([output])[0].is_floating_point():
                 return None
@@ -273,7 +315,7 @@ def moves_rows(name: str, args: tuple, kwargs: dict) -> bool:
         return first != second and 0 in (first % args[0].ndim, second % args[0].ndim)
     if name == "permute":
         return args[1][0] % args[0].ndim != 0
-    if name in ("cat", "stack"):
+    if name in JOIN:
         return (args[1] if len(args) > 1 else kwargs.get("dim", 0)) in (0, -args[0][0].ndim - (name == "stack"))
     if name in ("sum", "mean", "amax", "max"):
         over = args[1] if len(args) > 1 else None

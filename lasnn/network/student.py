@@ -184,8 +184,13 @@ class Student(nn.Module):
                 f"the encoder {type(self.encoder).__name__} decides the spikes of all steps at once; step() needs a "
                 "causal one, as direct or poisson"
             )
-        if not self.neurons_carry_voltages():
-            raise ValueError("its neurons take no v0, the voltage to go on from, so that step() cannot go step by step")
-        with self.network.time.carry_state(voltages or {}) as after:
-            logits, _ = self.network(self.encoder(images, 1, generator))
+        try:
+            with self.network.time.carry_state(voltages or {}) as after:
+                logits, _ = self.network(self.encoder(images, 1, generator))
+        except TypeError as error:
+            # Asked only now: a stream has no time for it at each step.
+            if self.neurons_carry_voltages():
+                raise
+            message = "its neurons take no v0, the voltage to go on from, so that step() cannot go step by step"
+            raise ValueError(message) from error
         return logits[0], after

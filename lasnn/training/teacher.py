@@ -181,7 +181,7 @@ class TeacherSource:
         found = f"{self.table.architecture} from the cache ({self.cache.path})"
         self.callbacks.note(f"{self.name}: {found}, not trained again")
         if result.pop("test", None) != self.test.fingerprint():
-            self.callbacks.note(f"{self.name}: measured again, on other test images than when it was trained")
+            self.callbacks.note(f"{self.name}: measured again, on the test images of today")
             processes.broadcast_parameters(teacher)
             result = {**self._measured(teacher), "seconds": result["seconds"]}
         return result
