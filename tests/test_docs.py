@@ -56,6 +56,7 @@ def test_recipes_md_is_current():
     assert reference() in text, "run: python tests/test_docs.py, and commit docs/recipes.md"
 
 
+EMPTY_LINK = re.compile(r"(?<!!)\[\s*\]\([^)]+\)")
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", *sorted((ROOT / "recipes").glob("*.toml"))]
 # What stands for something else.
 MEANT = {"RECIPE": "quickstart", "RUN": "runs/x", "$s": "0", "$seed": "0", "SEED": "0", "my-log": "tensorboard"}
@@ -100,6 +101,14 @@ def test_a_command_of_the_docs_can_run(command, tmp_path, monkeypatch):
             context.params["seeds"] = 1
             with pytest.raises(Planned):
                 parsed.invoke(context)
+
+
+def test_links_have_a_text():
+    """GitHub shows `[](page.md)` as nothing; only the site fills in a title."""
+    pages = [*ROOT.glob("*.md"), *(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)]
+    empty = [f"{page.relative_to(ROOT)}: {link}" for page in pages for link in EMPTY_LINK.findall(page.read_text())]
+    assert len(pages) > 20
+    assert not empty
 
 
 def test_the_docs_have_commands():
