@@ -29,7 +29,7 @@ from lasnn.run import environment
 from lasnn.training.diagnostics import norm
 
 HERE = Path(__file__).resolve().parent
-# Where a student that may ship is measured besides its own T.
+# Where students that are trained for long are measured besides their own T.
 TIMESTEPS = (1, 2, 4, 8)
 # A term's weight that is to be found: so much of cross-entropy's gradient.
 SHARE = re.compile(r'weight = "share ([\d.]+)"')
@@ -58,7 +58,7 @@ def train_student(unit: str, settings: list[str]) -> dict:
     def watch(means: torch.Tensor, labels: torch.Tensor, _: torch.Tensor) -> None:
         correct.append(means[own - 1].argmax(-1) == labels)
 
-    timesteps = TIMESTEPS if unit.startswith("student/") else (own,)
+    timesteps = TIMESTEPS if unit.startswith(("student/", "longer/")) else (own,)
     results = measure(
         loaded.student, loaded.images.test, timesteps, batch_size=500, seed=loaded.recipe.seed, watch=watch
     )

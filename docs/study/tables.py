@@ -136,6 +136,36 @@ def contrasts(results: dict[str, dict]) -> list[str]:
     return lines
 
 
+def longer(results: dict[str, dict]) -> list[str]:
+    """Students of arm B that were trained for as many epochs as their twins: how far below these they stay."""
+    lines = head("T", "students", "mean", "sd", "twins", "below the twin", "mean, 95 %", "spikes/neuron/step")
+    found: dict[str, dict[str, dict]] = {}
+    for unit, result in results.items():
+        if unit.startswith("longer/"):
+            _, steps, block = unit.split("/")
+            found.setdefault(steps, {})[block] = result
+    for steps, of in found.items():
+        of = dict(sorted(of.items()))
+        refuse_mixed(f"longer/{steps}", list(of.values()))
+        students = [one["accuracy"] for one in of.values()]
+        twins = [results[f"teacher/vgg5/{block}"]["accuracy"] for block in of]
+        below = [twin - student for twin, student in zip(twins, students, strict=True)]
+        spread = len(of) > 1
+        lines.append(
+            row(
+                steps.removeprefix("T"),
+                ", ".join(f"{one:.4f}" for one in students),
+                f"{mean(students):.4f}",
+                f"{stdev(students):.4f}" if spread else "–",
+                ", ".join(f"{one:.4f}" for one in twins),
+                ", ".join(f"{one:.4f}" for one in below),
+                f"{mean(below):.4f} ± {half_width(below):.4f}" if spread else "–",
+                f"{mean(one['firing_rate'] for one in of.values()):.3f}",
+            )
+        )
+    return lines
+
+
 def matched(results: dict[str, dict]) -> list[str]:
     """Where conversions of the twin reach the students of arms B and C, the mean of their seeds, by block; and the
     energy.
@@ -191,15 +221,21 @@ def first_reaching(curve: dict, accuracy: float) -> tuple[int, float] | None:
 def grouped(results: dict[str, dict]) -> dict[tuple[str, str], dict[tuple[str, str], dict]]:
     """The confirmation's results: {(where, arm): {(block, seed): result}}."""
     found: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}
-    made: dict[str, set[tuple[str, str]]] = {}
+    made: dict[str, list[dict]] = {}
     for unit, result in results.items():
         if unit.startswith("confirm/"):
             _, start, steps, arm, block, seed = unit.split("/")
             found.setdefault((f"{start}/{steps}", arm), {})[block, seed] = result
-            made.setdefault(f"{start}/{steps}", set()).add((result["commit"], result["torch"]))
-    if mixed := {where: of for where, of in made.items() if len(of) > 1}:
-        raise SystemExit(f"these runs are of several commits or versions, and cannot be compared: {mixed}")
+            made.setdefault(f"{start}/{steps}", []).append(result)
+    for where, of in made.items():
+        refuse_mixed(where, of)
     return dict(sorted(found.items()))
+
+
+def refuse_mixed(where: str, runs: list[dict]) -> None:
+    """Stops where runs are of several commits or versions."""
+    if len(made := {(run["commit"], run["torch"]) for run in runs}) > 1:
+        raise SystemExit(f"the runs of {where} are of several commits or versions, and cannot be compared: {made}")
 
 
 def half_width(values: list[float]) -> float:
@@ -237,4 +273,4 @@ def holm(values: list[float]) -> list[float]:
 
 if __name__ == "__main__":
     done = read(HERE / "results.jsonl")
-    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts, diagnosed, matched)))
+    print("\n\n".join("\n".join(table(done)) for table in (screened, confirmed, contrasts, diagnosed, longer, matched)))

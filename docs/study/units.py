@@ -162,6 +162,12 @@ def units(results: dict[str, dict]) -> dict[str, list[str]]:
                     *taught(block, "converted", "resnet20"), CONFIRMED, losses(*arms[arm]), f"seed={seed}", *learnt,
                     "student.architecture=resnet20",
                 ]  # fmt: skip
+    # How near the student comes to its twin when it is trained for as many epochs as the twin was.
+    for steps in (4, 1):
+        for block in range(3):
+            found[f"longer/T{steps}/{block}"] = [
+                *taught(block), HALF, "distill.epochs=20", losses(*arms["B"]), *learnt, f"student.timesteps={steps}",
+            ]  # fmt: skip
     for method in CONVERSIONS:
         for block in range(3):
             twin = TEACHERS / f"vgg5{'-qcfs' if method == 'qcfs' else ''}-{block}.safetensors"
