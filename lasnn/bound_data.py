@@ -28,7 +28,8 @@ def data_changes(before: DatasetDescription, data: Dataset, splits: Splits = ())
     now = data.describe(before.name, splits)
     lines = data.changes_since(before, splits)
     reasons = []
-    if now.classes != before.classes:
+    renamed = data.classes_known and now.classes != before.classes
+    if renamed or len(now.classes) != len(before.classes):
         reasons.append("its classes are others")
     if (now.channels, now.height, now.width) != (before.channels, before.height, before.width):
         reasons.append("its images have another shape")

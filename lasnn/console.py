@@ -389,6 +389,8 @@ def print_export(console: Console, result: Mapping[str, Any]) -> None:
         f"takes    {result['takes']}",
         f"gives    {result['gives']}",
     ]
+    if needs := result["needs"]:
+        lines.append(f"needs    {', '.join(needs)} beside it, to be loaded")
     lines += data_change_lines(result)
     if why := result.get("why_drawn"):
         lines.append(f"verified on drawn images, for the test images cannot be used: {why}")

@@ -89,7 +89,8 @@ def _network(
         "width": data.width,
         "num_classes": len(data.classes),
         "data": recipe.data.name,
-        "classes": list(data.classes),
+        # Nothing is compared with none: what is loaded is compared again.
+        "classes": list(data.classes) if data.classes_known else [],
         "mean": list(mean),
         "std": list(std),
     }

@@ -140,7 +140,7 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
     """
     folder = find_run(run)
     if folder.path.is_file():
-        recipe, weights = _recipe_in(folder.path), folder.path
+        recipe, weights = _recipe_in(folder.path, folder.path.parent), folder.path
     else:
         recipe, weights = Recipe.load(folder / "recipe.toml"), folder / "student.safetensors"
     if not weights.is_file():
@@ -153,7 +153,15 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
             raise UserError(f"--data: no folder {data_root}; name the one of the run's images")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     part = datasets[recipe.data.name].function.shipped_part if folder.model and data_root is None else ""
-    where = own_device(recipe) if device == "recipe" else pick_device(device)
+    return _loaded(folder, recipe, weights, own_device(recipe) if device == "recipe" else pick_device(device), part)
+
+
+def load_student_file(path: Path, plugins: Path) -> Run:
+    """Read a student's .safetensors file whose recipe's plugins are in another folder; the same as `load_run` else."""
+    return _loaded(RunFolder(path), _recipe_in(path, plugins), path, pick_device("cpu"))
+
+
+def _loaded(folder: RunFolder, recipe: Recipe, weights: Path, where: torch.device, part: str = "") -> Run:
     description = _description(weights, recipe)
     student = make_student(recipe, description)
     load_into(student.network, weights, describe_student(recipe, description))
@@ -184,12 +192,14 @@ def _description(weights: Path, recipe: Recipe) -> DatasetDescription:
     return known or make_data(recipe).describe(recipe.data.name)
 
 
-def _recipe_in(path: Path) -> Recipe:
-    """The recipe in the metadata of a student's file; plugins that are files are looked for beside it."""
+def _recipe_in(path: Path, plugins: Path) -> Recipe:
+    """The recipe in the metadata of a student's file; plugins that are files are looked for in the folder given."""
     text = read_description(path).get("recipe")
     if not isinstance(text, str):
         raise UserError(
             f"{path} has no recipe in its metadata; give a run folder, or what `lasnn export --format safetensors` "
             "wrote"
         )
-    return Recipe.from_tables(parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(path))
+    return Recipe.from_tables(
+        parse(text.encode(), f"{path}, the recipe in its metadata"), source=str(plugins / path.name)
+    )

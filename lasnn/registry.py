@@ -74,12 +74,17 @@ class Entry:
         try:
             return f"{inspect.getsourcefile(self.function)}:{inspect.getsourcelines(self.function)[1]}"
         except (OSError, TypeError):
-            return self.function.__module__
+            return self._module
 
     @property
     def own(self) -> bool:
         """Whether it is a user's, not lasnn's."""
-        return not self.function.__module__.startswith("lasnn.")
+        return not self._module.startswith("lasnn.")
+
+    @property
+    def _module(self) -> str:
+        # Code that exec() ran without a __name__ has none.
+        return self.function.__module__ or "no module"
 
     @property
     def said(self) -> str:
@@ -90,7 +95,7 @@ class Entry:
     def qualified_name(self) -> tuple[str, str] | None:
         """Module and name of the definition, the same for every version of a plugin's file; None where it has none."""
         name = getattr(self.function, "__qualname__", None)
-        module = self.function.__module__
+        module = self._module
         module = module.rpartition("_")[0] if module.startswith(PLUGIN) else module
         return None if name is None else (module, name)
 
@@ -136,6 +141,7 @@ class Registry:
         self._check = check
         self._entries: dict[str, Entry] = {}
         self._loaded = False
+        self._chosen_beside: Registry | None = None
 
     def register(self, name: str) -> Callable[[Part], Part]:
         """Decorator that adds a function or class under `name`.
@@ -144,8 +150,8 @@ class Registry:
         the older one, with a line on lasnn's log.
 
         Raises:
-            ValueError: the name is another part's or has a slash, or the signature is not one that this kind of part
-                can have.
+            ValueError: the name is another part's (architectures and teachers share theirs) or has a slash, or the
+                signature is not one that this kind of part can have.
         """
         if not name or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
             # Names become parts of file names, as those of cached teachers.
@@ -179,7 +185,19 @@ class Registry:
         older = self._entries.get(entry.name)
         if older and (older.qualified_name is None or older.qualified_name != entry.qualified_name):
             raise ValueError(f"{self.kind} {entry.name!r} is already registered ({older.where}); choose another name")
+        beside = self._chosen_beside
+        # lasnn's own names differ, and its homes are still being imported.
+        if beside is not None and entry.own and entry.name in beside:
+            place = beside[entry.name].where
+            raise ValueError(
+                f"{self.kind} {entry.name!r}: there is {beside.kind} {entry.name!r} ({place}), and a recipe's "
+                "teacher.architecture could mean either; choose another name"
+            )
         return older is not None
+
+    def choose_beside(self, other: "Registry") -> None:
+        """Let no name stand for a part of both, since a recipe's key takes either."""
+        self._chosen_beside, other._chosen_beside = other, self
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -406,6 +424,7 @@ def _checked_augmentation(entry: Entry) -> Entry:
 architectures = Registry("architecture", "lasnn.architecture")
 # Networks that can only teach: they are not built from `act` units.
 teachers = Registry("teacher", "lasnn.architecture.foreign")
+architectures.choose_beside(teachers)
 encoders = Registry("encoder", "lasnn.encoder")
 neurons = Registry("neuron", "lasnn.neuron")
 losses = Registry("loss", "lasnn.loss", check=_loss_entry)

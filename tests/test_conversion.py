@@ -314,6 +314,40 @@ def test_what_cannot_be_converted_is_named(layer, messages):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
+class Again(nn.Module):
+    """One unit at two places."""
+
+    def __init__(self, unit, layer):
+        super().__init__()
+        self.unit, self.layer = unit, layer
+
+    def forward(self, x):
+        return self.unit(self.layer(self.unit(x)))
+
+
+@pytest.mark.parametrize(
+    ("make_stage", "said"),
+    [
+        (
+            lambda unit, layer: Again(unit, layer),
+            "stage1.1.unit cannot be converted: it runs 2 times in a pass; a",
+        ),
+        (
+            lambda unit, layer: nn.Sequential(unit, layer, unit),
+            "it is the same unit as stage1.1.0; a spiking",
+        ),
+    ],
+    ids=["called twice", "under two names"],
+)
+def test_a_unit_at_two_places_cannot_be_converted(make_stage, said):
+    stage = make_stage(ann_units()(), nn.Conv2d(4, 4, 1))
+    stages = {"stage1": nn.Sequential(nn.Conv2d(3, 4, 1), stage)}
+    teacher = teacher_of(Staged(stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))))
+    with pytest.raises(UserError, match=said) as caught:
+        convert(teacher, "maxnorm", images())
+    assert all(problem.endswith("call act() once for each place") for problem in caught.value.problems)
+
+
 def test_attention_cannot_be_converted():
     with pytest.raises(UserError) as caught:
         convert(trained("spikformer"), "maxnorm", images())

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from common import ROOT, TINY_DATA, Command
 from export_cases import ARCHITECTURES, ENCODERS, NEURONS, make_run
 from lasnn import evaluate, exporters, load_run
+from lasnn.console import print_export
 from lasnn.errors import UserError
 from lasnn.export import Disagreement, Exporter, Reader, export
 from lasnn.export import verification as rule
@@ -241,6 +243,15 @@ def test_a_file_needs_its_plugins_beside_it(plain_run, tmp_path):
         load_run(alone)
     (tmp_path / "tiny_clothes.py").write_text(TINY_DATA)
     assert torch.equal(load_run(alone).student(images(2)), load_run(plain_run).student(images(2)))
+
+
+def test_a_file_elsewhere_is_verified_with_the_runs_plugins_and_says_that_it_needs_them(plain_run, tmp_path, capsys):
+    result = export(plain_run, "safetensors", out=tmp_path / "there.safetensors")
+    assert (result["verified"], result["needs"]) == (True, ["tiny_clothes.py"])
+    print_export(Console(width=200), result)
+    assert "needs    tiny_clothes.py beside it" in capsys.readouterr().out
+    (tmp_path / "tiny_clothes.py").write_text(TINY_DATA)
+    assert torch.equal(load_run(result["file"]).student(images(2)), load_run(plain_run).student(images(2)))
 
 
 def test_a_file_that_is_no_run_is_refused(plain_run, tmp_path):

@@ -18,6 +18,7 @@ from lasnn.network.staged import build as build_network
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormSpike, Unit, ann_units, snn_units
+from lasnn.network.whole import HookedView
 from lasnn.neuron import LIF
 from lasnn.plan import make_plan
 from lasnn.random import generator
@@ -278,6 +279,24 @@ def test_a_teacher_without_a_classifier():
 
     [line] = refused("mine", teacher={"architecture": "pooled", "epochs": 1})
     assert line == "recipe: losses.1: the teacher's head has no nn.Linear, so that it has no classifier"
+
+
+@pytest.mark.parametrize("attribute", ["fc", "classifier"])
+def test_the_classifier_of_a_network_that_is_called_as_a_whole(attribute):
+    class Elsewhere(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+            self.squeeze = nn.Linear(4, 4)
+            setattr(self, attribute, nn.Linear(4, classes))
+
+        def forward(self, x):
+            return getattr(self, attribute)(self.squeeze(self.features(x).mean((2, 3))))
+
+    network = Elsewhere(10)
+    found = Teacher(HookedView(network, {"stage1": "features"}), (0.5,), (0.5,)).classifier
+    assert torch.equal(found.weight, getattr(network, attribute).weight)
+    assert not found.weight.requires_grad
 
 
 def test_samd_needs_the_classifier_of_the_last_stage():

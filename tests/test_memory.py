@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from test_distillation import StopAt, digest, without_times
 
-from lasnn import cli, distill
+from lasnn import Staged, cli, distill
+from lasnn.encoder import Encoder
 from lasnn.errors import UserError, out_of_memory
 from lasnn.kernels import reference
 from lasnn.loss import attention, reading_of
@@ -193,6 +194,47 @@ def test_one_chunk_is_the_unchunked_network(encoder):
         torch.testing.assert_close(chunked[name], parameter.grad, rtol=0, atol=1e-10, msg=name)
     for name, buffer in whole.named_buffers():
         torch.testing.assert_close(chunked[name], buffer, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 10])
+def test_a_stage_that_is_constant_in_time_has_its_mean_in_chunks_too(chunk):
+    """Before the first unit, under direct encoding, one step stands for all."""
+    act = snn_units()
+    stages = {"stage1": torch.nn.Conv2d(1, 2, 3), "stage2": torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), act(2))}
+    head = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(2, 10))
+    net = Student(Staged(stages, head), encoders.build("direct", (0.3,), (0.3,)), 10).double().train()
+    _, whole = net.steps(IMAGES, ("stage1",))
+    _, means, _ = net.in_chunks(IMAGES, chunk, ("stage1",))
+    assert whole["stage1"].shape[0] == means["stage1"].shape[0] == 1
+    torch.testing.assert_close(means["stage1"], whole["stage1"], rtol=1e-12, atol=1e-12)
+
+
+class OneSpike(Encoder):
+    """Each pixel spikes once, at a step that is drawn."""
+
+    random = spiking = True
+
+    def encode(self, images, timesteps, generator):
+        step = torch.randint(timesteps, images.shape, generator=generator)
+        return torch.nn.functional.one_hot(step, timesteps).movedim(-1, 0).to(images.dtype)
+
+
+def test_a_long_run_of_an_encoder_that_draws_is_cut_from_one_draw():
+    seen = []
+    net = Student(student("direct").network, OneSpike((0.3,), (0.3,)), 20).double().eval()
+    net.network.stem.register_forward_pre_hook(lambda _, given: seen.append(given[0].view(-1, *IMAGES.shape)))
+    drawn = []
+    for seed in (0, None, 0):
+        if seed is not None:
+            torch.manual_seed(seed)
+        with torch.no_grad():
+            net(IMAGES)
+        assert len(seen) == 3
+        drawn.append(torch.cat(seen))
+        assert torch.equal(drawn[-1].sum(0), torch.ones_like(IMAGES))
+        seen.clear()
+    assert not torch.equal(drawn[0], drawn[1]), "each call draws anew"
+    assert torch.equal(drawn[0], drawn[2])
 
 
 def test_running_statistics_are_those_of_all_steps_and_updated_once():

@@ -15,11 +15,11 @@ from common import ROOT, TINY, TINY_DATA
 from lasnn import Staged, __version__, distill, load_run, neurons
 from lasnn.errors import UserError
 from lasnn.export import Disagreement, export, nir_graph
-from lasnn.export.nir_graph import DT
+from lasnn.export.nir_graph import DT, neuron_node
 from lasnn.export.nir_graph import build as to_nir
 from lasnn.network.staged import build
 from lasnn.network.units import NormSpike, snn_units
-from lasnn.neuron import IF, LIF
+from lasnn.neuron import IF, LIF, Neuron
 
 T, B, K = 4, 3, 5
 
@@ -151,6 +151,29 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_of_users_networks(part, tmp_path):
     compare(ready(own(PARTS[part])), tmp_path)
+
+
+def test_a_module_that_is_two_stages(tmp_path):
+    act, pool = snn_units(), nn.AvgPool2d(2)
+    stages = {"stage1": first(act), "stage2": pool, "stage3": nn.Sequential(nn.Conv2d(2, 2, 1), act(2)), "stage4": pool}
+    head = nn.Sequential(nn.Flatten(), nn.Linear(2 * 7 * 7, K))
+    compare(ready(Staged(stages, head)), tmp_path)
+
+
+class Slow(LIF):
+    """Its time constant is its own, and no option."""
+
+    def __init__(self):
+        Neuron.__init__(self, threshold=1.0)
+
+    @property
+    def time_constant(self):
+        return 3.0
+
+
+def test_a_neuron_with_a_time_constant_of_its_own():
+    kept, own = neuron_node(LIF(tau=3.0), (2,)), neuron_node(Slow(), (2,))
+    assert all(np.array_equal(getattr(kept, name), getattr(own, name)) for name in ("tau", "v_threshold", "v_reset"))
 
 
 def test_a_forward_that_adds_and_flattens_by_itself(tmp_path):

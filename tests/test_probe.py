@@ -188,6 +188,10 @@ NETWORKS = {
         {"stage2": lambda act: Do(lambda x, a: F.dropout(a(x), 0.5), act(4))},
         "stage2 gives two answers to one question, for it draws random numbers in evaluation",
     ),
+    "in place": (
+        {"stage2": lambda act: Do(lambda x, a: a(F.relu_(x)), act(4))},
+        "stage2 changes in place what stage1 returned, which a loss would then be given: set inplace to False in what",
+    ),
     "reads values": (
         {"stage2": lambda act: Do(lambda x, a: a(x) if x.sum().item() > 0 else x, act(4))},
         r"\(stage2: .*; make tensors on the input's device",

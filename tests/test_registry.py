@@ -3,7 +3,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from lasnn import architectures, losses
+from lasnn import architectures, losses, teachers
 from lasnn.errors import UserError
 from lasnn.registry import REGISTRIES, REQUIRED, Registry
 
@@ -54,6 +54,16 @@ def test_duplicates_are_refused_and_say_where_the_first_is(registry):
     with pytest.raises(ValueError, match=r"thing 'a' is already registered \(.*test_registry.py:\d+\)"):
         registry.register("a")(other)
     assert registry.build("a") == 1
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "kind"), [(teachers, "resnet18", "architecture"), (architectures, "timm", "teacher")]
+)
+def test_teachers_and_architectures_share_their_names(registry, name, kind):
+    """A recipe's teacher.architecture takes either."""
+    with pytest.raises(ValueError, match=rf"{name}'.*there is {kind} '{name}' \(.*\.py:\d+\).*choose another name"):
+        registry.register(name)(lambda act, *, in_channels, num_classes: None)
+    assert name not in registry
 
 
 def test_a_name_can_be_given_again_once_it_is_forgotten(registry):

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 from torchvision import datasets as published
 
+from lasnn import evaluate, load_run
 from lasnn.data.archive import md5
 from lasnn.data.cifar import Cifar10, Cifar100
 from lasnn.data.fashion_mnist import FashionMnist, FashionMnistMini
 from lasnn.data.idx import write_idx
 from lasnn.data.tiny_imagenet import TinyImageNet
+from lasnn.errors import UserError
 from lasnn.plan import make_plan
 from lasnn.recipe.load import shipped, summary
 from lasnn.recipe.schema import Recipe
@@ -90,6 +92,35 @@ def data(tmp_path_factory):
     (tiny / "val/val_annotations.txt").write_text("".join(lines))
     yield root
     patch.undo()
+
+
+def test_classes_that_only_the_images_name_are_compared_once_they_are_read(data, tmp_path, monkeypatch):
+    """Tiny ImageNet's stand on disk: its networks can be measured, teach and be started from."""
+    monkeypatch.chdir(tmp_path)
+    kept = ["data.name=tiny-imagenet", f"data.root={data}", "data.augment=[]", "device=cpu", "student.timesteps=1"]
+    kept += [f"{table}.{setting}" for table in ("teacher", "student") for setting in ("architecture=vgg5", "width=4")]
+    kept += [f"data.batch_size={CLASSES // 2}", "losses=[{name='cross-entropy'}]"]
+    short = [f"{table}.{setting}" for table in ("teacher", "distill") for setting in ("epochs=1", "warmup_epochs=0.0")]
+    distill("quickstart", "first", overrides=kept + short)
+    run = load_run("first")
+    assert run.description.classes[0] == "n00000000"
+    assert evaluate("first", 1)[0]["timesteps"] == 1
+    taught = ["teacher={checkpoint='first',architecture='vgg5',width=4}", "student.init=first/student.safetensors"]
+    distill("quickstart", "second", overrides=[*kept, *taught, *short[2:]])
+    # Compared they are, once they are known.
+    wnids = data / "tiny-imagenet-200" / "wnids.txt"
+    text = wnids.read_text()
+    first, second, *others = text.split()
+    wnids.write_text("\n".join([second, first, *others]))
+    try:
+        for attempt in (
+            lambda: evaluate("first", 1),
+            lambda: distill("quickstart", "third", overrides=kept + taught + short[2:]),
+        ):
+            with pytest.raises(UserError, match="class"):
+                attempt()
+    finally:
+        wnids.write_text(text)
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -346,6 +346,32 @@ def test_scales_refuse_what_has_none():
         Scales(ann, (2, 8, 8))
 
 
+@pytest.mark.parametrize("product", [lambda x, gain: x * gain, lambda x, gain: gain * x, lambda x, gain: x / gain])
+def test_a_learnt_gain_keeps_the_scale_whichever_comes_first(product):
+    class Gain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((4, 1, 1), 0.5))
+
+        def forward(self, x):
+            return product(x, self.gain)
+
+    ann, _ = networks("vgg5", {"width": 4})
+    ann.stage1.append(Gain())
+    assert Scales(ann, (2, 8, 8)).layers
+
+
+def test_nothing_is_divided_by_a_signal():
+    class Inverse(nn.Module):
+        def forward(self, x):
+            return 1 / x
+
+    ann, _ = networks("vgg5", {"width": 4})
+    ann.stage1.append(Inverse())
+    with pytest.raises(UserError, match="has no one scale"):
+        Scales(ann, (2, 8, 8))
+
+
 def test_a_recipe_with_a_start_is_written_and_read_again(tiny):
     recipe = Recipe.load(tiny, [*TWIN, "start.activation=qcfs", "student.init=converted"])
     text = recipe.to_toml()

@@ -76,13 +76,15 @@ class Dataset(ABC):
     Making one touches no file, so that a dry run needs no data on disk. A subclass sets the attributes below:
     `mean` and `std` are per channel, of training pixels in [0, 1]; `augment` names the augmentations that are
     used unless the recipe says otherwise; `source` says where `load` read from and is empty before that; `shipped_part`
-    names a registered part of it that ships with lasnn, if there is one; `reads_root` is False where all of it does.
+    names a registered part of it that ships with lasnn, if there is one; `reads_root` is False where all of it does;
+    `classes_known` is False as long as `classes` has the number of classes alone, their names being read by `load`.
     """
 
     channels: int
     height: int
     width: int
     classes: tuple[str, ...]
+    classes_known: bool = True
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train_size: int

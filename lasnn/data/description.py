@@ -4,7 +4,7 @@ from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lasnn.data.picture import KEY_BYTES
 from lasnn.errors import UserError, printable
@@ -49,6 +49,8 @@ class DatasetDescription:
     fingerprints: tuple[str, ...] = ()
     # Of the run, not of the data set: a student's file has it in its recipe.
     validation: int = field(default=0, compare=False)
+    # A run begins once its images are loaded.
+    classes_known: ClassVar[bool] = True
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; about 11 characters for each file of the user's own."""

@@ -43,6 +43,7 @@ class TinyImageNet(Dataset):
 
     channels, height, width = 3, 64, 64
     classes = tuple(map(str, range(200)))
+    classes_known = False
     train_size, test_size = 100_000, 10_000
     # Taken from public training code, where these are the usual ones; not measured here, for lack of the data.
     # The same means also come with the deviations (0.2302, 0.2265, 0.2262) there.
@@ -84,7 +85,7 @@ class TinyImageNet(Dataset):
         if lost:
             raise UserError(*lost)
         self.train_size, self.test_size = map(len, images)
-        self.classes = classes
+        self.classes, self.classes_known = classes, True
         self.source = f"{folder}" + (f", {len(reasons)} unreadable images skipped" if reasons else "")
         return images
 

@@ -15,6 +15,7 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 
 import copy
 import math
+from collections import Counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -54,6 +55,7 @@ MEMBRANE_START = {
 # Those whose thresholds are chosen for one T: another T is another conversion.
 OF_ONE_T = ("threshold-iteration", "light-calibration")
 CONVERTIBLE = (nn.ReLU, QCFS)
+ONE_PLACE = "a spiking neuron has one voltage and one threshold: call act() once for each place"
 
 # What may stand between the units: for a spike train it commutes with the mean over time.
 LINEAR = (
@@ -242,8 +244,8 @@ def check(
     network = teacher.network
     named = units(network) if isinstance(network, Staged) else {}
     if not named:
-        found = not_linear(network, image) if isinstance(network, Staged) else []
-        names = ", ".join(dict.fromkeys(place for place, _ in found[:3])) or type(network).__name__
+        found = outside_units(network, image).not_linear if isinstance(network, Staged) else {}
+        names = ", ".join(dict.fromkeys(place for place, _ in list(found)[:3])) or type(network).__name__
         raise UserError(
             "the teacher cannot be converted: it is not made of the units that an architecture gets as `act` "
             f"({names}); choose one of `lasnn list architectures`"
@@ -253,11 +255,21 @@ def check(
         for name, unit in named.items()
         if not isinstance(unit.activation, CONVERTIBLE)
     ]
+    places: dict[nn.Module, str] = {}
+    for name, unit in network.named_modules(remove_duplicate=False):
+        if isinstance(unit, NormActivate) and places.setdefault(unit, name) != name:
+            problems.append(f"{name} cannot be converted: it is the same unit as {places[unit]}; {ONE_PLACE}")
+    outside = outside_units(network, image)
+    problems += [
+        f"{name} cannot be converted: it runs {count} times in a pass; {ONE_PLACE}"
+        for name, count in outside.runs.items()
+        if count > 1
+    ]
     problems += [
         f"{place} cannot be converted: {op} is not linear; between the units only convolutions, linear layers, batch "
         "norm, average pools and sums commute with the mean over time"
         + ('; train a teacher with average pools (teacher.pool = "avg" where the option is there)' * ("pool" in op))
-        for place, op in not_linear(network, image)
+        for place, op in outside.not_linear
     ]
     if not problems and method == "qcfs" and not all(isinstance(unit.activation, QCFS) for unit in named.values()):
         problems = [
@@ -288,15 +300,26 @@ def units(network: Staged) -> dict[str, NormActivate]:
 
 
 class OutsideUnits(TorchDispatchMode):
-    """Collects the operations outside the units of a network that are not linear, with the module that runs them."""
+    """Collects what a network does outside its units that is not linear, and how often each unit runs.
+
+    Attributes:
+        not_linear: (module, operation), in order.
+        runs: calls of each unit, by name.
+    """
 
     def __init__(self, network: Staged):
         super().__init__()
-        self.found: dict[tuple[str, str], None] = {}
+        self.not_linear: dict[tuple[str, str], None] = {}
+        self.runs: Counter[str] = Counter()
         self._running: list[tuple[str, nn.Module]] = []
         for name, module in network.named_modules():
-            module.register_forward_pre_hook(lambda module, _, name=name: self._running.append((name, module)))
+            module.register_forward_pre_hook(lambda module, _, name=name: self._enter(name, module))
             module.register_forward_hook(self._leave)
+
+    def _enter(self, name: str, module: nn.Module) -> None:
+        self._running.append((name, module))
+        if isinstance(module, NormActivate):
+            self.runs[name] += 1
 
     def _leave(self, *_: object) -> None:
         self._running.pop()
@@ -308,20 +331,20 @@ class OutsideUnits(TorchDispatchMode):
             tensors = sum(isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter) for arg in args)
             if name not in LINEAR.split() or (name in ("mul", "div") and tensors > 1):
                 place, module = self._running[-1] if self._running else ("", None)
-                self.found[f"{place or 'the network'} ({type(module).__name__})", name] = None
+                self.not_linear[f"{place or 'the network'} ({type(module).__name__})", name] = None
         return op(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def not_linear(network: Staged, image: tuple[int, int, int]) -> list[tuple[str, str]]:
-    """(module, operation) of everything between the units of a network that is not linear in eval mode."""
+def outside_units(network: Staged, image: tuple[int, int, int]) -> OutsideUnits:
+    """What one pass of a network does in eval mode, of images [C, H, W]."""
     network = copy.deepcopy(network).to("meta").eval()
     # Hooks stay on the copy.
     outside = OutsideUnits(network)
     x = torch.empty(1, 1, *image, device="meta")
     with outside:
         network(x)
-    return list(outside.found)
+    return outside
 
 
 def learnt_thresholds(teacher: Teacher) -> dict[str, float]:

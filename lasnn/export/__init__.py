@@ -53,9 +53,9 @@ def export(
         data_root: the folder of the images; given, they must be there and be the run's. None is where the run has them.
 
     Returns:
-        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `data_changes`
-        (since the run began, a line each), `verified_on` ("test images" or "drawn images", and then `why_drawn`),
-        `verified` and `agreements`, an `Agreement` for each reader.
+        `file`, `format`, `timesteps`, `bytes`, `takes` and `gives` (input and output, in words), `needs` (files that
+        must lie beside it), `data_changes` (since the run began, a line each), `verified_on` ("test images" or "drawn
+        images", and then `why_drawn`), `verified` and `agreements`, an `Agreement` for each reader.
 
     Raises:
         UserError: everything that is wrong with the arguments, or what the format cannot say of this student.
@@ -88,6 +88,7 @@ def export(
             "bytes": temporary.stat().st_size,
             "takes": exporter.takes,
             "gives": exporter.gives,
+            "needs": exporter.needs,
             **facts,
             "verified": not any(found.problem for found in agreements),
             "agreements": [found.as_json() for found in agreements],

@@ -111,7 +111,7 @@ class Exporter(ABC):
             neurons[student.neuron.name],
             encoders[student.encoder_table.name],
         )
-        own = [entry for entry in entries if not entry.function.__module__.startswith("lasnn.")]
+        own = [entry for entry in entries if entry.own]
         try:
             yield
         except UserError:
@@ -137,6 +137,11 @@ class Exporter(ABC):
     def gives(self) -> str:
         """What the file gives, for people."""
         return f"logits [B, {len(self.run.description.classes)}], the mean over the steps"
+
+    @property
+    def needs(self) -> list[str]:
+        """The files that must lie beside the exported one for its readers."""
+        return []
 
     def description(self) -> dict[str, Any]:
         """What the metadata of every format says: the network, the data, T, the encoder and the whole recipe."""

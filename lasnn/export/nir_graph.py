@@ -116,12 +116,14 @@ class StageSequence(nn.Module):
 
     def __init__(self, network: Staged):
         super().__init__()
-        for name in ("stem", *network.stage_names, "head"):
+        self.names = ("stem", *network.stage_names, "head")
+        for name in self.names:
             self.add_module(name, getattr(network, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.children():
-            x = part(x)
+        # By name: children() has a module that is two stages once.
+        for name in self.names:
+            x = getattr(self, name)(x)
         return x
 
 
@@ -336,7 +338,7 @@ def neuron_node(neuron: Neuron, shape: tuple[int, ...], factor: float = 1.0) -> 
     """A neuron whose input is `factor` times its node's; no spike is changed."""
     threshold = (neuron.options["threshold"] - neuron.options["v_reset"]) / factor
     tau = float(neuron.time_constant)
-    if not math.isinf(tau) and not neuron.options["decay_input"]:
+    if not math.isinf(tau) and not neuron.options.get("decay_input", False):
         threshold /= tau
 
     def each(value: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lasnn import weights
 from lasnn.export.exporter import Exporter, Reader, Sample
 from lasnn.export.verification import observe
-from lasnn.loaded_run import load_run
+from lasnn.loaded_run import load_student_file
 from lasnn.registry import exporters
 
 
@@ -23,8 +23,13 @@ class SafetensorsExporter(Exporter):
     def write(self, path: Path) -> None:
         weights.save_weights(path, self.student.network.state_dict(), self.description())
 
+    @property
+    def needs(self) -> list[str]:
+        return [plugin.name for plugin in self.run.recipe.plugin_sources()]
+
     def readers(self, path: Path) -> Sequence[Reader]:
-        loaded = load_run(path).student
+        # The plugins are where the run has them, whatever lies beside the file.
+        loaded = load_student_file(path, self.run.recipe.folder).student
         # As a program would that has never heard of lasnn.
         loaded.network.load_state_dict(load_file(path))
 

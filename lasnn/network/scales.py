@@ -153,7 +153,8 @@ class _Trace(TorchDispatchMode):
             return output
         name = op.overloadpacket.__name__.removesuffix("_")
         # A product with a number, or with weights, keeps the scale; a sum with them does not.
-        product = name in ("mul", "div") and traced == tensors[:1]
+        factors = tensors if name == "mul" else tensors[:1] if name == "div" else ()
+        product = len(traced) == 1 and any(one is traced[0] for one in factors)
         shifts = name in ("add", "sub") and len(traced) < 2
         if shifts or not (name in HOMOGENEOUS.split() or product):
             place, module = self._running[-1] if self._running else ("", None)

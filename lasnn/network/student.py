@@ -67,6 +67,10 @@ class Student(nn.Module):
         """
         if self.timesteps > TIME_CHUNK and self._can_pause():
             pieces, voltages, features = [], {}, {}
+            if generator is None and self.encoder.random:
+                # Each piece is cut from the same draws.
+                seed = int(torch.randint(2**63 - 1, ()))
+                generator = torch.Generator(images.device).manual_seed(seed)
             for start in range(0, self.timesteps, TIME_CHUNK):
                 stop = min(start + TIME_CHUNK, self.timesteps)
                 place = {"first": first, "total": total, "start": start, "stop": stop}
@@ -135,11 +139,10 @@ class Student(nn.Module):
             with self.network.time.carry_state(voltages, start) as after:
                 logits, features = self.network(encoded, stop - start, taps)
             sums = {
-                # A current is already the mean over the chunk.
-                name: (stop - start) * feature[0]
-                if name.endswith(CURRENT)
-                else feature.to(state_dtype(feature.dtype)).sum(0)
-                for name, feature in features.items()
+                # A current is already the mean over the chunk; and what comes before the first unit may be constant.
+                name: (stop - start) * feature[0] if len(feature) == 1 else feature.sum(0)
+                for name, value in features.items()
+                for feature in (value.to(state_dtype(value.dtype)),)
             }
             found = None if of_steps is None else (stop - start) * of_steps(logits, features)
             return logits, sums, found, after, None if draws is None else draws.get_state()

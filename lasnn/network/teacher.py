@@ -49,12 +49,14 @@ class Teacher(nn.Module):
 
     @property
     def classifier(self) -> Classifier:
-        """The last nn.Linear of the head, without gradient.
+        """The last nn.Linear of the head, without gradient; of a network from elsewhere that is called as a whole, of
+        what it registers behind its last stage.
 
         Raises:
             UserError: there is none.
         """
-        layers = [layer for layer in self.network.head.modules() if isinstance(layer, nn.Linear)]
+        head = self.network.modules_by_part()["head"].values()
+        layers = [layer for layer in head if isinstance(layer, nn.Linear)]
         if not layers:
             raise UserError("the teacher's head has no nn.Linear, so that it has no classifier")
         weight, bias = layers[-1].weight.detach(), layers[-1].bias

@@ -116,7 +116,7 @@ class HookedView(WholeView):
         seen: dict[str, list[tuple[object, int]]] = {name: [] for name in self.stage_names if name in taps}
 
         def keep(name: str, output: object) -> None:
-            seen[name].append((output, _version(output)))
+            seen[name].append((output, version_of(output)))
 
         hooks = [
             self.network.get_submodule(self.paths[name]).register_forward_hook(
@@ -153,7 +153,7 @@ class HookedView(WholeView):
                 f"{said} returns {what} for {images} images; a stage returns a map [B, C, H, W]. Name another module, "
                 "or have the plugin return a lasnn.network.StagedView whose stages reshape it"
             )
-        if _version(output) != version:
+        if version_of(output) != version:
             raise UserError(
                 f"{said} has its output changed in place by what follows; name the module that changes it, or set its "
                 "inplace to False"
@@ -161,7 +161,7 @@ class HookedView(WholeView):
         return output
 
 
-def _version(x: object) -> int:
+def version_of(x: object) -> int:
     """How often a tensor was changed in place; under inference mode PyTorch does not count."""
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 

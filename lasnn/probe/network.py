@@ -19,7 +19,7 @@ from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormSpike
-from lasnn.network.whole import WholeView
+from lasnn.network.whole import WholeView, version_of
 from lasnn.probe.answers import IMAGES, kind, random_images, said, same, two_answers
 from lasnn.random import generator, keyed
 from lasnn.recipe.schema import Recipe
@@ -121,9 +121,16 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
         yield from features.items()
         yield "head", logits
         return
+    before, version = "", 0
     for name in ("stem", *network.stage_names, "head"):
+        given = x
         with _at_size(name, image, x, who):
             x = getattr(network, name)(x)
+        if before in network.stage_names and version_of(given) != version:
+            raise UserError(
+                f"{who}{name} changes in place what {before} returned, which a loss would then be given: set inplace "
+                f"to False in what {name} begins with, or count it to {before}"
+            )
         if isinstance(x, Tensor) and (x.ndim == 0 or len(x) not in (IMAGES, timesteps * IMAGES)):
             raise UserError(
                 f"{who}{name} returns {list(x.shape)} for {IMAGES} images x {timesteps} steps: its first dimension "
@@ -131,6 +138,7 @@ def _walk(network: Staged, image: tuple[int, int, int], timesteps: int, who: str
             )
         if x is None:
             raise UserError(f"{who}{name} returns nothing; does its forward() end in a return?")
+        before, version = name, version_of(x)
         yield name, x
 
 

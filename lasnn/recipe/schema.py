@@ -253,6 +253,11 @@ class Recipe(Section):
         return Path(self._source).stem if self.run_folder is None else re.sub(r"-\d+$", "", self.run_folder.name)
 
     @property
+    def folder(self) -> Path:
+        """Where its plugins lie."""
+        return self._folder
+
+    @property
     def run_folder(self) -> Path | None:
         """The run folder whose recipe this is; None where it is a file of its own."""
         folder = self._folder.absolute()
