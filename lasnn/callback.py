@@ -13,6 +13,7 @@ A callback is told, it does not steer: whatever it does, the weights are the sam
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ class CallbackList(Callback):
 
     def _tell(self, event: str, *arguments: Any) -> None:
         for callback, entry in self.told:
+            # Each has figures of its own, so that none can change what the run goes on with.
+            own = [deepcopy(argument) if isinstance(argument, Mapping) else argument for argument in arguments]
             with translate_errors(entry) if entry else nullcontext():
-                getattr(callback, event)(*arguments)
+                getattr(callback, event)(*own)
 
     def start(self, plan: Any, run: Path) -> None:
         self._tell("start", plan, run)

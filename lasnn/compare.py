@@ -31,11 +31,12 @@ from lasnn.evaluation.iso_accuracy import (
 from lasnn.markdown import markdown_table
 from lasnn.open_run import finished
 from lasnn.plan import Plan, make_plan, read_plan
+from lasnn.recipe.check import teaches_classes
 from lasnn.recipe.load import find, toml_value
 from lasnn.recipe.paths import expanded
 from lasnn.recipe.schema import LossTable, Recipe
 from lasnn.registry import losses
-from lasnn.run import RUNS, RunFolder
+from lasnn.run import CONDITIONS, RUNS, RunFolder, conditions_of
 from lasnn.training.distill import distill
 from lasnn.training.stop import Stopped
 
@@ -45,16 +46,6 @@ MEASURES = {
     "accuracy": "test accuracy",
     "validation_accuracy": "accuracy on the images held out",
     "validation_nll": "negative log-likelihood on the images held out (lower is better)",
-}
-# What the figures of a run depend on besides its recipe: the key of env.json, and what tables call it.
-CONDITIONS = {
-    "device": "{}",
-    "device_name": "{}",
-    "precision": "{}",
-    "threads": "{} threads",
-    "lasnn": "lasnn {}",
-    "torch": "torch {}",
-    "python": "Python {}",
 }
 # What a row has of its own, and the option that sets it.
 OF_A_ROW = {"seed": "--seeds", "student.timesteps": "--timesteps"}
@@ -253,16 +244,17 @@ class Comparison:
         """What the runs that are done were made with, by what: how many runs have each value."""
         found: dict[str, dict[Any, int]] = {}
         for known in self.environments.values():
-            for key in CONDITIONS:
-                if key in known:
-                    counts = found.setdefault(key, {})
-                    counts[known[key]] = counts.get(known[key], 0) + 1
+            for key, values in conditions_of(known).items():
+                counts = found.setdefault(key, {})
+                value = values[0] if len(values) == 1 else ", then ".join(map(str, values))
+                counts[value] = counts.get(value, 0) + 1
         return found
 
     def warnings(self) -> list[str]:
         """A line where the rows cannot be compared as they stand: the runs were made under different conditions."""
-        mixed = [counts for counts in self.conditions().values() if len(counts) > 1]
-        if not mixed:
+        mixed = any(len(counts) > 1 for counts in self.conditions().values())
+        within = (values for known in self.environments.values() for values in conditions_of(known).values())
+        if not mixed and all(len(values) == 1 for values in within):
             return []
         return [
             "The runs were not made under the same conditions, and a difference between rows may come from that; give "
@@ -509,11 +501,15 @@ def without_teacher(recipe: Recipe) -> tuple[str, ...]:
     weight is half the rate.
     """
     kept = [loss for loss in recipe.losses if not needs_teacher(loss.name)]
-    of_labels = sum(loss.weight for loss in kept if "targets" in losses[loss.name].inputs)
-    raised = 1 / of_labels if 0 < of_labels < 1 else 1.0
+    of_labels = [loss for loss in kept if "targets" in losses[loss.name].inputs]
+    weight = sum(loss.weight for loss in of_labels if loss.schedule == "constant")
+    if not weight or not any(map(teaches_to_the_end, kept)):
+        # Labels whose weight falls to 0 left the rest of the training to the teacher.
+        kept = [loss for loss in kept if loss.weight and loss not in of_labels]
+    raised = 1 / weight if 0 < weight < 1 else 1.0
     terms = [entry(loss) | ({"weight": loss.weight * raised} if raised > 1 else {}) for loss in kept]
-    if not of_labels:
-        terms = [term for term in terms if term.get("weight", 1.0)] + [{"name": "cross-entropy"}]
+    if not any(map(teaches_to_the_end, kept)):
+        terms.append({"name": "cross-entropy"})
     given = [f"losses={toml_value(terms)}"]
     if recipe.start is None and recipe.student.init in ("teacher", "copied", "converted"):
         given += from_random(recipe)
@@ -522,12 +518,17 @@ def without_teacher(recipe: Recipe) -> tuple[str, ...]:
     return (*given, "teacher=")
 
 
+def teaches_to_the_end(loss: LossTable) -> bool:
+    """Whether a term says which class an image is of for as long as the training lasts."""
+    return teaches_classes(loss.name) and loss.weight > 0 and loss.schedule == "constant"
+
+
 def ablations(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """Name -> settings of the recipe without one of what comes from the teacher; none where that is one thing only."""
     found = {}
     for left_out in (loss for loss in recipe.losses if needs_teacher(loss.name)):
         kept = [loss for loss in recipe.losses if loss is not left_out]
-        if any("logits" in losses[loss.name].inputs for loss in kept):
+        if any(map(teaches_to_the_end, kept)):
             found[f"without {left_out.name}"] = (f"losses={toml_value([entry(loss) for loss in kept])}",)
     if recipe.start:
         found["without the start's weights"] = (*from_random(recipe), "start=")

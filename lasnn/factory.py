@@ -21,6 +21,7 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import Act, ann_units, snn_units
 from lasnn.network.whole import HookedView, WholeView, children_of
+from lasnn.recipe.paths import unfinished
 from lasnn.recipe.schema import Recipe, StudentTable, TeacherTable
 from lasnn.registry import Entry, architectures, datasets, encoders, teachers, translate_errors
 
@@ -227,6 +228,8 @@ def find_checkpoint(recipe: Recipe, name: str = "teacher") -> Path:
         inside = [file.name for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
         holds = f" (it has {', '.join(inside[:5])}{', ...' * (len(inside) > 5)})" if inside else ""
         raise UserError(f"no file {path / kept}{holds}; {fix}")
+    if name == "student" and path.is_dir() and unfinished(path):
+        raise UserError(f"the run {path} is not finished; finish it, or give {path / kept}, what it had before")
     path = path / kept if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"no file {path}; {fix}")

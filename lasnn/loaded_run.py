@@ -19,7 +19,7 @@ from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.plan import check_validation
 from lasnn.recipe.load import parse
-from lasnn.recipe.paths import expanded
+from lasnn.recipe.paths import expanded, unfinished
 from lasnn.recipe.schema import Recipe
 from lasnn.registry import datasets
 from lasnn.run import DATA, RunFolder, find_run, load_into, resume_command
@@ -143,8 +143,10 @@ def load_run(run: str | Path | None = None, device: str = "cpu", *, data_root: s
         recipe, weights = _recipe_in(folder.path, folder.path.parent), folder.path
     else:
         recipe, weights = Recipe.load(folder / "recipe.toml"), folder / "student.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{folder} has no student yet; finish it with `{resume_command(folder.path)}`")
+    if not weights.is_file() or unfinished(folder.path):
+        before = f", or give {weights}, what it had when it was finished before" if weights.is_file() else ""
+        what = "is not finished" if before else "has no student yet"
+        raise UserError(f"{folder} {what}; finish it with `{resume_command(folder.path)}`{before}")
     if data_root is not None:
         root = str(expanded(data_root, "--data").absolute())
         if not datasets[recipe.data.name].function.reads_root:

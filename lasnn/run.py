@@ -15,6 +15,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ RUNS = Path("runs")
 MODEL = "model:"
 DATA = "data.json"
 STATE_FILE = "last.pt"
+# What the figures of a run depend on besides its recipe: the key of env.json, and what tables call it.
+CONDITIONS = {
+    "device": "{}",
+    "device_name": "{}",
+    "precision": "{}",
+    "threads": "{} threads",
+    "lasnn": "lasnn {}",
+    "torch": "torch {}",
+    "python": "Python {}",
+}
 WRITTEN = (
     "recipe.toml",
     "env.json",
@@ -184,8 +195,41 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "world_size": processes.world_size(),
+        # What stands in the place of "lasnn".
+        "launcher": processes.launcher(),
         "command": sys.argv,
     }
+
+
+def sessions(known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a run's `env.json` says of each time that it was trained: the first, and those that went on with it."""
+    last = {key: value for key, value in known.items() if key != "earlier"}
+    return [*known.get("earlier", []), *([last] if last else [])]
+
+
+def earlier_sessions(run: RunFolder) -> list[dict[str, Any]]:
+    """Those of a run that is resumed, each kind once; none where its env.json is damaged, which is written anew."""
+    try:
+        found = sessions(run.read_json("env.json"))
+    except UserError:
+        return []
+    return [one for at, one in enumerate(found) if one not in found[:at]]
+
+
+def changed_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What a resumed run goes on with that is other than before, a line each."""
+    for key, form in CONDITIONS.items():
+        if before.get(key, now[key]) != now[key]:
+            yield f"the run goes on with {form.format(now[key])}, it had {form.format(before[key])} before"
+
+
+def conditions_of(known: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What a run was made under, by the keys of `CONDITIONS`: more than one value where a resumed run went on under
+    others.
+    """
+    made = sessions(known)
+    found = {key: list(dict.fromkeys(one[key] for one in made if key in one)) for key in CONDITIONS}
+    return {key: values for key, values in found.items() if values}
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, str]:

@@ -40,6 +40,18 @@ def test_the_first_step_is_that_of_distill(tiny, settings):
         assert torch.equal(parameter.grad, kept[number]["momentum_buffer"]), number
 
 
+def test_a_deterministic_recipes_teacher_is_trained_as_it_says(tiny, monkeypatch):
+    """Its place in the cache promises it."""
+    seen = []
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "zero_grad",
+        lambda *_, **__: seen.append(torch.are_deterministic_algorithms_enabled()),
+    )  # fmt: skip
+    build(tiny, overrides=[*ONE_STEP, "deterministic=true", "seed=5"], train_teacher=True)
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_ten_lines_of_pytorch_train_with_it(tiny):
     built = build(tiny, train_teacher=True)
     optimizer = torch.optim.SGD(built.student.parameters(), lr=0.05, momentum=0.9)

@@ -35,6 +35,40 @@ def test_everybody_is_told_and_nothing_else_changes(tiny):
     assert digest(run / "student.safetensors") == digest(distill(tiny, overrides=SHORT) / "student.safetensors")
 
 
+class Meddler(Callback):
+    """Changes all that it is told, in place."""
+
+    def teacher(self, result):
+        result["accuracy"] = 100.0
+
+    def step(self, step, rate, sums, weights):
+        for total in sums.values():
+            total.mul_(0)
+        sums.clear()
+        weights.clear()
+
+    def end_epoch(self, metrics):
+        metrics["losses"].clear()
+        metrics["accuracy"] *= 100
+
+    def finish(self, summary, run):
+        summary.clear()
+
+
+def test_a_callback_cannot_change_the_runs_figures(tiny):
+    told = AccuracyMetrics()
+    plain = distill(tiny, overrides=[*SHORT, "seed=7"])
+    (tiny.parent / "runs" / "teachers").unlink()
+    run = distill(tiny, overrides=[*SHORT, "seed=7"], callbacks=[Meddler(), told])
+    assert told.counts["finish"] == 1
+
+    def figures(of):
+        epochs = [{key: epoch[key] for key in ("phase", "loss", "losses", "accuracy")} for epoch in of.metrics()]
+        return epochs, of.read_json("teacher.json")["accuracy"], of.read_json("summary.json")["accuracy"]
+
+    assert figures(run) == figures(plain)
+
+
 def test_callbacks_are_closed_when_a_run_is_stopped(tiny):
     told = AccuracyMetrics()
     with pytest.raises(Stopped):

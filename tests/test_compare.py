@@ -73,6 +73,10 @@ def test_runs_of_other_conditions_are_said():
     assert "not made under the same conditions" in text
     assert plain["conditions"]["threads"] == 1
     assert "torch" not in plain["conditions"]
+    # A run that was stopped, and went on with something else, is of both.
+    found.environments = {key: {**known, "threads": 2, "earlier": [known]} for key in found.environments}
+    assert "1, then 2 threads, lasnn 1," in found.as_markdown()
+    assert found.warnings()
     assert plain["mixed_conditions"] == {"torch": {"2.8": 3, "2.9": 1}}
 
 
@@ -84,12 +88,29 @@ def test_runs_of_other_conditions_are_said():
         ('{name="cross-entropy", weight=2}, {name="logit-kd"}', '[{ name = "cross-entropy", weight = 2.0 }]'),
         ('{name="entropy", weight=0.1}, {name="logit-kd"}',
          '[{ name = "entropy", weight = 0.1 }, { name = "cross-entropy" }]'),
+        ('{name="cross-entropy", weight=0.3, schedule="until", until=0.5}, {name="logit-kd"}',
+         '[{ name = "cross-entropy" }]'),
+        ('{name="cross-entropy", weight=2, schedule="cosine"}, {name="entropy"}, {name="logit-kd"}',
+         '[{ name = "entropy" }, { name = "cross-entropy" }]'),
     ],
 )  # fmt: skip
 def test_alone_learns_from_labels_at_their_full_weight(tiny, terms, alone):
     """A weight below 1 makes room for the teacher's terms; alone it would be a lower rate, and no fair row."""
     arms = rows(Recipe.load(tiny, [f"losses=[{terms}]"]), [], [], {}, ablation=False)
-    assert f"losses={alone}" in next(arm for arm in arms if arm.name == "alone").settings
+    settings = next(arm for arm in arms if arm.name == "alone").settings
+    assert f"losses={alone}" in settings
+    read_plan(Recipe.load(tiny, settings))
+
+
+def test_an_ablation_keeps_what_teaches_to_the_end(tiny):
+    """Without its logits this recipe would teach nothing in its second half."""
+    terms = (
+        '{name="cross-entropy",schedule="until",until=0.5}, {name="logit-kd"}, {name="feature-mse"}, {name="attention"}'
+    )
+    arms = rows(Recipe.load(tiny, [f"losses=[{terms}]"]), [], [], {}, ablation=True)
+    assert [arm.name for arm in arms[2:]] == ["without feature-mse", "without attention"]
+    for arm in arms:
+        read_plan(Recipe.load(tiny, arm.settings))
 
 
 def test_a_table_before_its_rows_are_done_leaves_them_empty():
@@ -268,6 +289,9 @@ def test_a_match_by_hand():
     assert say_reached(found) == "3, 4, > 4"
     found = match("maxnorm", 2, {0: 0.85, 1: 0.7, 2: 0.7}, curves, 4)
     assert (found["ratio"], say_ratio(found)) == (None, "> 2")
+    # Of two seeds the median lies between 3 and what is above 4.
+    found = match("maxnorm", 2, {0: 0.7, 2: 0.7}, curves, 4)
+    assert (found["ratio"], say_ratio(found)) == (None, "> 1.75")
     found = match("maxnorm", 2, {0: 0.95, 1: 0.95, 2: 0.95}, curves, 4)
     assert say_reached(found) == "not reached by T = 4"
     assert accuracy_over_time(curves.values()) == {
@@ -284,6 +308,12 @@ def test_what_cannot_be_compared_with_its_conversion(lasnn, tiny):
     assert "--longest goes with --against-conversion" in lasnn("compare", tiny, "--longest", 4, code=2).stderr
     alone = lasnn(*wrong, "--set", "teacher=", "--variant", "x:distill.lr=0.1", code=2)
     assert "it has no [teacher] to convert" in alone.stderr
+    borrowed = ("teacher.architecture=torchvision", "teacher.model=resnet18", "teacher.width=", "teacher.epochs=1")
+    borrowed += ('losses=[{name="cross-entropy"},{name="logit-kd"}]',)
+    settings = [word for setting in borrowed for word in ("--set", setting)]
+    found = lasnn(*wrong, *settings, "--variant", "x:distill.lr=0.1", code=2).stderr
+    assert "the teacher cannot be converted: it is not made of the units" in found
+    assert "qcfs" not in found
     assert not (lasnn.folder / "c").exists()
 
 

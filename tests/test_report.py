@@ -343,6 +343,18 @@ def test_options(runs, tmp_path):
     assert out.read_text().endswith("own")
 
 
+def test_the_commands_are_those_of_as_many_processes(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs("hostile"), run)
+    known = json.loads((run / "env.json").read_text())
+    words = ["torchrun", "--nproc-per-node", "2", "-m", "lasnn"]
+    (run / "env.json").write_text(json.dumps({**known, "launcher": words, "command": ["x", "distill", "a.toml"]}))
+    page = Path(report(run, converted="none")["file"]).read_text()
+    read(page)
+    assert "torchrun --nproc-per-node 2 -m lasnn distill a.toml" in page
+    assert f"OMP_NUM_THREADS={known['threads']} torchrun --nproc-per-node 2 -m lasnn distill {run}/recipe.toml" in page
+
+
 def test_an_old_run_lacks_what_is_newer(runs, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(runs("hostile"), old)

@@ -4,12 +4,17 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from test_distillation import Notes, StopAt, digest
 from test_reliability import SHORT, stopped
 
-from lasnn import distill
+from lasnn import Callback, distill, evaluate, load_run
+from lasnn.compare import compare
 from lasnn.errors import UserError
+from lasnn.export import export
+from lasnn.report import report
 from lasnn.resume import changes_between
+from lasnn.run import sessions
 from lasnn.training.stop import Stopped
 
 BEFORE = 'seed = 0\n[data]\nroot = "a"\n[[losses]]\nname = "cross-entropy"\nweight = 1.0\n'
@@ -124,6 +129,58 @@ def test_more_epochs_at_a_constant_rate(tiny):
     run = distill(tiny, "out", overrides=[*constant, "distill.epochs=3"], resume=True)
     assert run.read_json("summary.json")["epochs"] == 3
     assert digest(run / "student.safetensors") == digest(whole / "student.safetensors")
+
+
+def test_a_run_that_goes_on_is_not_measured_by_the_student_that_it_had(tiny):
+    constant = ["teacher.epochs=1", "distill.min_lr=0.05"]
+    run = distill(tiny, "out", overrides=[*constant, "distill.epochs=1"])
+    before = load_run("out").student.network.state_dict()
+    with pytest.raises(Stopped):
+        distill(tiny, "out", overrides=[*constant, "distill.epochs=3"], resume=True, progress=StopAt("student", 2, 15))
+    for attempt in (
+        lambda: load_run("out"),
+        lambda: evaluate("out"),
+        lambda: export("out", "safetensors"),
+        lambda: distill(tiny, "other", overrides=[*constant, "student.init=./out"]),
+    ):
+        with pytest.raises(UserError, match=r"out is not finished; finish it.*or give .*student.safetensors, what it"):
+            attempt()
+    kept = load_run("out/student.safetensors").student.network.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in before.items())
+    distill(tiny, "out", overrides=[*constant, "distill.epochs=3"], resume=True)
+    assert load_run("out").summary["epochs"] == 3
+    assert (run / "student.safetensors").is_file()
+
+
+def test_a_resumed_run_says_what_it_goes_on_with_and_keeps_what_it_had(tiny):
+    stopped(tiny)
+    threads, notes = torch.get_num_threads(), Notes()
+    torch.set_num_threads(threads + 1)
+    try:
+        run = distill(tiny, "out", overrides=SHORT, resume=True, progress=notes)
+    finally:
+        torch.set_num_threads(threads)
+    said = f"the run goes on with {threads + 1} threads, it had {threads} threads before"
+    assert f"{said}: roundings may differ from here on" in notes.lines
+    known = run.read_json("env.json")
+    assert [session["threads"] for session in sessions(known)] == [threads, threads + 1]
+    assert "earlier" not in known["earlier"][0]
+    page = Path(report(run.path, converted="none")["file"]).read_text()
+    assert f"Its numbers are no single command's: {said}." in page
+
+
+def test_a_signal_after_the_last_step_ends_what_comes_next(tiny):
+    class Late(Callback):
+        def finish(self, summary, run):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny, "out", overrides=SHORT, callbacks=[Late()])
+    # All of it is there.
+    assert load_run("out").summary["epochs"] == 2
+    with pytest.raises(KeyboardInterrupt):
+        compare(tiny, seeds=2, overrides=SHORT, out="rows", progress=Late())
+    assert len(list(Path("rows").glob("*/summary.json"))) == 1
 
 
 def test_epochs_before_the_student_has_begun(tiny):

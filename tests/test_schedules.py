@@ -24,6 +24,19 @@ def test_weights_by_hand():
     assert LossTable(name="a", weight=0.3).weight_at(0.9) == 0.3
 
 
+def test_the_mean_weight_of_an_epoch_by_hand():
+    """ "until" a quarter of six epochs ends within the second."""
+    until = LossTable(name="a", weight=2.0, schedule="until", until=0.25)
+    assert [until.weight_in(epoch, 6) for epoch in (1, 2, 3, 6)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    assert until.weight_in(1, 1) == pytest.approx(0.5)
+    cosine = LossTable(name="a", weight=2.0, schedule="cosine")
+    for epochs in (1, 3):
+        for epoch in range(1, epochs + 1):
+            steps = [cosine.weight_at((epoch - 1 + step / 1000) / epochs) for step in range(1000)]
+            assert cosine.weight_in(epoch, epochs) == pytest.approx(sum(steps) / 1000, abs=2e-3)
+    assert LossTable(name="a", weight=0.3).weight_in(2, 3) == pytest.approx(0.3)
+
+
 def test_the_step_sets_the_weights_and_the_terms_stay_unweighted(tiny):
     """Eight steps an epoch, two epochs: the middle of the training is epoch 1, step 0."""
     built = build(tiny, overrides=[TERMS], train_teacher=True)

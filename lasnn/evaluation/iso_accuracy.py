@@ -17,8 +17,10 @@ from lasnn.evaluation.conversion import OF_ONE_T, Method, check
 from lasnn.evaluation.evaluate import evaluate, first_reaching
 from lasnn.factory import make_teacher
 from lasnn.plan import Plan
+from lasnn.recipe.check import teacher_registry
 from lasnn.recipe.load import toml_value
 from lasnn.recipe.schema import Recipe
+from lasnn.registry import teachers
 from lasnn.run import RunFolder
 from lasnn.weights import digest, load_weights
 
@@ -31,13 +33,14 @@ TOGETHER = 4
 
 
 def qcfs_settings(recipe: Recipe) -> tuple[str, ...] | None:
-    """Settings of the run that trains QCFS's own teacher, () where the recipe's is one; None where it is not trained.
+    """Settings of the run that trains QCFS's own teacher, () where the recipe's is one; None where it is not trained
+    or has activations of its own.
 
     The student of that run is of no use: one step, one epoch, cross-entropy.
     """
     if recipe.teacher.activation == "qcfs":
         return ()
-    if recipe.teacher.checkpoint is not None:
+    if recipe.teacher.checkpoint is not None or teacher_registry(recipe.teacher.architecture) is teachers:
         return None
     short = ("student.timesteps=1", "distill.epochs=1", "distill.warmup_epochs=0.0")
     return ("teacher.activation=qcfs", *short, f"losses={toml_value([{'name': 'cross-entropy'}])}")
@@ -148,10 +151,12 @@ def say_reached(found: Mapping[str, Any]) -> str:
 
 
 def say_ratio(found: Mapping[str, Any]) -> str:
-    """The median ratio; a bound where the median seed does not reach the accuracy."""
-    if found["ratio"] is None:
-        return f"> {found['longest'] / found['timesteps']:g}"
-    return f"{found['ratio']:g}"
+    """The median ratio; a lower bound where one of the seeds that it lies between does not reach the accuracy."""
+    if found["ratio"] is not None:
+        return f"{found['ratio']:g}"
+    longest = found["longest"]
+    bound = median([longest if step is None else step for step in found["reached"].values()] or [longest])
+    return f"> {bound / found['timesteps']:g}"
 
 
 def sentence(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from lasnn.errors import UserError
 from lasnn.loss.interface import Readout, at_one_step
 from lasnn.registry import losses
 
@@ -52,10 +53,13 @@ def logit_kd(
             does not see.
 
     Raises:
-        ValueError: `standardize` with fewer than three classes.
+        UserError: `standardize` with fewer than three classes.
     """
     if standardize and logits.shape[-1] < 3:
-        raise ValueError("standardize leaves nothing to learn of two classes: any two logits become 0.71 and -0.71")
+        raise UserError(
+            "standardize leaves nothing to learn of two classes: any two logits become 0.71 and -0.71; set "
+            "standardize = false"
+        )
     logits, teacher = logits.float(), teacher_logits.float()
     student = logits.mean(0, keepdim=True) if readout == "mean" else logits
     if noise > 0:

@@ -50,3 +50,8 @@ def recorded(key: str, folder: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a folder's run is being trained or was stopped; a finished one that goes on with more epochs is, too."""
+    return (folder / "metrics.jsonl").is_file() and not (folder / "summary.json").is_file()

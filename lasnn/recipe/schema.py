@@ -204,8 +204,12 @@ class LossTable(Part):
         return 0.0 if self.until is not None and done >= self.until else self.weight
 
     def weight_in(self, epoch: int, epochs: int) -> float:
-        """The weight in the middle of an epoch, which counts from 1."""
-        return self.weight_at((epoch - 0.5) / epochs)
+        """The mean weight over an epoch, which counts from 1."""
+        first, last = (epoch - 1) / epochs, epoch / epochs
+        if self.schedule == "cosine":
+            return self.weight * (1 + epochs * (math.sin(math.pi * last) - math.sin(math.pi * first)) / math.pi) / 2
+        done = 1.0 if self.until is None else min(max((self.until - first) / (last - first), 0.0), 1.0)
+        return self.weight * done
 
 
 class Recipe(Section):

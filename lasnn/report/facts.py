@@ -5,9 +5,10 @@ Shapes: T time steps, B batch, C channels, H x W pixels, K classes.
 
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate, Product
 from lasnn.recipe.schema import LossTable
 from lasnn.report.attention import measure_attention
-from lasnn.run import environment
+from lasnn.run import changed_conditions, environment, sessions
 
 # Attention is measured on at most so many test images, drawn once by the run's seed.
 ATTENTION_IMAGES = 1000
@@ -409,14 +410,21 @@ def how_trained(table: Any) -> str:
     return f"{epochs}, {table.optimizer} {table.lr:g}, weight decay {table.weight_decay:g}"
 
 
-def commands(run: Run) -> dict[str, str | None]:
-    """The command that was given, and the one that repeats the run from its folder."""
+def commands(run: Run) -> dict[str, Any]:
+    """The commands that were given, the one that repeats the run from its folder, and what it went on with that was
+    other than before.
+    """
     known = run.folder.read_json("env.json")
-    given: Iterable[str] = known.get("command") or []
-    words = [str(word) for word in given]
-    again = shlex.join(["lasnn", "distill", str(run.folder / "recipe.toml"), "--out", f"{run.folder.path}-again"])
+    made = sessions(known)
+    recipe, out = str(run.folder / "recipe.toml"), f"{run.folder.path}-again"
+    again = shlex.join([*known.get("launcher", ["lasnn"]), "distill", recipe, "--out", out])
     threads = known.get("threads")
     if threads and str(known.get("device", "cpu")) == "cpu":
         again = f"OMP_NUM_THREADS={threads} {again}"
-    ran = shlex.join(["lasnn", *words[1:]]) if words[1:2] in (["distill"], ["compare"]) else None
-    return {"given": ran, "again": again}
+    given = []
+    for one in made:
+        words = [str(word) for word in one.get("command") or []]
+        if words[1:2] in (["distill"], ["compare"]):
+            given.append(shlex.join([*one.get("launcher", ["lasnn"]), *words[1:]]))
+    changes = [change for before, after in pairwise(made) for change in changed_conditions(before, after)]
+    return {"given": list(dict.fromkeys(given)), "again": again, "changes": changes}

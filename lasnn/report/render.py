@@ -56,7 +56,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, Any]:
     ]
     by_class.sort(key=lambda one: one["student"])
     ran, now = facts["environment"], facts["reporting"]
-    keys = dict.fromkeys(key for key in (*ran, *now) if key != "command")
+    keys = dict.fromkeys(key for key in (*ran, *now) if key not in ("command", "launcher", "earlier"))
     return {
         "notes": notes,
         "attention_alone": alone,

@@ -12,6 +12,7 @@ from lasnn.factory import load_data, make_augmentation
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.plan import Plan, check_batches, read_plan
+from lasnn.random import deterministic
 from lasnn.recipe.schema import Recipe
 from lasnn.run import STATE_FILE, RunFolder
 from lasnn.training.checkpoints import Checkpoints
@@ -85,7 +86,8 @@ def build(recipe: str | Path | Recipe, *, overrides: Iterable[str] = (), train_t
                 )
             checkpoints = Checkpoints(run / STATE_FILE, plan.recipe.save_minutes)
             context = TrainingContext(plan.precision, plan.device, checkpoints, StopRequest(), run, Callback())
-            return Trainer(phase, context).fit()
+            with deterministic(plan.recipe.deterministic):
+                return Trainer(phase, context).fit()
 
         anns = {
             name: TeacherSource(plan, train, test, run, Callback(), name, validation).get(train_now)

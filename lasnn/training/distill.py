@@ -31,7 +31,7 @@ from lasnn.open_run import bind, check_folder, is_done, module_digests, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
-from lasnn.run import STATE_FILE, RunFolder, absolute_paths, environment
+from lasnn.run import STATE_FILE, RunFolder, absolute_paths, changed_conditions, earlier_sessions, environment
 from lasnn.training.advice import advice, term_notes
 from lasnn.training.anomaly import AnomalyTrainer
 from lasnn.training.checkpoints import Checkpoints
@@ -118,7 +118,12 @@ def distill(
             ],
             **absolute_paths(plan.recipe),
         }
-        run.write_json("env.json", {**environment(plan.device), **known})
+        now = {**environment(plan.device), **known}
+        if saved is not None and (earlier := earlier_sessions(run)):
+            now["earlier"] = earlier
+            for change in changed_conditions(earlier[-1], now):
+                callback.note(f"{change}: roundings may differ from here on")
+        run.write_json("env.json", now)
         if plan.device.type == "cpu":
             tune_allocator(chunks=plan.recipe.time_chunk > 0)
         with training_environment(plan, detect_anomaly) as stop:

@@ -40,7 +40,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Within the block SIGINT and SIGTERM only ask for a stop after the current step; a second one kills at once.
 
     In a notebook's kernel a second one interrupts the step, and what else the notebook holds stays: the last save is as
-    good as ever.
+    good as ever. One that came after the last step is delivered again behind the block, so that it also ends what would
+    come next.
     """
     request = StopRequest()
 
@@ -61,3 +62,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+    if request.signum:
+        signal.raise_signal(request.signum)
