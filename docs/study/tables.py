@@ -167,32 +167,44 @@ def longer(results: dict[str, dict]) -> list[str]:
 
 
 def matched(results: dict[str, dict]) -> list[str]:
-    """Where conversions of the twin reach the students of arms B and C, the mean of their seeds, by block; and the
-    energy.
-    """
-    columns = ("T", "arm", "accuracy", "energy, µJ", "conversion", "its T", "its energy, µJ", "times T", "times energy")
-    lines, rows = head(*columns), []
-    for (where, arm), of in grouped(results).items():
-        if arm not in ("B", "C") or not where.startswith("converted/"):
-            continue
-        blocks = sorted({block for block, _ in of})
-        accuracy = {block: mean(one["accuracy"] for (b, _), one in of.items() if b == block) for block in blocks}
-        energy = mean(one["energy_uj"] for one in of.values())
-        steps = int(where.removeprefix("converted/T"))
+    """Where conversions of the twin reach students, the mean of their seeds, by block; and the energy."""
+    columns = ("T", "student", "accuracy", "energy, µJ", "conversion", "its T", "its energy, µJ")
+    lines, rows = head(*columns, "times T", "times energy"), []
+    for (steps, name), students in converted_starts(results).items():
+        blocks = sorted(students)
+        accuracy = {block: mean(one["accuracy"] for one in of) for block, of in students.items()}
+        energy = mean(one["energy_uj"] for of in students.values() for one in of)
         for method in CONVERSIONS:
             curves = {block: results.get(f"conversion/{method}/{block}") for block in blocks}
             if not all(curves.values()):
                 continue
             reached = [first_reaching(curves[block], accuracy[block]) for block in blocks]
-            found = [f"> {CONVERSIONS[method]}" if one is None else str(one[0]) for one in reached]
+            longest = CONVERSIONS[method]
+            found = [f"> {longest}" if one is None else str(one[0]) for one in reached]
             middle = median(math.inf if one is None else one[0] for one in reached)
             spent = [f"{one[1]:.1f}" if one else "–" for one in reached]
-            ratio = f"{middle / steps:g}" if math.isfinite(middle) else f"> {CONVERSIONS[method] / steps:g}"
+            ratio = f"{middle / steps:g}" if math.isfinite(middle) else f"> {longest / steps:g}"
             times = f"{mean(one[1] for one in reached) / energy:.1f}" if all(reached) else "–"
             cells = (method, ", ".join(found), ", ".join(spent), ratio, times)
-            shown = row(steps, arm, f"{mean(accuracy.values()):.4f}", f"{energy:.2f}", *cells)
-            rows.append((steps, arm, middle, shown))
+            shown = row(steps, name, f"{mean(accuracy.values()):.4f}", f"{energy:.2f}", *cells)
+            rows.append((steps, name, middle, shown))
     return [*lines, *(line for *_, line in sorted(rows)), "", *over_time(results)]
+
+
+def converted_starts(results: dict[str, dict]) -> dict[tuple[int, str], dict[str, list[dict]]]:
+    """The students of arms B and C that start from the twin, and those of B that were trained for longer: by T, what
+    the table calls them, and block.
+    """
+    found: dict[tuple[int, str], dict[str, list[dict]]] = {}
+    for (where, arm), of in grouped(results).items():
+        if arm in ("B", "C") and where.startswith("converted/"):
+            for (block, _), one in of.items():
+                found.setdefault((int(where.removeprefix("converted/T")), arm), {}).setdefault(block, []).append(one)
+    for unit, one in results.items():
+        if unit.startswith("longer/"):
+            _, steps, block = unit.split("/")
+            found.setdefault((int(steps.removeprefix("T")), "B, 20 epochs"), {})[block] = [one]
+    return found
 
 
 def over_time(results: dict[str, dict]) -> list[str]:
