@@ -40,6 +40,7 @@ def complete_recipe(typed: str) -> list[str]:
     return [name for name in shipped() if name.startswith(typed)]
 
 
+A_RUN = "A run folder, a student's .safetensors file, or model:NAME.  [default: the newest under runs/]"
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as student.timesteps=2. Repeatable."),
@@ -149,7 +150,7 @@ def distill(
 def evaluate(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="A run folder, or model:NAME.  [default: the newest under runs/]"),
+        typer.Argument(metavar="[RUN]", help=A_RUN),
     ] = None,
     timesteps: Annotated[
         str | None,
@@ -325,7 +326,7 @@ def compare(
 def report(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="A run folder, or model:NAME.  [default: the newest under runs/]"),
+        typer.Argument(metavar="[RUN]", help=A_RUN),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page.  [default: report.html in the run folder]")

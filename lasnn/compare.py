@@ -564,7 +564,9 @@ def plan_all(recipe: str, arms: Iterable[Arm], seeds: Iterable[int]) -> dict[tup
             for seed in seeds:
                 plans[arm, seed] = read_plan(recipe, [*arm.settings, f"seed={seed}"])
         except UserError as error:
-            problems += [f"{arm.name}, T = {arm.timesteps}: {problem}" for problem in error.problems]
+            # What a row sets, by --variant or of itself, comes as overrides do.
+            lines = [problem.removeprefix("--set: ") for problem in error.problems]
+            problems += [f"{arm.name}, T = {arm.timesteps}: {line}" for line in lines]
     if problems:
         raise UserError(*problems)
     return plans

@@ -19,6 +19,7 @@ from lasnn.callback import Callback
 
 # Characters of a bar.
 BAR = 20
+AS_BUILT = "not trained: its weights are those that its own code gives it"
 
 
 class RunProgress(Callback):
@@ -172,14 +173,14 @@ def print_plan(console: Console, plan: Any) -> None:
         say(line)
     if facts["teacher"]:
         how = f"{facts['teacher_steps']:,} steps unless cached"
-        how = "frozen by its own code, not trained" if facts["teacher_frozen"] else facts["teacher_checkpoint"] or how
+        how = AS_BUILT if facts["teacher_frozen"] else facts["teacher_checkpoint"] or how
         say(f"teacher  {facts['teacher']}: {facts['teacher_parameters']:,} parameters, {how}")
         if facts["teacher_stages"]:
             say("stages   " + ", ".join(f"{name} = {path}" for name, path in facts["teacher_stages"].items()))
     else:
         say("teacher  none: the student trains alone")
     if facts["start"]:
-        how = "frozen by its own code, not trained" if facts["start_frozen"] else facts["start_checkpoint"]
+        how = AS_BUILT if facts["start_frozen"] else facts["start_checkpoint"]
         how = how or f"{facts['start_steps']:,} steps unless cached"
         say(f"start    {facts['start']}: {facts['start_parameters']:,} parameters, {how}")
     say(
@@ -320,7 +321,7 @@ def _show_energy_with_memory(console: Console, results: Sequence[Mapping[str, An
     teacher = last.get("teacher_energy_with_memory")
     table = Table(box=None, pad_edge=False)
     table.add_column("µJ/image with memory access", no_wrap=True)
-    further = ["teacher", f"takes less below a rate of (T = {last['timesteps']})"] if teacher else []
+    further = ["teacher", f"break-even spikes/neuron/step (T = {last['timesteps']})"] if teacher else []
     for title in [*(f"T = {result['timesteps']}" for result in results), *further]:
         table.add_column(title, justify="right", no_wrap=True)
     for name in last["energy_with_memory"]:

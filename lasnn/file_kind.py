@@ -104,6 +104,7 @@ def _named(path: Path, head: bytes, foot: bytes) -> tuple[str, str]:
         return f"a {path.suffix} file of another library", RENAME_KEYS
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return "a Python pickle, whose reading runs code, not what torch.save wrote", AS_STATE_DICT
-    return f"not a whole file of weights (it begins with {head[:8]!r}): give what torch.save or safetensors wrote", (
+    text = head[:8].decode("ascii", "replace")
+    return f"not a whole file of weights (it begins with {text!r}): give what torch.save or safetensors wrote", (
         "safetensors.torch.save_file(network.state_dict(), FILE)"
     )

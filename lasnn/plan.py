@@ -57,7 +57,7 @@ from lasnn.probe import (
 )
 from lasnn.problems import Problems
 from lasnn.recipe.load import toml_value
-from lasnn.recipe.schema import Recipe
+from lasnn.recipe.schema import Recipe, TeacherTable
 from lasnn.registry import losses, translate_errors
 
 
@@ -85,7 +85,8 @@ class PlannedAnn:
     Args:
         parameters: how many it has.
         checkpoint: the weights file that it is read from; None where it is not read.
-        frozen: whether its own code froze all its parameters, as a plugin does that loads it: it is used as it is.
+        frozen: whether all its parameters are frozen, as of a plugin that loads it, or of a network that is called as a
+            whole: it is used as it is.
         stages: of a network from elsewhere that is called as a whole, the path of the module that each stage is.
     """
 
@@ -385,9 +386,12 @@ def _start(
         check_same_weights(student.network, anns[name].network, init, name)
     except UserError as error:
         if init != "auto" or recipe.start:
-            for problem in error.problems:
-                problems.report("start" if recipe.start else "student.init", problem)
-        return Start("random", f"random weights: those of {source} are of another network")
+            differ = _other_network(recipe, ann, name) or "; ".join(error.problems)
+            key, fix = "student.init", 'leave it out or set "random", or name the student\'s own ANN in [start]'
+            if recipe.start:
+                key, fix = "start", "make it the student's own network, or leave it out"
+            problems.report(key, f"the weights of {source} do not fit the student: {differ}; {fix}")
+        return Start("random", f"random weights: {source} is another network")
     # Same weights, and yet another network: what pools, how many heads there are.
     other = recipe.other_options(ann) if ann.architecture == recipe.student.architecture else {}
     differ = [f"{key} = {toml_value(theirs)}, the student's {toml_value(own)}" for key, (theirs, own) in other.items()]
@@ -406,6 +410,16 @@ def _start(
     known = {"images": "measured on training images", "none": "by batch norm's own"}[recipe.student.calibration]
     said = f"the weights of {source}, converted: thresholds for T = {recipe.student.timesteps}, currents {known}"
     return Start(name, said + also, converted=True)
+
+
+def _other_network(recipe: Recipe, ann: TeacherTable, name: str) -> str:
+    """How an ANN differs from the student in what the recipe says of both; nothing where it does not."""
+    if ann.architecture != recipe.student.architecture:
+        return f"the {name} is a {ann.architecture}, the student a {recipe.student.architecture}"
+    return ", ".join(
+        f"{name}.{key} = {toml_value(theirs)}, student.{key} = {toml_value(own)}"
+        for key, (theirs, own) in recipe.other_options(ann).items()
+    )
 
 
 def held_out(recipe: Recipe, data: Dataset, anns: Mapping[str, PlannedAnn], start: Start) -> Iterator[str]:

@@ -20,7 +20,10 @@ class Problems:
 
     def report(self, key: str, message: str) -> None:
         """Add a line about a key."""
-        self.lines.append(self.recipe.line(key, message))
+        line = self.recipe.line(key, message)
+        # Two checks may come to the same fault.
+        if line not in self.lines:
+            self.lines.append(line)
 
     def attempt(self, key: str, make: Callable[[], Made], default: Made | None = None) -> Made | None:
         """What `make` returns; a failure is reported under the key, and `default` returned."""

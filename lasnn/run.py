@@ -260,7 +260,8 @@ def find_run(run: str | Path | None) -> RunFolder:
         if path.is_file() and path.suffix == ".safetensors":
             return RunFolder(path)
         if not path.exists():
-            raise UserError(f"no folder {path}; give a run folder{_known_runs()}")
+            ships = f"; the student that ships is called {MODEL}{path.name}" if path.name in shipped_models() else ""
+            raise UserError(f"no folder {path}{ships}; give a run folder{_known_runs()}")
         if not (path / "recipe.toml").is_file():
             raise UserError(f"{path} is not a run folder (it has no recipe.toml){_known_runs()}")
         return RunFolder(path)

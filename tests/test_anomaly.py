@@ -107,7 +107,7 @@ def test_a_gradient_that_breaks(breaks):
         distill(breaks, overrides=settings)
     message = str(caught.value)
     assert "the student's gradient is not a finite number in epoch 2, step 3 (after a finite loss)" in message
-    assert "it began in the gradient of what the layer student stage1.1 (NormSpike), " in message
+    assert "the first gradient that is not finite is that of the output of student stage1.1 (NormSpike), " in message
     with pytest.raises(MachineError) as caught:
         distill(breaks, overrides=settings, detect_anomaly=True)
     message = str(caught.value)

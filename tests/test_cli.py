@@ -169,6 +169,7 @@ def test_list(lasnn):
         (["distill", "quickstart", "--set", "student.architecture=resnet91"], "did you mean 'resnet19'?"),
         (["distill", "quikstart"], "did you mean 'quickstart'?"),
         (["evaluate", "nowhere"], "no folder nowhere"),
+        (["evaluate", "fashion-vgg5-t4"], "the student that ships is called model:fashion-vgg5-t4"),
         (["evaluate", "."], "is not a run folder (it has no recipe.toml)"),
         (["evaluate"], "`lasnn distill quickstart` makes one"),
         (["evaluate", "--timesteps", "0"], "give whole numbers of at least 1"),

@@ -484,7 +484,7 @@ def test_parts_of_your_own(tmp_path):
     ("arguments", "message"),
     [
         (("onxx",), r"unknown format 'onxx'; did you mean 'onnx'\? known: .*onnx, pt2, safetensors"),
-        (("pt2", {"timesteps": 0}), "timesteps must be a whole number of at least 1, not 0"),
+        (("pt2", {"timesteps": 0}), "must be a whole number of at least 1, not 0"),
         (("pt2", {"out": "none/s.pt2"}), "none/s.pt2: there is no folder none; make it first"),
         (("pt2", {"out": "s.onnx"}), r"s.onnx: a file of format 'pt2' ends in \.pt2"),
         (("safetensors", {"out": "student.safetensors"}), "exists; --force replaces it, --out names another file"),
@@ -510,7 +510,7 @@ def test_a_missing_package_is_named_with_all_else(plain_run, monkeypatch):
     with pytest.raises(UserError) as error:
         export(plain_run, "onnx", timesteps=-1, out="none/x.onnx")
     assert error.value.problems == (
-        "timesteps must be a whole number of at least 1, not -1",
+        "timesteps (--timesteps) must be a whole number of at least 1, not -1",
         "format 'onnx' needs onnxruntime, not installed here: pip install 'lasnn[onnx]'",
         "none/x.onnx: there is no folder none; make it first",
     )

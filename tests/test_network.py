@@ -412,9 +412,25 @@ def test_student_module():
         student(images * 255)
 
 
+@pytest.mark.parametrize("act", [ann_units, snn_units])
+def test_what_is_given_wrongly_is_said_with_what_to_give(act):
+    network = make("vgg5", act())
+    with pytest.raises(
+        ValueError, match=r"the input is \[2, 3, 28, 28\]; it must be \[T, B, C, H, W\].*images\[None\]"
+    ):
+        network(torch.rand(2, 3, 28, 28))
+    for tap in ("stage22", "stage22.current", "head"):
+        with pytest.raises(UserError, match="unknown stage '.*known: stage1, stage2, stage3"):
+            network(torch.rand(1, 2, 3, 28, 28), taps=[tap])
+    # What can be read once is enough.
+    assert list(network(torch.rand(1, 2, 3, 28, 28), taps=(name for name in ["stage2"]))[1]) == ["stage2"]
+
+
 def test_what_is_not_staged_is_refused():
     architectures.register("plain")(lambda act, *, in_channels, num_classes: nn.Flatten())
-    with pytest.raises(UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged"):
+    with pytest.raises(
+        UserError, match=r"'plain' \(.*test_network.py:\d+\) returned Flatten, not lasnn.Staged; return Staged"
+    ):
         build("plain", ann_units(), in_channels=1, num_classes=2)
 
 

@@ -485,6 +485,32 @@ def test_own_losses(kind):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("function", "finite"),
+    [
+        (lambda s, t: s.sqrt().mean() + t.mean(), False),
+        (lambda s, t: s.pow(0.3).mean() + t.mean(), False),
+        (lambda s, t: (s + 1e-8).sqrt().mean() + t.mean(), True),
+    ],
+)
+def test_an_own_loss_is_tried_on_spikes_of_which_many_are_0(function, finite):
+    """There a root has no gradient, as it would not have in the first step."""
+
+    @losses.register("mine")
+    def mine(student_features, teacher_features):
+        """A loss."""
+        return function(student_features[0], teacher_features[0])
+
+    tables = {
+        "losses": [{"name": "cross-entropy"}, {"name": "mine"}],
+        "teacher": {"architecture": "vgg5", "width": 4, "epochs": 1},
+    }
+    if finite:
+        plan(**tables)
+        return
+    assert "is not finite on spikes and features that are often 0: a root there has none" in refused(**tables)
+
+
 def test_a_measure_of_weight_0_needs_no_gradient():
     @losses.register("mine")
     def mine(logits):

@@ -152,7 +152,7 @@ power = 0
         (
             'student.encoder={name="poisson",gain=2}',
             "student.encoder.gain",
-            "'gain'; known: name",
+            "unknown key 'gain' in [student.encoder] (poisson); known: name",
         ),
         ('data.augment=["crop","flp"]', "data.augment.1", "did you mean 'flip'?"),
         ('data.augment=["crop",{name="cutut"}]', "data.augment.1.name", "did you mean 'cutout'?"),
@@ -284,7 +284,63 @@ def test_options_that_are_left_out_are_found_beside_other_mistakes(plain):
 
 def test_unknown_recipe_names_the_shipped_ones():
     [line] = problems("quickstrat")
-    assert line.startswith("no such file, and unknown recipe 'quickstrat'; did you mean 'quickstart'? known: ")
+    assert line.startswith("no file quickstrat, and unknown recipe 'quickstrat'; did you mean 'quickstart'? known: ")
+
+
+def test_a_path_that_is_no_recipe_is_named_as_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for given, said in (
+        ("./quickstart.toml", "no file quickstart.toml; the recipe that ships is called quickstart, without folder or"),
+        ("sub/foo.toml", "no file sub/foo.toml"),
+        ("pictures", "pictures is a folder without a recipe.toml; of pictures `lasnn init pictures` writes one"),
+    ):
+        [line] = problems(given)
+        assert line.startswith(said)
+
+
+def test_a_misspelt_name_of_a_part_hides_no_other_slip(tmp_path):
+    """What may stand in the table is not known without it; what is nearly one of its keys is a slip all the same."""
+    (tmp_path / "slips.toml").write_text(
+        '[data]\nname = "fashion-mnist-mini"\n[teacher]\narchitectur = "vgg5"\nepoch = 3\nwidht = 4\n'
+        '[student]\narchitecture = "vgg5"\n[[losses]]\nnam = "cross-entropy"\n'
+    )
+    found = "\n".join(problems(tmp_path / "slips.toml"))
+    for said in (
+        "teacher.architecture: missing; [teacher] needs it",
+        "teacher.architectur: unknown key 'architectur' in [teacher]; did you mean 'architecture'?",
+        "teacher.epoch: unknown key 'epoch' in [teacher]; did you mean 'epochs'?",
+        "losses.0.name: missing; [[losses]] needs it",
+        "losses.0.nam: unknown key 'nam' in [[losses]]; did you mean 'name'?",
+    ):
+        assert said in found, found
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("losses.attention.weight=500", "the recipe leaves losses out; give the whole list, as losses=[{name="),
+        ("losses.cross-entropy=", "the recipe leaves losses out; give the whole list"),
+        (
+            "student.encoder.gain=2",
+            'student.encoder is a value, not a table; give the table, as student.encoder={name="',
+        ),
+        ("student.neuron=plif", "'plif' is not valid; it takes a table, as { name = \"plif\" }"),
+    ],
+)
+def test_an_override_of_what_stands_there_otherwise_says_how_to_write_it(setting, said, tmp_path):
+    (tmp_path / "short.toml").write_text(
+        '[data]\nname = "fashion-mnist-mini"\n[student]\narchitecture = "vgg5"\nencoder = "direct"\n'
+    )
+    [line] = problems(tmp_path / "short.toml", setting)
+    assert said in line
+    assert line.startswith("--set")
+
+
+def test_a_further_loss_needs_the_whole_list():
+    [line] = problems("quickstart", "losses.attention.weight=5")
+    assert "unknown entry of losses 'attention'" in line
+    assert "a further one needs the whole list, as losses=[" in line
 
 
 def test_recipes_are_immutable(plain):

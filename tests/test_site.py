@@ -9,6 +9,7 @@ import typer.main
 
 from common import ROOT
 from lasnn import cli
+from lasnn.data import Dataset
 from lasnn.plan import read_plan
 from lasnn.registry import REGISTRIES
 
@@ -58,11 +59,16 @@ def test_the_reference_has_every_key():
     assert '| `optimizer` | one of "sgd", "adamw" | `"sgd"` |' in keys
 
 
-@pytest.mark.parametrize("module", ["lasnn", "lasnn.kernels", "lasnn.network"])
+@pytest.mark.parametrize("module", ["lasnn", "lasnn.data", "lasnn.kernels", "lasnn.loss", "lasnn.network"])
 def test_the_reference_has_every_public_name(module):
     found = generated.api(module)
     for name in sys.modules[module].__all__:
         assert re.search(rf"\{{py:\w+\}} {name}\b", found)
+
+
+def test_the_reference_says_what_a_data_set_must_say():
+    said = generated.api("lasnn.data").partition("{py:class} Dataset\n")[2].partition("``````")[0]
+    assert all(f"- `{name}`: " in said for name in Dataset.__annotations__)
 
 
 def test_marks_are_replaced_and_docstrings_are_markdown():

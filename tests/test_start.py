@@ -66,10 +66,13 @@ SHORT = [*TWIN, "distill.epochs=1"]
         ([*TWIN, "start.checkpoint=x"], "start.epochs: has no effect with start.checkpoint"),
         ([*TWIN, "start.levels=8"], 'start.levels: has no effect with activation = "relu"'),
         ([*TWIN, "start.warmup_epochs=3"], "start.warmup_epochs: 3 is longer than the 2 epochs"),
-        ([*TWIN, "start.widht=3"], "start.widht: unknown key of [start] with 'vgg5' 'widht'; did you mean 'width'?"),
+        ([*TWIN, "start.widht=3"], "start.widht: unknown key 'widht' in [start] (vgg5); did you mean 'width'?"),
         (["student.init=./none.pth"], "student.init: no file none.pth; give a file of torch.save or safetensors"),
         ([*TWIN, "start.checkpoint=none.pth", "start.epochs="], "start.checkpoint: no file none.pth"),
-        ([*TWIN, "start.width=8"], 'start: "auto" needs the same architecture and options: the start has other shapes'),
+        (
+            [*TWIN, "start.width=8"],
+            "start: the weights of [start] do not fit the student: start.width = 8, student.width = 4",
+        ),
         ([*TWIN, "start.stages={stage1='a'}"], "start: stages: 'vgg5' has stages of its own; leave start.stages out"),
     ],
 )
@@ -105,7 +108,7 @@ def test_a_network_of_the_users_own_that_a_conversion_cannot_follow(tiny, init):
     ("settings", "said"),
     [
         (["teacher="], "random weights: there is no [start] and no [teacher]"),
-        (["student.width=8"], "random weights: those of the teacher are of another network"),
+        (["student.width=8"], "random weights: the teacher is another network"),
         (["student.init=random"], "random weights"),
         (["student.init=teacher"], "the weights of the teacher, copied"),
         (["student.init=converted"], "the weights of the teacher, converted: thresholds for T = 2"),

@@ -78,6 +78,17 @@ def checked(recipe, *overrides):
     return caught.value.problems
 
 
+def test_it_is_not_trained_and_takes_no_settings_of_a_training(recipe):
+    found = "\n".join(checked(recipe, "teacher.epochs=3", "teacher.lr=0.5"))
+    for key in ("epochs", "lr"):
+        assert (
+            f"teacher.{key}: has no effect with teacher.stages: lasnn does not train such a network; load its" in found
+        )
+    text = Recipe.load(recipe).to_toml()
+    teacher = text.partition("[teacher]")[2].partition("\n[")[0]
+    assert "epochs" not in teacher
+
+
 def test_outputs_are_the_modules_own_and_hooks_leave_no_trace():
     network = torchvision.models.resnet18(num_classes=10)
     for module in network.modules():

@@ -1,8 +1,8 @@
 """Data sets, one file each, and what every one of them shares: augmentation and the device-resident loader.
 
-To add a data set, write a `Dataset` subclass in a file here, decorate it with `@datasets.register(name)` and
-import the file below. Its first positional parameter is the folder `root`; its keyword-only parameters are
-the options that a recipe's `[data]` section may set.
+A data set of your own is a `Dataset` subclass under `@datasets.register(name)` in a plugin, a file beside the recipe
+(docs/tutorials/parts.md). Its first positional parameter is the folder `root`; its keyword-only parameters are the
+options that a recipe's `[data]` section may set. Those that ship with lasnn lie in files here, imported below.
 """
 
 from lasnn.data import cifar, fashion_mnist, image_folder, mnist, tiny_imagenet  # noqa: F401  (importing a data set's file registers it)

@@ -272,9 +272,10 @@ def check(
         for place, op in outside.not_linear
     ]
     if not problems and method == "qcfs" and not all(isinstance(unit.activation, QCFS) for unit in named.values()):
+        others = ", ".join(method for method in get_args(Method) if method != "qcfs")
         problems = [
             '"qcfs" needs a teacher trained on the QCFS activation, this one has ReLU; make a run with one '
-            "(lasnn distill RECIPE --set teacher.activation=qcfs), or choose maxnorm or percentile"
+            f"(lasnn distill RECIPE --set teacher.activation=qcfs), or choose one of {others}"
         ]
     if problems:
         raise UserError(*problems)

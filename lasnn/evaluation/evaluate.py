@@ -1,6 +1,7 @@
 """Evaluation of a finished run at any number of time steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -63,26 +64,32 @@ def evaluate(
     if converted is not None:
         check_options(converted, percentile, membrane_start)
     if early_exit is not None and not 0 < early_exit <= 1:
-        raise UserError(f"early exit: the confidence must be above 0 and at most 1, got {early_exit}")
+        raise UserError(f"early exit (--exit): the confidence must be above 0 and at most 1, got {early_exit}")
     if not isinstance(run, Run):
         run = load_run(run, device="recipe")
     if timesteps is None:
         timesteps = [run.recipe.student.timesteps] if converted is None else CONVERTED_TIMESTEPS
-    elif not isinstance(timesteps, Sequence):
-        timesteps = [timesteps]
-    wrong = [t for t in timesteps if not isinstance(t, int) or isinstance(t, bool) or t < 1]
+    else:
+        # NumPy's whole numbers, and its arrays, are taken as well.
+        timesteps = list(timesteps) if isinstance(timesteps, Iterable) else [timesteps]
+    wrong = [t for t in timesteps if not isinstance(t, Integral) or isinstance(t, bool) or t < 1]
     if wrong or not timesteps:
-        raise UserError(f"timesteps must be whole numbers of at least 1, not {', '.join(map(repr, wrong)) or 'none'}")
+        raise UserError(
+            f"timesteps (--timesteps) must be whole numbers of at least 1, not {', '.join(map(repr, wrong)) or 'none'}"
+        )
+    timesteps = list(map(int, timesteps))
     encoder = run.student.encoder
     if early_exit is not None and converted is None and not encoder.causal:
         raise UserError(
-            f"early exit: the encoder {run.recipe.student.encoder_table.name!r} decides the spikes of all T steps at "
-            "once, so no shorter run is part of a longer one; it takes a causal encoder, as direct or poisson"
+            f"early exit (--exit): the encoder {run.recipe.student.encoder_table.name!r} decides the spikes of all T "
+            "steps at once, so no shorter run is part of a longer one; it takes a causal encoder, as direct or poisson"
         )
     if draws is not None and draws < 1:
-        raise UserError(f"draws must be at least 1, got {draws}")
+        raise UserError(f"draws (--draws) must be at least 1, got {draws}")
     if draws is not None and draws > 1 and (converted is not None or not encoder.random):
-        raise UserError("draws: nothing is drawn here; they go with a student whose encoder draws, as poisson")
+        raise UserError(
+            "draws (--draws): nothing is drawn here; they go with a student whose encoder draws, as poisson"
+        )
     options = {"percentile": percentile, "membrane_start": membrane_start}
     if converted is not None:
         check_conversion(run, converted, **options)

@@ -124,7 +124,7 @@ def _prepare(run: Run, form: str, timesteps: int | None, out: Path | None, force
     if timesteps is None:
         timesteps = run.recipe.student.timesteps
     elif not isinstance(timesteps, int) or isinstance(timesteps, bool) or timesteps < 1:
-        problems.append(f"timesteps must be a whole number of at least 1, not {timesteps!r}")
+        problems.append(f"timesteps (--timesteps) must be a whole number of at least 1, not {timesteps!r}")
     if form not in exporters:
         raise UserError(*problems, unknown("format", form, exporters))
     kind = exporters[form].function

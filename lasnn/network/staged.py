@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-from lasnn.errors import UserError
+from lasnn.errors import UserError, unknown
 from lasnn.network.time import TimeContext
 from lasnn.network.units import Act, NormSpike, run_with_current
 from lasnn.registry import architectures
@@ -67,9 +67,16 @@ class Staged(nn.Module):
             [1, B, C, H, W].
 
         Raises:
-            ValueError: the leading dimension of `x` is neither 1 nor T.
-            UserError: a current is wanted of a stage that does not end in a unit.
+            ValueError: `x` has other dimensions, or its leading one is neither 1 nor T.
+            UserError: there is no such stage, or a current is wanted of one that does not end in a unit.
         """
+        taps = tuple(taps)
+        self.check_taps(taps)
+        if x.ndim != 5:
+            raise ValueError(
+                f"the input is {list(x.shape)}; it must be [T, B, C, H, W], or [1, B, C, H, W] where it is constant in "
+                "time: of images [B, C, H, W] give images[None], with timesteps=T"
+            )
         if x.shape[0] not in (1, timesteps):
             raise ValueError(f"the input has {x.shape[0]} time steps; expected {timesteps}, or 1 if constant in time")
         self.time.steps, self.time.batch = timesteps, x.shape[1]
@@ -86,6 +93,12 @@ class Staged(nn.Module):
             if name in taps:
                 features[name] = self.time.unfold(x)
         return self.time.unfold(self.head(x)), features
+
+    def check_taps(self, taps: Iterable[str]) -> None:
+        """Raises a UserError for a tap of a stage that is not there."""
+        for tap in taps:
+            if tap.removesuffix(CURRENT) not in self.stage_names:
+                raise UserError(unknown("stage", tap.removesuffix(CURRENT), self.stage_names))
 
     def modules_by_part(self) -> dict[str, dict[str, nn.Module]]:
         """The modules of stem, stages and head, each under the name of its part: {"stage1": {"stage1.0": ...}}."""
@@ -133,5 +146,8 @@ def build(architecture: str, act: Act, *, in_channels: int, num_classes: int, **
     network = architectures.build(architecture, act, in_channels=in_channels, num_classes=num_classes, **options)
     if not isinstance(network, Staged):
         where = architectures[architecture].where
-        raise UserError(f"architecture {architecture!r} ({where}) returned {type(network).__name__}, not lasnn.Staged")
+        raise UserError(
+            f"architecture {architecture!r} ({where}) returned {type(network).__name__}, not lasnn.Staged; "
+            'return Staged({"stage1": module, ...}, head), whose modules run one after the other'
+        )
     return network

@@ -52,6 +52,7 @@ class WholeView(Staged):
             UserError: a stage, or a current, cannot be taken; it is named.
         """
         taps = tuple(taps)
+        self.check_taps(taps)
         for tap in taps:
             if tap.endswith(CURRENT):
                 stage = tap.removesuffix(CURRENT)

@@ -180,15 +180,18 @@ def _check_loss(
             shapes = [getattr(pair, f"{who}_shape") for pair in pairs]
             return [torch.rand(*leading, images, *shape, generator=draws) for shape in shapes]
 
+        # As features are: spikes, and what ReLU leaves, so that half of both is 0.
+        spikes = [feature.round() for feature in random("student", steps)]
+
         learnt = {
             "logits": torch.randn(steps, images, classes, generator=draws).requires_grad_(),
-            "student_features": [feature.requires_grad_() for feature in random("student", steps)],
+            "student_features": [feature.requires_grad_() for feature in spikes],
             "student_currents": [current.requires_grad_() for current in random("student", 1)],
         }
         given = {
             "targets": torch.full((images, classes), 1 / classes) if mixed else torch.arange(images) % classes,
             "teacher_logits": torch.randn(images, classes, generator=draws),
-            "teacher_features": random("teacher"),
+            "teacher_features": [(feature - 0.5).relu() for feature in random("teacher")],
             "teacher_currents": random("teacher"),
         }
         for name, value in learnt.items():
@@ -217,4 +220,9 @@ def _check_loss(
         if loss.weight > 0 and all(gradient is None for gradient in gradients):
             fix = "compute it from the logits or the student's features without detach(), item(), argmax or float()"
             raise UserError(f"{entry.said} has no gradient, so that nothing learns from it: {fix}")
+        if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+            raise UserError(
+                f"the gradient of {entry.said} is not finite on spikes and features that are often 0: a root there has "
+                "none; add a small number inside it, as (x + 1e-8).sqrt()"
+            )
     return 0 if bound.module is None else count_parameters(bound.module)

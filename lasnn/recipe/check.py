@@ -211,7 +211,7 @@ class Form:
                 # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
                 for option in part.options:
                     if get_close_matches(option, model.model_fields, cutoff=0.8):
-                        message = unknown(f"key of {title(part.table)}", option, model.model_fields)
+                        message = messages.unknown_key(title(part.table), option, model.model_fields)
                         found.append(((*part.table, option), message))
                 continue
             entry = part.registry[part.name]
@@ -219,8 +219,8 @@ class Form:
             for option, message in entry.problems(part.options, part.supplied):
                 if option in part.options and option not in takes:
                     # The key may be a misspelt key of the table just as well as of the part's options.
-                    kind = f"key of {title(part.table)} with {part.name!r}"
-                    message = unknown(kind, option, {*(model.model_fields if part.table != part.key else ()), *takes})
+                    known = {*(model.model_fields if part.table != part.key else ()), *takes}
+                    message = messages.unknown_key(f"{title(part.table)} ({part.name})", option, known)
                 found.append(((*part.table, option), message))
         return found
 
@@ -298,6 +298,11 @@ class Form:
         given = self.at((name,))
         if not isinstance(given, dict):
             return
+        whole = "stages" in given and teacher_registry(given.get("architecture")) is teachers
+        if whole and "checkpoint" not in given:
+            for key in sorted(messages.table_of(self.model, (name,)).training_keys & given.keys()):
+                message = f"has no effect with {name}.stages: lasnn does not train such a network; load its weights in "
+                yield (name, key), f"{message}the plugin, or give {name}.checkpoint, and leave {name}.{key} out"
         if "checkpoint" in given:
             for key in sorted(messages.table_of(self.model, (name,)).training_keys & given.keys()):
                 yield (name, key), f"has no effect with {name}.checkpoint; leave one of the two out"
@@ -337,4 +342,4 @@ def _check_schedule(table: str, training: dict[str, Any]) -> Iterator[tuple[Plac
 
 def teacher_registry(name: object) -> Registry:
     """The registry of a teacher's architecture: those that are built as students too, or those that only teach."""
-    return teachers if name in teachers else architectures
+    return teachers if isinstance(name, str) and name in teachers else architectures

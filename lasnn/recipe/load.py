@@ -13,6 +13,11 @@ from lasnn.recipe.paths import expanded
 
 # Bytes of a recipe's file, and levels of its tables and lists: what is beyond is no recipe.
 LARGEST, DEEPEST = 2**20, 16
+# The lists of tables, and what one looks like.
+LISTS = {
+    "losses": '[{name="cross-entropy"}, {name="attention"}]',
+    "data.augment": '["flip", {name="cutout"}]',
+}
 LARGEST_INTEGER, LARGEST_SEED = 2**31 - 1, 2**63 - 1
 
 
@@ -103,7 +108,12 @@ def find(recipe: str | Path) -> Path:
         return known[str(recipe)]
     if path.is_dir() and (path / "recipe.toml").is_file():
         return path / "recipe.toml"
-    raise UserError(f"no such file, and {unknown('recipe', path.stem, known)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder without a recipe.toml; of pictures `lasnn init {path}` writes one")
+    if path.suffix or len(path.parts) > 1:
+        near = f"; the recipe that ships is called {path.stem}, without folder or ending" if path.stem in known else ""
+        raise UserError(f"no file {path}{near}")
+    raise UserError(f"no file {path}, and {unknown('recipe', path.stem, known)}")
 
 
 def shipped() -> dict[str, Path]:
@@ -178,12 +188,16 @@ def _override(tables: dict[str, Any], setting: str) -> str:
     for step in key.split("."):
         if steps:
             where = ".".join(map(str, steps))
-            if isinstance(here, dict):
-                here = here.setdefault(steps[-1], {})
-            else:
-                here = here[steps[-1]]
+            if isinstance(here, dict) and steps[-1] not in here:
+                if where in LISTS:
+                    raise ValueError(f"the recipe leaves {where} out; give the whole list, as {where}={LISTS[where]}")
+                if not text.strip():
+                    raise ValueError("the recipe has no such key to remove")
+                here[steps[-1]] = {}
+            here = here[steps[-1]]
             if not isinstance(here, (dict, list)):
-                raise ValueError(f"{where} is a value, not a table")
+                as_table = f'; give the table, as {where}={{name="{here}", ...}}' if isinstance(here, str) else ""
+                raise ValueError(f"{where} is a value, not a table{as_table}")
         steps.append(_entry(here, step, ".".join(map(str, steps))) if isinstance(here, list) else step)
     if text.strip():
         here[steps[-1]] = value
@@ -202,7 +216,8 @@ def _entry(entries: list, step: str, where: str) -> int:
     if step.isdecimal() and int(step) < len(entries):
         return int(step)
     names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
-    raise ValueError(unknown(f"entry of {where}", step, names))
+    further = f"; a further one needs the whole list, as {where}={LISTS[where]}" if where in LISTS else ""
+    raise ValueError(unknown(f"entry of {where}", step, names) + further)
 
 
 def dump_toml(tables: dict[str, Any], prefix: str = "") -> str:

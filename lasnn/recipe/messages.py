@@ -2,6 +2,7 @@
 
 import types
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -51,15 +52,26 @@ def faults(model: type[BaseModel], error: ValidationError) -> Iterator[tuple[Pla
             continue
         seen.add(place)
         if fault["type"] == "extra_forbidden":
-            message = unknown(f"key of {title(place[:-1])}", place[-1], table.model_fields)
+            message = unknown_key(title(place[:-1]), place[-1], table.model_fields)
         elif fault["type"] == "missing":
             message = f"missing; {title(place[:-1])} needs it"
+            # Without the name that says which keys there may be, those that are nearly one are all the same a slip.
+            for key in fault["input"]:
+                if key not in table.model_fields and get_close_matches(key, table.model_fields, cutoff=0.8):
+                    yield (*place[:-1], key), unknown_key(title(place[:-1]), key, table.model_fields)
         elif info is not None:
             accepted = describe_type(info.annotation) + describe_limits(info.metadata)
             message = f"{fault['input']!r} is not valid; it takes {accepted}"
+            if accepted == "a table" and isinstance(fault["input"], str):
+                message += f', as {{ name = "{fault["input"]}" }}'
         else:
             message = f"{fault['input']!r} is not valid: {fault['msg'].lower()}"
         yield place, message
+
+
+def unknown_key(table: str, key: object, known: Iterable[str]) -> str:
+    """The line for a key that a table, by its title, does not have."""
+    return unknown("key", key, known).replace(f"{key!r}", f"{key!r} in {table}", 1)
 
 
 def table_of(model: type[BaseModel], place: Place) -> type[BaseModel]:

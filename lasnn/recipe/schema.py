@@ -165,8 +165,8 @@ class StudentTable(Part):
         return EncoderTable(name=self.encoder) if isinstance(self.encoder, str) else self.encoder
 
     calibration: Literal["images", "none"] = "images"
-    """What the currents are known from that a converted start is balanced for: some training images, measured; "none":
-    only the batch norms' own scales and shifts."""
+    """Where a converted start takes its currents from: "images" measures some training images; "none" takes the batch
+    norms' own scales and shifts."""
 
     @property
     def init_is_path(self) -> bool:
@@ -180,7 +180,8 @@ class DistillTable(Training, Section):
     pairs: list[str] | None = None
     """Stages to match, "stage2" or "student-stage:teacher-stage"; left out, all stages of the same name."""
     time_chunk: Annotated[int, Field(ge=0)] = 0
-    """Most time steps computed at once, the rest in turn and again backward, for a long T; 0 is all."""
+    """Time steps computed at once; chunks are computed again in the backward pass, which saves memory at a long T;
+    0 is all of them."""
     diagnostics: bool = True
     """Measure after each epoch what each loss does to the student, and how its stages spike."""
 
@@ -390,8 +391,8 @@ class Recipe(Section):
         """The recipe as TOML; reading it gives an equal recipe."""
         tables = self.model_dump(exclude_none=True)
         for name, table in (("teacher", self.teacher), ("start", self.start)):
-            if table and table.checkpoint is not None:
-                # A teacher that is read from a file has no training settings, and may not be given any.
+            if table and (table.checkpoint is not None or table.stages is not None):
+                # What is not trained here has no training settings, and may not be given any.
                 for key in TeacherTable.training_keys:
                     tables[name].pop(key, None)
             if table and table.activation != "qcfs":

@@ -97,7 +97,7 @@ def nonfinite_error(
     if "forward" in layers:
         where = f"it began in the layer {layers['forward']}"
     elif what == "gradient" and "backward" in layers:
-        where = f"it began in the gradient of what the layer {layers['backward']} gives on"
+        where = f"the first gradient that is not finite is that of the output of {layers['backward']}"
     elif what == "gradient":
         where = "it began in the gradient of a weight, or did not occur again when the batch was repeated"
     else:

@@ -137,8 +137,8 @@ class TeacherSource:
     def _as_built(self, teacher: Teacher) -> dict[str, float]:
         """Take it with the weights that its own code loaded."""
         self.callbacks.note(
-            f"{self.name}: {self.table.architecture} as its own code makes it: all its parameters are frozen, "
-            "so that it is not trained"
+            f"{self.name}: {self.table.architecture} with the weights that its own code gives it; all of them "
+            "are frozen, so that it is not trained"
         )
         processes.broadcast_parameters(teacher)
         return self._measured(teacher)
