@@ -159,12 +159,19 @@ def recipes() -> str:
 
 def api(module: str) -> str:
     """The public names of a module: signatures and docstrings."""
+    from lasnn.registry import REGISTRIES
+
     home = import_module(module)
+    registered = [registry[name].function for registry in REGISTRIES.values() for name in registry]
     found = [f"```{{py:module}} {module}\n```"]
     for name in home.__all__:
         value = getattr(home, name)
-        if inspect.isclass(value):
-            found.append(described("class", name, value, members(value)))
+        if value in registered:
+            # The reference of parts has the whole of it.
+            kind = "class" if inspect.isclass(value) else "function"
+            found.append(f"````{{py:{kind}}} {name}{signature(value)}\n\n{escape(first_line(value.__doc__))}\n````")
+        elif inspect.isclass(value):
+            found.append(described("class", name, value, [*attributes(value), *members(value)]))
         elif callable(value):
             found.append(described("function", name, value))
         else:
@@ -175,6 +182,22 @@ def api(module: str) -> str:
             )
             found.append(f"````{{py:data}} {name}\n\n{said}\n````")
     return "\n\n".join(found)
+
+
+def attributes(value: type) -> list[str]:
+    """A list of the attributes that a class asks of the user's own classes."""
+    if not for_subclasses(value):
+        return []
+    found = []
+    for name, kind in inspect.get_annotations(value).items():
+        default = f", left out `{getattr(value, name)!r}`" if hasattr(value, name) else ""
+        found.append(f"- `{name}`: `{inspect.formatannotation(kind).replace('torch.', '')}`{default}")
+    return ["**Attributes**", "\n".join(found)] if found else []
+
+
+def for_subclasses(value: Any) -> bool:
+    """Whether a class has no constructor, since classes of the user's own follow it."""
+    return getattr(value, "_is_protocol", False) or (inspect.isabstract(value) and value.__init__ is object.__init__)
 
 
 def members(value: type) -> list[str]:
@@ -194,7 +217,7 @@ def described(kind: str, name: str, value: Any, inner: Iterable[str] = ()) -> st
 
 def signature(value: Any) -> str:
     """The parameters, without the types, which are long; the docstring has what they take."""
-    if hasattr(value, "model_fields"):
+    if hasattr(value, "model_fields") or for_subclasses(value):
         # A recipe's tables are made by reading a file; the reference of keys has their fields.
         return ""
     try:

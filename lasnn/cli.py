@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Distil a trained ANN, layer by layer, into a small and fast spiking network.",
+    help="Distil a trained ANN into a small and fast spiking network: by labels, logits, features of its layers.",
 )
 
 # About 0.1 ms: longer than what lies between two ops.
