@@ -155,7 +155,7 @@ def test_list(lasnn):
     [
         (
             ["distill", "quickstart", "--set", "student.timestep=4"],
-            "--set: student.timestep: unknown key of [student]",
+            "--set: student.timestep: unknown key 'timestep' in [student] (vgg5)",
         ),
         (
             ["distill", "quickstart", "--set", "student.timesteps=0"],

@@ -225,7 +225,7 @@ def _metrics(lasnn) -> str:
         (("--variant", "x:seed=1"), "--variant x: seed is set by --seeds"),
         (("--variant", "x: student.timesteps = 1"), "--variant x: student.timesteps is set by --timesteps"),
         (("--set", "teacher=", "--ablation", "--variant", "x:distill.lr=1"), "leave --ablation out"),
-        (("--variant", "wide: student.wdth=8"), "wide, T = 2: --set: student.wdth"),
+        (("--variant", "wide: student.wdth=8"), "wide, T = 2: student.wdth: unknown key"),
         (("--set", "teacher="), "it has no [teacher] to compare with"),
         (("--timesteps", "0"), "--timesteps 0"),
     ],
