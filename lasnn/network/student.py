@@ -138,12 +138,7 @@ class Student(nn.Module):
             encoded = self.encoder.part(images, self.timesteps, draws, **place)
             with self.network.time.carry_state(voltages, start) as after:
                 logits, features = self.network(encoded, stop - start, taps)
-            sums = {
-                # A current is already the mean over the chunk; and what comes before the first unit may be constant.
-                name: (stop - start) * feature[0] if len(feature) == 1 else feature.sum(0)
-                for name, value in features.items()
-                for feature in (value.to(state_dtype(value.dtype)),)
-            }
+            sums = {name: sum_over_steps(feature, stop - start) for name, feature in features.items()}
             found = None if of_steps is None else (stop - start) * of_steps(logits, features)
             return logits, sums, found, after, None if draws is None else draws.get_state()
 
@@ -197,3 +192,11 @@ class Student(nn.Module):
             message = "its neurons take no v0, the voltage to go on from, so that step() cannot go step by step"
             raise ValueError(message) from error
         return logits[0], after
+
+
+def sum_over_steps(feature: Tensor, steps: int) -> Tensor:
+    """[t, B, ...] -> [B, ...] in single precision or better; one that is constant in time, or a mean over it, has t = 1
+    for all of the steps.
+    """
+    feature = feature.to(state_dtype(feature.dtype))
+    return steps * feature[0] if len(feature) == 1 else feature.sum(0)
