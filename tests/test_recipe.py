@@ -292,6 +292,7 @@ def test_a_path_that_is_no_recipe_is_named_as_it_was_written(tmp_path, monkeypat
     (tmp_path / "pictures").mkdir()
     for given, said in (
         ("./quickstart.toml", "no file quickstart.toml; the recipe that ships is called quickstart, without folder or"),
+        ("./quickstart", "no file quickstart; the recipe that ships is called quickstart, without folder or ending"),
         ("sub/foo.toml", "no file sub/foo.toml"),
         ("pictures", "pictures is a folder without a recipe.toml; of pictures `lasnn init pictures` writes one"),
     ):

@@ -110,7 +110,8 @@ def find(recipe: str | Path) -> Path:
         return path / "recipe.toml"
     if path.is_dir():
         raise UserError(f"{path} is a folder without a recipe.toml; of pictures `lasnn init {path}` writes one")
-    if path.suffix or len(path.parts) > 1:
+    # A path drops the ./ that it was written with.
+    if path.suffix or set("/\\") & set(str(recipe)):
         near = f"; the recipe that ships is called {path.stem}, without folder or ending" if path.stem in known else ""
         raise UserError(f"no file {path}{near}")
     raise UserError(f"no file {path}, and {unknown('recipe', path.stem, known)}")
