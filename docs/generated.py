@@ -205,7 +205,9 @@ def members(value: type) -> list[str]:
     return [
         described("method", name, method)
         for name, method in ((name, getattr(value, name)) for name in vars(value) if not name.startswith("_"))
-        if (inspect.isfunction(method) or inspect.ismethod(method)) and method.__module__.startswith("lasnn")
+        if (inspect.isfunction(method) or inspect.ismethod(method))
+        and method.__module__.startswith("lasnn")
+        and method.__doc__
     ]
 
 

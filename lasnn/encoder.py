@@ -11,6 +11,8 @@ from torch import Generator, Tensor, nn
 
 from lasnn.registry import encoders
 
+__all__ = ["Direct", "Encoder", "Poisson", "Rate", "check_images"]
+
 
 class Encoder(nn.Module, ABC):
     """Turns images [B, C, H, W] in [0, 1] into what the student sees at each of T time steps.
@@ -195,7 +197,7 @@ def check_images(images: Tensor) -> None:
     if not images.is_floating_point() or images.ndim != 4:
         shape = list(images.shape)
         raise ValueError(f"images must be floats in [0, 1] of shape [B, C, H, W], not {images.dtype} {shape}")
-    if not images.numel():
+    if not images.numel() or images.is_meta:
         return
     low, high = (value.item() for value in images.aminmax())
     if not (low >= 0 and high <= 1):

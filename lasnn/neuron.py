@@ -15,6 +15,8 @@ from lasnn.errors import UserError
 from lasnn.kernels import SURROGATES, BatchStatistics, lif, norm_lif
 from lasnn.registry import neurons
 
+__all__ = ["IF", "LIF", "Neuron", "ParametricLIF"]
+
 Surrogate = Literal[SURROGATES]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -125,6 +125,12 @@ def test_mini_says_its_source():
     assert dataset.source == "shipped with lasnn"
 
 
+def test_mini_says_that_a_folder_is_not_read():
+    assert not any(line.startswith("root") for line in datasets.build("fashion-mnist-mini").notes())
+    notes = datasets.build("fashion-mnist-mini", root="/pictures").notes()
+    assert notes[-1] == "root     /pictures is not read: the images ship with lasnn"
+
+
 def test_mini_files_are_those_of_its_readme():
     stated = dict(re.findall(r"`(\S+\.gz)` \| `([0-9a-f]{64})`", (MINI / "README.md").read_text()))
     assert sorted(stated) == sorted(FILES)

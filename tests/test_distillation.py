@@ -76,6 +76,9 @@ def test_a_run_folder_is_complete(tiny):
     images = torch.rand(3, 1, 28, 28)
     assert loaded.student(images).shape == (3, 10)
     assert loaded.teacher(images).shape == (3, 10)
+    for network in (loaded.student, loaded.teacher):
+        with pytest.raises(ValueError, match=r"in \[0, 1\], not from -1 to 1; the network itself applies mean"):
+            network(torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 28, 28))
     [result] = evaluate(run.path)
     assert result["accuracy"] == summary["accuracy"]
     assert result["timesteps"] == 2

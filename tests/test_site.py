@@ -59,7 +59,9 @@ def test_the_reference_has_every_key():
     assert '| `optimizer` | one of "sgd", "adamw" | `"sgd"` |' in keys
 
 
-@pytest.mark.parametrize("module", ["lasnn", "lasnn.data", "lasnn.kernels", "lasnn.loss", "lasnn.network"])
+@pytest.mark.parametrize(
+    "module", ["lasnn", "lasnn.data", "lasnn.encoder", "lasnn.kernels", "lasnn.loss", "lasnn.network", "lasnn.neuron"]
+)
 def test_the_reference_has_every_public_name(module):
     found = generated.api(module)
     for name in sys.modules[module].__all__:

@@ -44,7 +44,11 @@ class FashionMnistMini(_FashionMnist):
     augment = ("flip",)
 
     def __init__(self, root: Path | str = "data"):
-        pass
+        self.root = root
+
+    def notes(self) -> list[str]:
+        unread = [] if str(self.root) == "data" else [f"root     {self.root} is not read: the images ship with lasnn"]
+        return [*super().notes(), *unread]
 
     def load(self) -> tuple[Images, Images]:
         images = read_splits(self, MINI)

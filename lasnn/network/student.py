@@ -59,7 +59,7 @@ class Student(nn.Module):
         first: int = 0,
         total: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, C, H, W] in [0, 1] -> logits of each step [T, B, K] and the tapped features.
+        """Images [B, C, H, W] in [0, 1], not checked, -> logits of each step [T, B, K] and the tapped features.
 
         They may be a part of a batch, from number `first` of `total`: the encoder then draws as it does for the whole.
         In evaluation without gradients a long run is made in time chunks of `TIME_CHUNK` steps, so that its memory does
@@ -165,7 +165,7 @@ class Student(nn.Module):
         The mean of the logits of T such steps is what a run of T steps returns, from the same spikes.
 
         Args:
-            images: [B, C, H, W] in [0, 1], what is seen at this step.
+            images: [B, C, H, W] in [0, 1], which is not checked: what is seen at this step.
             voltages: what the step before returned; None starts from rest.
             generator: of the encoder's draws; one for all steps.
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lasnn.encoder import check_images
 from lasnn.errors import UserError
 from lasnn.network.staged import Staged
 from lasnn.network.units import NormActivate
@@ -39,11 +40,17 @@ class Teacher(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] -> logits [B, K]."""
+        """Images [B, C, H, W] in [0, 1] -> logits [B, K].
+
+        Raises:
+            ValueError: the images are not in [0, 1], as when they were normalised already.
+        """
+        if not torch.compiler.is_compiling():
+            check_images(images)
         return self.taps(images)[0]
 
     def taps(self, images: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [B, C, H, W] in [0, 1] -> logits [B, K] and the tapped features [B, C, H, W]."""
+        """Images [B, C, H, W] in [0, 1], not checked, -> logits [B, K] and the tapped features [B, C, H, W]."""
         logits, features = self.network(((images - self.mean) / self.std)[None], taps=taps)
         return logits[0], {name: feature[0] for name, feature in features.items()}
 

@@ -90,7 +90,7 @@ class TeacherObjective(Objective):
         self, images: Tensor, targets: Tensor, draws: torch.Generator, position: dict[str, int | None]
     ) -> dict[str, Tensor]:
         (teacher,) = self.networks
-        logits = teacher(images).float()
+        logits = teacher.taps(images)[0].float()
         if not len(targets):
             return {"cross-entropy": zero_loss([logits])}
         smoothing = self.label_smoothing
