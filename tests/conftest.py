@@ -1,8 +1,11 @@
 import os
+import signal
 
 # Before torch is imported: networks this small run fastest on one thread, and a shared machine does not stretch the
 # tests tenfold.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's background job ignores Ctrl-C, and what it starts would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 

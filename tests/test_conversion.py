@@ -440,7 +440,7 @@ def runs(tmp_path_factory):
         ("relu", "maxnorm", 400, 0.0),
         ("relu", "percentile", 400, 0.0),
         ("qcfs", "qcfs", 0, 0.5),
-        ("qcfs", "maxnorm", 400, 0.0),
+        pytest.param("qcfs", "maxnorm", 400, 0.0, marks=pytest.mark.full),
     ],
 )
 def test_evaluate_converted(runs, run, method, images, start):
@@ -456,8 +456,11 @@ def test_evaluate_converted(runs, run, method, images, start):
     assert several["converted"] == about
     assert several["results"][1]["accuracy"] == single["accuracy"]
     assert abs(single["accuracy"] - single["teacher_accuracy"]) < 0.15
-    shown = runs("evaluate", run, "--converted", method, "--timesteps", "1,2").stdout
-    assert f"the teacher, converted by {method}" in shown
+
+
+def test_a_conversion_is_shown_with_its_thresholds(runs):
+    shown = runs("evaluate", "relu", "--converted", "percentile", "--timesteps", "1,2").stdout
+    assert "the teacher, converted by percentile" in shown
     assert "threshold" in shown
     assert "images/s" in shown
 

@@ -29,9 +29,9 @@ CASES = [
     ("vgg5", "rate", "plif", 3),
     ("vgg5", "poisson", "decay", 2),
     ("vgg5", "direct", "soft", 1),
-    ("resnet20", "direct", "if", 2),
+    ("resnet20-membrane", "direct", "if", 2),
+    pytest.param("resnet20", "direct", "if", 2, marks=pytest.mark.full),
     pytest.param("resnet20-sew", "direct", "lif", 2, marks=pytest.mark.full),
-    ("resnet20-membrane", "direct", "lif", 2),
     pytest.param("spikformer", "direct", "lif", 2, marks=pytest.mark.full),
 ]
 GRID = [

@@ -102,7 +102,10 @@ def test_resnet_stages_are_those_of_torchvision(name, style):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33), (2, 64)])
+@pytest.mark.parametrize(
+    ("channels", "size"),
+    [(1, 28), (3, 33), *(pytest.param(*more, marks=pytest.mark.full) for more in ((3, 32), (2, 64)))],
+)
 def test_any_size_from_28_up(name, channels, size):
     with torch.device("meta"):
         for act in (ann_units(), snn_units()):
@@ -366,11 +369,11 @@ def test_the_fused_unit_is_batch_norm_then_neuron():
 
 
 COMPILED_IN_FULL = [
-    pytest.param(name, marks=pytest.mark.full) for name in ("resnet20-sew", "resnet20-membrane", "spikformer")
+    pytest.param(name, marks=pytest.mark.full) for name in ("vgg5", "resnet20-sew", "resnet20-membrane", "spikformer")
 ]
 
 
-@pytest.mark.parametrize("name", ["vgg5", "resnet20", *COMPILED_IN_FULL])
+@pytest.mark.parametrize("name", ["resnet20", *COMPILED_IN_FULL])
 def test_a_student_compiles_without_a_graph_break(name):
     student = make(name, snn_units("plif"))
     images = torch.rand(1, 2, 3, 32, 32)

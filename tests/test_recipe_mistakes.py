@@ -126,13 +126,23 @@ def example(annotation: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+def shipped_for_their_keys():
+    """All that ship; those that have no key which others before them lack are left to `make test-all`."""
+    seen, found = set(), []
+    for name, tables in SHIPPED.items():
+        keys = {key_of(place) for place in places(tables)}
+        found.append(pytest.param(name, marks=pytest.mark.full if keys <= seen else []))
+        seen |= keys
+    return found
+
+
+@pytest.mark.parametrize("name", shipped_for_their_keys())
 def test_each_key_and_table_of_a_shipped_recipe_removed(name):
     for place in places(SHIPPED[name]):
         mistakes(changed(SHIPPED[name], place, remove=True), place)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", shipped_for_their_keys())
 def test_each_value_of_a_shipped_recipe_of_another_type(name):
     for place in places(SHIPPED[name]):
         found = [mistakes(changed(SHIPPED[name], place, value), place) for value in VALUES]

@@ -14,22 +14,23 @@ from lasnn.data.fashion_mnist import FashionMnist, FashionMnistMini
 from lasnn.data.idx import write_idx
 from lasnn.data.tiny_imagenet import TinyImageNet
 from lasnn.errors import UserError
-from lasnn.plan import make_plan
 from lasnn.recipe.load import shipped, summary
 from lasnn.recipe.schema import Recipe
 from lasnn.training.distill import distill
 
-TRAIN, TEST, BATCH = 100, 20, 50
+TRAIN, TEST, BATCH = 20, 10, 10
 # Of Tiny ImageNet, with one image each.
-CLASSES = 40
+CLASSES = 20
 
 
 @pytest.mark.parametrize("name", shipped())
 def test_dry_run(name, lasnn):
     plan = lasnn.json("distill", name, "--dry-run", "--set", "device=cpu")
     assert plan["recipe"] == name
-    assert plan["pairs"]
     assert plan["teacher_parameters"]
+    assert plan["pairs"]
+    for pair in plan["pairs"]:
+        assert pair["student_shape"][1:] == pair["teacher_shape"][1:]
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -42,12 +43,6 @@ def test_header(name):
     header = path.read_text().partition("\nseed")[0]
     assert "measured" in header, "the header says what was measured with the recipe, or that nothing was"
     assert "Where the settings come from" in header
-
-
-@pytest.mark.parametrize("name", shipped())
-def test_pairs_have_equal_resolution(name):
-    for pair in make_plan(Recipe.load(name, ["device=cpu"])).pairs:
-        assert pair.student_shape[1:] == pair.teacher_shape[1:]
 
 
 @pytest.fixture(scope="module")

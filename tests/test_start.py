@@ -191,7 +191,7 @@ def test_a_file_of_another_network_is_refused_as_a_teachers_is(tiny):
     assert "run/teacher.safetensors was trained with width = 4; the recipe has 8: set start.width = 4" in line
 
 
-@pytest.mark.parametrize("phase", ["start", "student"])
+@pytest.mark.parametrize("phase", ["start", pytest.param("student", marks=pytest.mark.full)])
 def test_a_stopped_run_resumes_to_the_same_weights(tiny, phase):
     settings = [*TWIN, "distill.epochs=2", "student.init=converted"]
     whole = distill(tiny, "whole", overrides=settings)

@@ -24,7 +24,7 @@ def settings(style, student="resnet20", teacher="resnet20"):
     ]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [pytest.param("sew", marks=pytest.mark.full), "membrane"])
 def test_a_whole_run(style, tiny):
     """Two steps of teacher and student each, from the teacher's weights; evaluated at any T, converted, reported."""
     losses = 'losses=[{name="cross-entropy"},{name="attention",weight=10.0},{name="feature-mse"}]'

@@ -278,7 +278,7 @@ def overflowing_kernel(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), 0.0)
 
 
-def huge():
+def huge(stateful):
     """Tensors on no device, where nothing is allocated; and a kernel whose offsets do not hold them."""
     seen.clear()
     at = {"shape": HUGE, "device": "meta"}
@@ -287,13 +287,13 @@ def huge():
     lif("cuda90", torch.bfloat16, 15, **at)
     lif("cuda90", torch.bfloat16, 4, "strided", **at)
     for last in (False, True):
-        norm_lif("cuda90", torch.bfloat16, 15, last, **at)
-        norm_lif("cuda90", torch.bfloat16, 15, last, state=True, **at)
+        for state in stateful:
+            norm_lif("cuda90", torch.bfloat16, 15, last, state=state, **at)
         norm_lif("cuda90", torch.bfloat16, 4, last, residual=True, constant=True, **at)
         attention("cuda90", "map", 2, last, **at)
 
 
-def default():
+def default(stateful=(True,)):
     lif("cuda90", torch.bfloat16, 4)
     extra["enable_fp_fusion"] = True
     lif("cuda90", torch.bfloat16, 4)
@@ -304,20 +304,19 @@ def default():
     attention("cuda90", "step", 2, True)
     for target in TARGETS:
         norm_lif(target, torch.bfloat16, 4, channels_last=True)
-    for timesteps, last in ((4, False), (8, True)):
-        norm_lif("cuda90", torch.bfloat16, timesteps, last)
-        norm_lif("cuda90", torch.bfloat16, timesteps, last, residual=True)
-        norm_lif("cuda90", torch.bfloat16, timesteps, last, state=True)
+    norm_lif("cuda90", torch.bfloat16, 4)
+    norm_lif("cuda90", torch.bfloat16, 4, residual=True)
+    norm_lif("cuda90", torch.bfloat16, 8, channels_last=True, state=True)
     norm_lif("cuda80", torch.float16, 8, constant=True)
     norm_lif("cuda100", torch.float32, 15, True, residual=True, learnt=True, train=False)
     if "gfx942" in TARGETS:
         lif("gfx942", torch.bfloat16, 4)
         attention("gfx942", "map", 1.5, True)
-    huge()
+    huge(stateful)
 
 
 def full():
-    default()
+    default(stateful=(False, True))
     for target, dtype, timesteps, layout in product(TARGETS, DTYPES, TIMESTEPS, LAYOUTS):
         lif(target, dtype, timesteps, layout)
         if layout == "strided":

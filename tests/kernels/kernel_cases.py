@@ -5,6 +5,7 @@ import math
 import os
 from itertools import combinations, product
 
+import pytest
 import torch
 
 from lasnn.kernels import SURROGATES, reference
@@ -45,6 +46,12 @@ def pairwise(options: dict[str, tuple]) -> list[dict]:
 
 def full(options: dict[str, tuple]) -> list[dict]:
     return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
+
+
+def grid(**options: tuple) -> list:
+    """pytest's parameters of every combination; `make test` runs those in which every pair of two values occurs."""
+    few = pairwise(options)
+    return [pytest.param(*case.values(), marks=[] if case in few else pytest.mark.full) for case in full(options)]
 
 
 def name(case: dict) -> str:

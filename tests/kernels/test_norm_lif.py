@@ -12,6 +12,7 @@ from kernel_cases import (
     batch_norm,
     check_norm_lif,
     full,
+    grid,
     images,
     name,
     norm_lif_results,
@@ -59,11 +60,16 @@ def test_dyadic_inputs_are_exact(last):
         assert_close(got[key], wanted[key], 1e-6, key)
 
 
-@pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("timesteps", [7, 19])
-@pytest.mark.parametrize("stateful", [False, True])
+@pytest.mark.parametrize(
+    ("stateful", "timesteps", "dtype", "last", "constant"),
+    grid(
+        stateful=(False, True),
+        timesteps=(7, 19),
+        dtype=(torch.float32, torch.bfloat16),
+        last=(False, True),
+        constant=(False, True),
+    ),
+)
 def test_a_recomputed_spike_is_the_forward_pass_s(stateful, timesteps, dtype, last, constant):
     """With a surrogate that is flat, a detached hard reset to 0 and a gradient of the last spike alone, g is halved by
     every step back and 0 before the latest spike: it spells out the spikes that the backward pass saw.
@@ -120,9 +126,11 @@ def test_without_running_statistics_the_batch_s_own_are_used():
     assert norm_lif(y, nn.BatchNorm2d(5).eval(), timesteps=4)[1] is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("timesteps", [(3, 5), (9, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("timesteps", "last", "dtype"),
+    grid(timesteps=((3, 5), (9, 16)), last=(False, True), dtype=(torch.float32, torch.bfloat16)),
+    ids=str,
+)
 def test_state_carries_from_call_to_call(timesteps, last, dtype):
     """In evaluation a run in two halves is the whole run, bit for bit; its gradients go back through the state."""
     torch.manual_seed(0)
@@ -161,9 +169,11 @@ def test_asking_for_the_state_changes_nothing_else(constant, last):
         assert torch.equal(value, stateful[key]), key
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("image", [(3, 1, 1), (40, 7, 7), (3, 33, 35)], ids=str)
+@pytest.mark.parametrize(
+    ("image", "last", "dtype"),
+    grid(image=((3, 1, 1), (40, 7, 7), (3, 33, 35)), last=(False, True), dtype=(torch.float32, torch.float16)),
+    ids=str,
+)
 def test_statistics_of_a_far_away_mean(image, last, dtype):
     torch.manual_seed(0)
     mean = 1000 if dtype == torch.float32 else 100

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lasnn.kernels
-from kernel_cases import IMAGE_LAYOUTS, batch_norm, images, make
+from kernel_cases import IMAGE_LAYOUTS, batch_norm, grid, images, make
 from lasnn.kernels import SURROGATES, attention_map, lif, norm_lif, ops
 
 KERNELS = Path(lasnn.kernels.__file__).parent
@@ -130,9 +130,9 @@ def test_compiles_without_a_graph_break(dynamic):
 
 
 @pytest.mark.usefixtures("cpu_only")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize(
+    ("constant", "last", "dynamic"), grid(constant=(False, True), last=(False, True), dynamic=(False, True))
+)
 def test_norm_lif_compiles_without_a_graph_break(constant, last, dynamic):
     torch.manual_seed(0)
     norm = batch_norm(3)
