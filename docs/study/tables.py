@@ -34,6 +34,9 @@ CONTRASTS = (
     ("C - E", "converted/T1", "C", "E"),
     ("C - B", "converted/T4", "C", "B"),
     ("C - B", "random/T1", "C", "B"),
+    ("D - B", "random/T1", "D", "B"),
+    ("C - D", "random/T1", "C", "D"),
+    ("C - E", "random/T1", "C", "E"),
     ("C - B", "resnet20/T1", "C", "B"),
 )
 
