@@ -189,11 +189,7 @@ def evaluate(
 ) -> None:
     """Accuracy, firing rate, energy and speed of a trained student at any T, or of its teacher, converted."""
     steps = None if timesteps is None else parse_timesteps(timesteps)
-    if percentile is not None and converted != "percentile":
-        raise UserError("--percentile goes with --converted percentile")
-    if membrane_start is not None and converted is None:
-        raise UserError("--membrane-start goes with --converted; a student's neurons start from rest")
-    options = {"membrane_start": membrane_start} | ({} if percentile is None else {"percentile": percentile})
+    options = {"membrane_start": membrane_start, "percentile": percentile}
     with json_alone(as_json) as answer:
         from lasnn.evaluation.conversion import OF_ONE_T
         from lasnn.evaluation.evaluate import conditions, load_run

@@ -501,7 +501,7 @@ def without_teacher(recipe: Recipe) -> tuple[str, ...]:
     weight is half the rate.
     """
     kept = [loss for loss in recipe.losses if not needs_teacher(loss.name)]
-    of_labels = [loss for loss in kept if "targets" in losses[loss.name].inputs]
+    of_labels = [loss for loss in kept if teaches_classes(loss.name)]
     weight = sum(loss.weight for loss in of_labels if loss.schedule == "constant")
     if not weight or not any(map(teaches_to_the_end, kept)):
         # Labels whose weight falls to 0 left the rest of the training to the teacher.

@@ -260,7 +260,7 @@ def make_plan(recipe: Recipe) -> Plan:
             *slow_arithmetic(recipe, device),
             *real_values(student.network, student.probed),
             *scheduled_losses(recipe),
-            *empty_losses(recipe),
+            *empty_losses(recipe, pairs),
         ),
     )
 

@@ -316,7 +316,8 @@ def raised_at(error: BaseException) -> str:
         file = frame.f_code.co_filename
         module = frame.f_globals.get("__name__", "")
         standard = module.partition(".")[0] in sys.stdlib_module_names
-        if "site-packages" not in file and not standard and not module.startswith("lasnn."):
+        installed = "site-packages" in file or "dist-packages" in file
+        if not installed and not standard and not module.startswith("lasnn."):
             place = f" ({file}:{line})"
     return place
 
@@ -374,9 +375,13 @@ LOSS_INPUTS = (
 )
 # What the constructor of a loss that is a class may ask for, in the same way.
 LOSS_SIZES = ("student_shapes", "teacher_shapes", "num_classes")
+# What a training logs beside its losses.
+RESERVED = ("loss", "gradient")
 
 
 def _loss_entry(entry: Entry) -> Entry:
+    if entry.name in RESERVED:
+        raise ValueError(f"a loss cannot be called {entry.name!r}, as something else is in the metrics; rename it")
     if inspect.isclass(entry.function):
         entry = replace(entry, inputs=_forward_inputs(entry, entry.function), sizes=entry.inputs)
     if strange := [name for name in entry.sizes if name not in LOSS_SIZES]:

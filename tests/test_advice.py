@@ -33,6 +33,13 @@ def test_a_term_that_drowns_the_labels_comes_first():
     assert not any("losses." in line for line in said(low))
 
 
+def test_a_teachers_logits_drown_nothing():
+    """They say the class as well, and alone they are the whole of the loss whatever their weight."""
+    recipe = RECIPE | {"losses": [{"name": "logit-kd"}]}
+    epochs = [EPOCHS[0], EPOCHS[1] | {"loss": 2.0, "losses": {"logit-kd": 2.0}}]
+    assert not any("losses." in line for line in said(epochs, recipe))
+
+
 def test_a_silent_student_and_another_architecture():
     recipe = RECIPE | {"teacher": {"architecture": "vgg9", "epochs": 4}}
     lines = said(recipe=recipe, firing_rate=0.002)

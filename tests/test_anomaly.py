@@ -83,6 +83,12 @@ def test_the_step_the_term_and_the_layer(breaks, monkeypatch, interval):
     assert all(value.isfinite().all() for value in state["module"].values())
 
 
+def test_the_layer_of_a_compiled_student(breaks):
+    """Its modules are called by none but the compiler: the batch is repeated without it."""
+    with pytest.raises(MachineError, match=r"it began in the layer student stage1.2 \(Breaks\), "):
+        distill(breaks, overrides=[*SETTINGS, "compile=true"])
+
+
 def test_nothing_is_learnt_from_a_broken_step(breaks, monkeypatch):
     """The weights are still those from before it when it is found."""
     check_every(monkeypatch, 20)

@@ -263,7 +263,7 @@ def test_signals_save_and_say_how_to_go_on(done, signum, code):
     assert torch.load(done.folder / out / "last.pt", weights_only=True)["epoch"] >= 2
     process = done.start(*command)
     for line in process.stdout:
-        if line.startswith("resuming the student at epoch "):
+        if line.startswith("resuming the student "):
             process.kill()
             break
     else:

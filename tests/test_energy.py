@@ -25,7 +25,7 @@ from lasnn.evaluation.operations import OperationCounter, dense_operations
 from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import Add, Product, ann_units, snn_units
+from lasnn.network.units import Add, NormSpike, Product, ann_units, snn_units
 from lasnn.registry import encoders
 
 # SpikingJelly's, which takes all operations as those of integers of 32 bits.
@@ -91,7 +91,8 @@ def test_a_network_by_hand():
     assert {name: 1e6 * value for name, value in found["by_layer"].items()} == pytest.approx(by_hand)
     assert 1e6 * found["energy_uj"] == pytest.approx(sum(by_hand.values()))
     assert sum(found["by_kind"].values()) == pytest.approx(found["energy_uj"])
-    quiet = 6 * 4.6 + 12 * 12 * of + 4 * 0.9 + 4 * 8 * 4 * of
+    # The first layer reads the encoder's spikes, which do not depend on the neurons.
+    quiet = by_hand["stage1.0"] + 6 * 4.6 + 12 * 12 * of + 4 * 0.9 + 4 * 8 * 4 * of
     assert 1e6 * found["without_spikes_uj"] == pytest.approx(quiet)
 
 
@@ -135,8 +136,35 @@ def test_each_time_step_costs_its_own_in_a_run_of_time_chunks(style):
     assert ("spike_reads" in kinds) == (style == "activate-after-add")
 
 
+def scale(counter, factor):
+    """Scale what neurons cause, and leave what the encoder does."""
+    for counts, of_encoder in (
+        (counter.spikes, {}),
+        (counter.spikes_in, counter.spikes_in_of_encoder),
+        (counter.additions, counter.additions_of_encoder),
+    ):
+        for name, count in counts.items():
+            count += (factor - 1) * (count - of_encoder.get(name, 0))
+
+
+@pytest.mark.parametrize("encoder", ["poisson", "rate"])
+def test_what_is_left_without_spikes_is_what_silent_neurons_take(encoder):
+    """The encoder's spikes stay: they are of the images."""
+    student, data = small(encoder), images(8)
+    measured = measure(student, data, [3], batch_size=8, seed=5)[0]
+    for unit in student.network.modules():
+        if isinstance(unit, NormSpike):
+            unit.neuron.options["threshold"] = 1e6
+    silent = measure(student, data, [3], batch_size=8, seed=5)[0]
+    assert silent["firing_rate"] == 0 < measured["firing_rate"]
+    for name, found in measured["energy_with_memory"].items():
+        left = silent["energy_with_memory"][name]["energy_uj"]
+        assert found["without_spikes_uj"] == pytest.approx(left)
+        assert left > silent["energy_with_memory"][name]["by_kind"]["potentials"] > 0
+
+
 def test_the_break_even_is_where_both_take_the_same():
-    """With every spike scaled by the same factor the student takes what its teacher takes."""
+    """With every neuron's spikes scaled by the same factor the student takes what its teacher takes."""
     student, data = small("poisson"), images(40)
     torch.manual_seed(0)
     act = ann_units()
@@ -153,15 +181,11 @@ def test_the_break_even_is_where_both_take_the_same():
         aim = teacher[name]["energy_uj"] + result["energy_with_memory"][name]["without_spikes_uj"]
         rate = break_even_rate(result["firing_rate"], result["energy_with_memory"][name], aim)
         factor = rate / result["firing_rate"]
-        for counts in (counter.spikes, counter.spikes_in, counter.additions):
-            for count in counts.values():
-                count *= factor
+        scale(counter, factor)
         scaled = counter.after(3)
         assert scaled["firing_rate"] == pytest.approx(rate)
         assert energy_with_memory(counter.layers(3), precision)["energy_uj"] == pytest.approx(aim)
-        for counts in (counter.spikes, counter.spikes_in, counter.additions):
-            for count in counts.values():
-                count /= factor
+        scale(counter, 1 / factor)
     mine = result["energy_with_memory"]["fp32"]
     assert break_even_rate(0.1, mine, mine["without_spikes_uj"] / 2) == 0
     silent = {"energy_uj": 1.0, "without_spikes_uj": 1.0}
@@ -410,6 +434,48 @@ def test_what_is_made_of_spikes_stays_spikes(function, share):
     assert not counter.multiply_additions
     assert counter.additions["stage1.1"].tolist() == pytest.approx([expected] * 2)
     assert counter.batch_additions.sum(1).tolist() == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    ("pool", "sums"),
+    [
+        (lambda x: F.avg_pool2d(x, 3, 2, 1), lambda x: 9 * F.avg_pool2d(x, 3, 2, 1)),
+        (
+            lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+            lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=1),
+        ),
+        (
+            lambda x: F.avg_pool2d(x, (3, 2), 2, ceil_mode=True),
+            lambda x: 6 * F.avg_pool2d(F.pad(x, (0, 0, 0, 1)), (3, 2), 2),
+        ),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), lambda x: 4 * F.avg_pool2d(x, 2)),
+        (
+            lambda x: F.adaptive_avg_pool2d(x, (3, 8)),
+            lambda x: torch.stack([x[:, :, first:last].sum(2) for first, last in ((0, 3), (2, 6), (5, 8))], 2),
+        ),
+    ],
+)
+def test_a_spike_in_a_pool_is_one_in_each_window_that_holds_it(pool, sums):
+    batch = (torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    stage = nn.Sequential(Called(pool), nn.Conv2d(4, 5, 1))
+    counter = counted_with({"stage1": stage}, nn.Flatten(), batch=batch)
+    assert not counter.notes
+    assert counter.additions["stage1.1"].tolist() == pytest.approx([5 * float(sums(batch).sum())] * 2)
+
+
+def test_a_residual_of_none_and_an_input_by_name_cost_what_is_computed():
+    class Unusual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.fc = ann_units()(4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.fc(input=self.act(x, None).mean((2, 3)))
+
+    network = Staged({"stage1": nn.Conv2d(2, 4, 1)}, Unusual())
+    found = teacher_layers(Teacher(network, (0.5, 0.5), (0.2, 0.2)).eval(), (2, 8, 8))
+    assert (found["head.act"].always.additions, found["head.act"].always.value_reads) == (4 * 64, 0)
+    assert found["head.fc"].always.multiply_additions == 12
 
 
 def test_a_difference_of_spikes_is_as_many_as_both():

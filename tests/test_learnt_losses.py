@@ -305,10 +305,32 @@ def test_samd_needs_the_classifier_of_the_last_stage():
     [line] = refused("samd", teacher=twice)
     assert line == (
         "recipe: losses.1: 'samd' weighs the channels of the teacher's last stage by its classifier: that has 8 "
-        "inputs, the last pair's stage 16 channels; name the last stage last in distill.pairs"
+        "inputs, the last pair's stage 16 channels; name the teacher's last stage last in distill.pairs, of a teacher "
+        "whose head is one linear layer"
     )
     [line] = refused("samd", distill={"epochs": 1, "pairs": ["stage3", "stage1"]})
     assert "that has 8 inputs, the last pair's stage 2 channels" in line
+
+
+def test_maps_of_one_pixel_are_said_to_teach_nothing():
+    deep = {table: {"architecture": "vgg11", "width": 2} for table in ("student", "teacher")}
+    deep["teacher"]["epochs"] = 1
+    notes = plan("attention", **deep).notes
+    line = "nothing is learnt from stage5: a map of one pixel is the same for every image once it is normalised"
+    assert f"loss     'attention': {line}" in notes
+    assert not any("nothing is learnt" in line for line in plan("feature-mse", **deep).notes)
+    for loss, said in (
+        ("attention", "losses.1.name: maps of one pixel are all the same once they are normalised; pair stages with"),
+        ("samd", "losses.1.name: the last pair's map (stage5) has one pixel"),
+    ):
+        [line] = refused(loss, **deep, distill={"epochs": 1, "pairs": ["stage5"]})
+        assert said in line
+    coarse = {"name": "attention", "pool": 1}
+    tables = PLAIN | {"losses": [{"name": "cross-entropy"}, coarse]}
+    with pytest.raises(UserError, match=r"losses.1.pool: .* set pool = 2 or more, or compare by 'feature-mse'"):
+        make_plan(Recipe.from_tables(tables))
+    coarse["normalize"] = "none"
+    make_plan(Recipe.from_tables(tables))
 
 
 def test_a_lone_image_whose_rates_are_one_pixel_is_refused_for_a_learnt_loss():

@@ -401,7 +401,9 @@ def test_samd_by_hand():
     given = torch.tensor([[0.0, 1.0]]), classifier
     loss = samd([other[0], student], [other[1], teacher], *given, temperature=1 / math.log(3))
     assert loss.item() == pytest.approx(0.4 * math.log(3), abs=1e-6)
-    with pytest.raises(UserError, match="that has 2 inputs, the last pair's stage 5 channels; name the last stage"):
+    with pytest.raises(
+        UserError, match="that has 2 inputs, the last pair's stage 5 channels; name the teacher's last stage"
+    ):
         samd([student, other[0]], [teacher, other[1]], *given)
 
 

@@ -124,6 +124,16 @@ def test_an_edited_module_is_read_again(own, monkeypatch):
     assert width(build(own).student) == 6
 
 
+def test_a_module_with_the_content_of_a_file_that_is_loaded(own, monkeypatch):
+    monkeypatch.syspath_prepend(str(own.parent))
+    Recipe.load(own)
+    copy = own.parent / "the_same_nets.py"
+    copy.write_text(NET)
+    own.write_text(own.read_text().replace("nets.py", "the_same_nets"))
+    assert Recipe.load(own).plugin_sources()[-1] == copy
+    assert width(build(own).student) == 4
+
+
 def test_a_part_that_no_plugin_registers_says_how_it_is_found(tiny):
     with pytest.raises(UserError, match=r"unknown architecture 'qqq'; known: .*; one of your own needs the file that"):
         Recipe.from_tables({"student": {"architecture": "qqq"}})

@@ -217,6 +217,12 @@ def test_a_checkpoint_given_by_set_stands_in_for_the_files_training(plain):
     assert found == ["--set: teacher.lr: has no effect with teacher.checkpoint; leave one of the two out"]
 
 
+def test_a_checkpoint_taken_away_by_set_leaves_the_training_as_the_file_has_it(plain):
+    plain.write_text(plain.read_text().replace("epochs = 2", 'epochs = 2\ncheckpoint = "x.safetensors"', 1))
+    found = Recipe.load(plain, ["teacher.checkpoint="]).teacher
+    assert (found.checkpoint, found.epochs) == (None, 2)
+
+
 def test_set_removes_a_key_or_a_table(plain):
     assert Recipe.load(plain, ["teacher="]).teacher is None
     assert Recipe.load(plain, ["student.timesteps="]).student.timesteps == 4

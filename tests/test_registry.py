@@ -5,7 +5,7 @@ from pydantic import Field
 
 from lasnn import architectures, losses, teachers
 from lasnn.errors import UserError
-from lasnn.registry import REGISTRIES, REQUIRED, Registry
+from lasnn.registry import REGISTRIES, REQUIRED, Registry, raised_at
 
 
 @pytest.fixture
@@ -81,6 +81,29 @@ def test_a_plugin_cannot_take_a_built_in_name():
 def test_catch_all_parameters_are_refused(registry):
     with pytest.raises(ValueError, match="name every option"):
         registry.register("a")(lambda **options: None)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient"])
+def test_a_loss_has_a_name_of_its_own_in_the_metrics(name):
+    with pytest.raises(ValueError, match=f"a loss cannot be called '{name}'"):
+        losses.register(name)(lambda logits, targets: logits.sum())
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("/usr/lib/python3/dist-packages/timm/models.py", False),
+        ("/env/lib/python3.11/site-packages/timm/models.py", False),
+        ("/home/me/nets.py", True),
+    ],
+)
+def test_what_is_installed_is_not_the_users_own_code(file, own):
+    scope = {"__name__": "nets"}
+    exec(compile("def fail():\n    raise RuntimeError('no')", file, "exec"), scope)
+    with pytest.raises(RuntimeError) as caught:
+        scope["fail"]()
+    # The test itself is on the way, too.
+    assert (raised_at(caught.value) == f" ({file}:2)") == own
 
 
 def test_a_loss_asks_only_for_what_there_is():

@@ -84,7 +84,13 @@ RUNS = {
     "many": (ODD, ("data.count=100", "data.channels=3", "data.residence=stream", "data.workers=0", "student.pool=max")),
     "pooled": (
         ODD,
-        ("teacher.pool=max", "student.architecture=vgg9", 'distill.pairs=["stage1:stage2"]', "losses.1.temporal=step"),
+        (
+            "teacher.pool=max",
+            "student.architecture=vgg9",
+            'distill.pairs=["stage1:stage2"]',
+            "losses.1.temporal=step",
+            "losses.1.tap=spikes",
+        ),
     ),
     "start": (ODD, ("student.width=8", "start.architecture=vgg5", "start.width=8", "start.epochs=1")),
     "current": (ODD, ("losses.1.tap=current", "losses.1.pool=4")),
@@ -299,6 +305,7 @@ def test_the_epochs_of_a_start_are_shown_and_what_it_started_from(pages):
 def test_a_loss_on_other_maps_than_those_drawn_is_said(pages):
     assert "loss compares other maps:\ntap = current, pool = 4." in pages("current")[0]
     assert "compares other maps" not in pages("plain")[0]
+    assert "compares other maps" not in pages("pooled")[0]
 
 
 def test_many_classes_have_no_labels(pages):

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import Add, NormActivate, Product
+from lasnn.network.units import Add, NormActivate, Product, residual_of
 
 # What one access of 32 bits takes in a memory of so many bytes, in pJ; linear between them, and from 0 at 0 bytes. A
 # larger memory is made of several of the last size.
@@ -120,7 +120,7 @@ class LayerSize:
 
 @dataclass(frozen=True)
 class LayerTraffic:
-    """A layer, what it does because of spikes, and what it does without any."""
+    """A layer, what it does because neurons spike, and what it does where none does: of the encoder's spikes too."""
 
     size: LayerSize
     by_spikes: Traffic
@@ -309,7 +309,7 @@ def teacher_layers(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, L
             outputs = output.numel()
             if isinstance(layer, NormActivate):
                 size = LayerSize("neuron", 0, has_bias(layer.norm, output), 0, outputs, outputs, "values")
-                shortcut = outputs * (len(inputs) > 1 or named.get("residual") is not None)
+                shortcut = outputs * (residual_of(inputs, named) is not None)
                 add(name, size, biases_of(size, 1) + Traffic(additions=shortcut, value_reads=shortcut))
             elif isinstance(layer, _BatchNorm):
                 size = LayerSize("neuron", 0, has_bias(layer, output), 0, outputs, outputs, "values")
@@ -318,8 +318,9 @@ def teacher_layers(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, L
                 size = LayerSize.of(layer, outputs, outputs, "values")
                 add(name, size, Traffic(additions=outputs, value_reads=2 * outputs, value_writes=outputs))
             else:
-                size = LayerSize.of(layer, inputs[0].numel(), outputs, "values")
-                count = multiply_additions_of(layer, output, inputs[0])
+                x = inputs[0] if inputs else next(iter(named.values()))
+                size = LayerSize.of(layer, x.numel(), outputs, "values")
+                count = multiply_additions_of(layer, output, x)
                 add(name, size, of_values(size, count) + Traffic(value_writes=outputs))
 
         return see

@@ -30,7 +30,7 @@ def evaluate(
     timesteps: int | Sequence[int] | None = None,
     *,
     converted: Method | None = None,
-    percentile: float = 99.9,
+    percentile: float | None = None,
     membrane_start: float | None = None,
     early_exit: float | None = None,
     draws: int | None = None,
@@ -42,7 +42,7 @@ def evaluate(
         run: a run folder, or what `load_run` returned; None is the newest folder under `runs/`.
         timesteps: T, or several; None is the T of the training, for a conversion 1, 2, 4, ..., 256.
         converted: measure the run's teacher, converted by this method, in the student's place.
-        percentile, membrane_start: of the conversion, as for `lasnn.evaluation.conversion.convert`.
+        percentile, membrane_start: of the conversion, as for `lasnn.evaluation.conversion.convert`; None is its own.
         early_exit: also stop each image once the largest class probability reaches this, in (0, 1].
         draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
         include_speed: also measure what needs runs of its own at each T: `operations.dense`, `images_per_second`,
@@ -61,8 +61,17 @@ def evaluate(
             is missing, broken or no test of this run (see `lasnn.bound_data`), or there is no teacher or one
             that cannot be converted.
     """
+    options = {"membrane_start": membrane_start}
+    if percentile is not None:
+        if converted != "percentile":
+            raise UserError('percentile (--percentile) goes with a conversion by "percentile" (--converted percentile)')
+        options["percentile"] = percentile
     if converted is not None:
-        check_options(converted, percentile, membrane_start)
+        check_options(converted, **options)
+    elif membrane_start is not None:
+        raise UserError(
+            "membrane_start (--membrane-start) goes with --converted; a student's neurons start from rest"
+        )
     if early_exit is not None and not 0 < early_exit <= 1:
         raise UserError(f"early exit (--exit): the confidence must be above 0 and at most 1, got {early_exit}")
     if not isinstance(run, Run):
@@ -90,7 +99,6 @@ def evaluate(
         raise UserError(
             "draws (--draws): nothing is drawn here; they go with a student whose encoder draws, as poisson"
         )
-    options = {"percentile": percentile, "membrane_start": membrane_start}
     if converted is not None:
         check_conversion(run, converted, **options)
     train, test = run.images.train, run.images.test

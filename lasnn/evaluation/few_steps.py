@@ -15,7 +15,7 @@ from lasnn.errors import not_finite
 from lasnn.evaluation.balance import calibration_batches, noise_of_norms, recorded
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import NormActivate, NormSpike
+from lasnn.network.units import NormActivate, NormSpike, residual_of
 
 # Rounds of the threshold iteration, and its relative change below which it has come to an end.
 ROUNDS, CHANGE = 200, 1e-5
@@ -66,7 +66,7 @@ def normal_currents(teacher: Teacher, image: tuple[int, int, int]) -> dict[str, 
         alone = [False]
 
         def before(_: nn.Module, inputs: tuple, options: dict) -> None:
-            alone[0] = len(inputs) < 2 and options.get("residual") is None
+            alone[0] = residual_of(inputs, options) is None
 
         def on_call(_: Tensor, current: object) -> None:
             if alone[0] and not isinstance(unit.norm, nn.Identity):

@@ -28,7 +28,7 @@ from lasnn.evaluation.energy import (
 from lasnn.evaluation.signals import Signal, SignalTrace, absolute_if_signed, tensors_of
 from lasnn.network.student import TIME_CHUNK, Student
 from lasnn.network.teacher import Teacher
-from lasnn.network.units import Add, NormSpike, Product
+from lasnn.network.units import Add, NormSpike, Product, residual_of
 
 # Energy of one 32-bit operation in a 45 nm process, in pJ (Horowitz, ISSCC 2014), as SNN papers count it.
 PJ_ADD = 0.9
@@ -67,6 +67,9 @@ class OperationCounter:
         self.multiply_additions: dict[str, Tensor] = {}
         # Spikes that a layer reads, by step; of a neuron, those that a shortcut adds to its current.
         self.spikes_in: dict[str, Tensor] = {}
+        # The part of additions and spikes_in that the encoder's spikes cause, whatever the neurons do.
+        self.additions_of_encoder: dict[str, Tensor] = {}
+        self.spikes_in_of_encoder: dict[str, Tensor] = {}
         self.sizes: dict[str, LayerSize] = {}
         # Additions of all layers for each step and image of the current batch, [T, B].
         self.batch_additions = torch.zeros(timesteps, 0, dtype=torch.float64)
@@ -108,7 +111,7 @@ class OperationCounter:
         constant = self.timesteps > 1 and len(images) == context.batch
         constant = constant and (context.steps > 1 or getattr(self.student.encoder, "constant", False))
         if getattr(self.student.encoder, "spiking", False):
-            self._trace.signals[images] = Signal(constant, 1.0, absolute_if_signed(images))
+            self._trace.signals[images] = Signal(constant, 1.0, absolute_if_signed(images), encoded=True)
         else:
             self._trace.signals[images] = Signal(constant)
 
@@ -136,10 +139,13 @@ class OperationCounter:
             step = torch.where(fired.any(0), fired.int().argmax(0) + self._now.start, self.timesteps)
             self.first[name] = torch.minimum(self.first.get(name, step), step)
             self._trace.signals[emitted] = Signal(False, spikes_per_one, numbers)
-            residual = inputs[1] if len(inputs) > 1 else named.get("residual")
+            residual = residual_of(inputs, named)
             added = None if residual is None else self._spikes_in(residual)
             if added is not None:
-                self._count(self.spikes_in, name)[self._now] += added[1] * self._by_step(added[0])
+                read = added[1] * self._by_step(added[0])
+                self._count(self.spikes_in, name)[self._now] += read
+                if self._trace.signals[residual].encoded:
+                    self._count(self.spikes_in_of_encoder, name)[self._now] += read
             self.sizes[name] = LayerSize(
                 "neuron",
                 biases=has_bias(unit.norm, spikes),
@@ -249,10 +255,13 @@ class OperationCounter:
             read, by_image = (x.sum().expand(steps, context.batch) / rows for x in (spikes, additions))
         else:
             read, by_image = (x.reshape(steps, context.batch, -1).sum(2) for x in (spikes, additions))
-        by_image = by_image.cpu()
-        self._count(self.spikes_in, label)[self._now] += read.sum(1).cpu()
+        read, by_image = read.sum(1).cpu(), by_image.cpu()
         self.batch_additions[self._now] += by_image
+        self._count(self.spikes_in, label)[self._now] += read
         self._count(self.additions, label)[self._now] += by_image.sum(1)
+        if signal.encoded:
+            self._count(self.spikes_in_of_encoder, label)[self._now] += read
+            self._count(self.additions_of_encoder, label)[self._now] += by_image.sum(1)
 
     def count_sum(self, output: Tensor, constant: bool) -> None:
         """Note a sum of signals that are not both spikes; it costs nothing until a layer reads it but memory."""
@@ -340,6 +349,7 @@ class OperationCounter:
     def join(self) -> None:
         """Take in what the other processes have counted of their images."""
         counts = ("spikes", "additions", "multiply_additions", "spikes_in")
+        counts += ("additions_of_encoder", "spikes_in_of_encoder")
         own = {name: getattr(self, name) for name in ("images", *counts)}
         first = {name: step.cpu() for name, step in self.first.items()}
         every = processes.all_gather({**own, "first": first, "sizes": self.sizes, "notes": self.notes})
@@ -389,9 +399,11 @@ class OperationCounter:
 
         found = {}
         for name, size in self.sizes.items():
-            spikes = [mean(counts, name) for counts in (self.spikes_in, self.additions, self.spikes)]
-            rest = always(size, mean(self.multiply_additions, name), steps)
-            found[name] = LayerTraffic(size, by_spikes(size, *spikes), rest)
+            given = [mean(counts, name) for counts in (self.spikes_in_of_encoder, self.additions_of_encoder)]
+            read, added = (mean(counts, name) for counts in (self.spikes_in, self.additions))
+            rest = always(size, mean(self.multiply_additions, name), steps) + by_spikes(size, *given, 0.0)
+            of_neurons = by_spikes(size, read - given[0], added - given[1], mean(self.spikes, name))
+            found[name] = LayerTraffic(size, of_neurons, rest)
         return found
 
     def energy_by_image(self) -> Tensor:

@@ -91,6 +91,7 @@ class Signal:
         numbers: where that is not the same for all values, or some are negative, the number of spikes that each stands
             for, in units of `spikes_per_one`.
         moved: something else may come before step and image.
+        encoded: it is made of the encoder's spikes alone, which are there whatever the neurons do.
         why: which operation made it real values, for people; "" where they are the encoder's, or a layer's current.
     """
 
@@ -98,6 +99,7 @@ class Signal:
     spikes_per_one: float | None = None
     numbers: Tensor | None = None
     moved: bool = False
+    encoded: bool = False
     why: str = ""
 
 
@@ -225,7 +227,7 @@ class SignalTrace(TorchDispatchMode):
         moved = any(it.moved for it in known) or moves_rows(name, args, kwargs)
         each = numbers if isinstance(numbers, list | tuple) else [numbers] * len(made)
         for one, number in zip(made, each, strict=True):
-            self.signals[one] = Signal(constant, scale, number, moved)
+            self.signals[one] = Signal(constant, scale, number, moved, all(it.encoded for it in known))
 
     def _spikes_of(self, op: Any, name: str, args: tuple, kwargs: dict, output: Any) -> tuple[float, Any] | None:
         """`spikes_per_one` and `numbers` of what an operation makes, a list where of several; None: real values."""
@@ -280,7 +282,10 @@ class SignalTrace(TorchDispatchMode):
             [values, *_], [chosen, *_] = tensors_of([output]), tensors_of([op(counts, *rest, **kwargs)])
             return scale, None if plain else chosen * values.ne(0)
         if name in MEANS:
-            return scale * summed_by(name, args, output), None if plain else op(counts, *rest, **kwargs)
+            summed = summed_by(name, args, output)
+            if isinstance(summed, Tensor):
+                return scale, op(counts, *rest, **kwargs) * summed
+            return scale * summed, None if plain else op(counts, *rest, **kwargs)
         return None
 
     def _counts(self, x: Tensor) -> Tensor:
@@ -323,11 +328,42 @@ def moves_rows(name: str, args: tuple, kwargs: dict) -> bool:
     return False
 
 
-def summed_by(name: str, args: tuple, output: Tensor) -> float:
-    """By how much the mean that an operation takes is smaller than the sum."""
+def summed_by(name: str, args: tuple, output: Tensor) -> float | Tensor:
+    """By how much the mean that an operation takes is smaller than the sum; a tensor of the output's sides where the
+    windows of a pool differ in size, as at the edge.
+    """
     if name == "avg_pool2":
         return 4
-    if name not in AVERAGE_POOLS:
+    if name == "mean":
         return args[0].numel() / output.numel()
-    divisor = args[6] if len(args) > 6 else None
-    return divisor or math.prod(args[1])
+    dimensions = int(name[-2])
+    shapes = list(zip(args[0].shape[-dimensions:], output.shape[-dimensions:], strict=True))
+    if "adaptive" in name:
+        sides = [_adaptive_windows(*shape) for shape in shapes]
+    else:
+        kernel, stride, padding, _, padded, divisor = [*args[1:], *(None, None, False, True, None)[len(args) - 2 :]]
+        if divisor:
+            return divisor
+        each = (_of_each(one, dimensions) for one in (kernel, stride or kernel, padding or 0))
+        sides = [_windows(*shape, *how, padded) for shape, *how in zip(shapes, *each, strict=True)]
+    windows = math.prod(side.view(-1, *(1,) * place) for place, side in enumerate(reversed(sides)))
+    return windows.to(output) if windows.min() < windows.max() else float(windows.max())
+
+
+def _adaptive_windows(size: int, out: int) -> Tensor:
+    """How many inputs each output of an adaptive pool takes the mean of, in one dimension."""
+    place = torch.arange(out)
+    return -(-(place + 1) * size // out) - place * size // out
+
+
+def _windows(size: int, out: int, kernel: int, stride: int, padding: int, padded: bool) -> Tensor:
+    """The same of an average pool; zeros of the padding count if `padded`."""
+    first = torch.arange(out) * stride - padding
+    last = (first + kernel).clamp(max=size + padding)
+    return last - first if padded else last.clamp(max=size) - first.clamp(min=0)
+
+
+def _of_each(value: int | list[int], dimensions: int) -> list[int]:
+    """An option of a pool, given for all dimensions or for each."""
+    value = [value] if isinstance(value, int) else value
+    return [*value] * (dimensions // len(value))

@@ -33,6 +33,30 @@ def attention_problems(pairs: Sequence[Pair], options: Mapping[str, Any]) -> Ite
             yield "temperature", f'has no effect with normalize = "{normalize}"; set normalize = "softmax"'
     if options.get("tap") == "current" and options.get("temporal", "rate") != "rate":
         yield "temporal", 'tap = "current" has the mean over time alone; set temporal = "rate"'
+    if pairs and len(one_pixel(pairs, options)) == len(pairs):
+        key = "pool" if options.get("pool") == 1 else "name"
+        fix = "set pool = 2 or more" if key == "pool" else "pair stages with larger maps in distill.pairs"
+        yield key, f"maps of one pixel are all the same once they are normalised; {fix}, or compare by 'feature-mse'"
+
+
+def one_pixel(pairs: Sequence[Pair], options: Mapping[str, Any]) -> list[Pair]:
+    """Pairs whose maps have one pixel, so that they say nothing of where; not where its value itself is compared."""
+    if options.get("normalize") == "none" and options.get("measure", "mse") == "mse":
+        return []
+    return [pair for pair in pairs if pair.pixels == 1 or options.get("pool") == 1]
+
+
+def attention_notes(pairs: Sequence[Pair], options: Mapping[str, Any]) -> Iterator[str]:
+    """Name the stages from which nothing is learnt."""
+    if empty := one_pixel(pairs, options):
+        names = ", ".join(pair.student for pair in empty)
+        yield f"nothing is learnt from {names}: a map of one pixel is the same for every image once it is normalised"
+
+
+def samd_problems(pairs: Sequence[Pair], _: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Complain of a last pair whose map has one pixel."""
+    if pairs and pairs[-1].pixels == 1:
+        yield "name", f"the last pair's map ({pairs[-1].student}) has one pixel, and says nothing of where"
 
 
 def tapped(options: Mapping[str, Any]) -> tuple[str, str]:
@@ -46,7 +70,7 @@ def tapped(options: Mapping[str, Any]) -> tuple[str, str]:
     lambda options: {"rate": "mean", "step": "steps"}.get(options.get("temporal", "rate")),
     fix='temporal = "rate" or "step"',
 )
-@check_pairs(attention_problems)
+@check_pairs(attention_problems, attention_notes)
 @asks_for(tapped)
 def attention(
     student_features: list[Tensor] | None,
@@ -73,8 +97,8 @@ def attention(
     Args:
         temporal: how spikes become one map: of the firing rate, of each step (the distance is averaged over steps), or
             the mean of the steps' maps.
-        normalize: of each map f, over its pixels: "l2" f / ||f||; "max" f / max f (Real-to-Binary, Martinez et al.,
-            ICLR 2020); "z-score" (f - mean) / deviation; "softmax" softmax of (f - min) / (max - min) / temperature, as
+        normalize: of each map f, over its pixels: "l2" f / ||f||; "max" f / max f (Real-to-Binary as larq_zoo's code
+            has it); "z-score" (f - mean) / deviation; "softmax" softmax of (f - min) / (max - min) / temperature, as
             in CKDSNN (arXiv 2511.06902); "none".
         measure: "mse", the mean over pixels; "cosine", 1 - cos, in which every stage weighs the same whatever its size
             (with "l2" it is the mse times half the number of pixels; with "z-score" 1 - Pearson's correlation); "kl",
@@ -96,6 +120,7 @@ def attention(
 
 @losses.register("samd")
 @over_time("mean")
+@check_pairs(samd_problems)
 def samd(
     student_features: list[Tensor],
     teacher_features: list[Tensor],
@@ -119,7 +144,8 @@ def samd(
     if weight.shape[1] != teacher.shape[1]:
         raise UserError(
             f"'samd' weighs the channels of the teacher's last stage by its classifier: that has {weight.shape[1]} "
-            f"inputs, the last pair's stage {teacher.shape[1]} channels; name the last stage last in distill.pairs"
+            f"inputs, the last pair's stage {teacher.shape[1]} channels; name the teacher's last stage last in "
+            "distill.pairs, of a teacher whose head is one linear layer"
         )
     ours = student.float().mean(0).sum(1)
     theirs = (weight[teacher_logits.argmax(-1)][..., None, None] * teacher.float()).sum(1).relu()

@@ -1,6 +1,7 @@
 """What a loss may say of itself besides its signature, what it is told of the stages that it compares, and its call."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +26,15 @@ class Pair:
     student_shape: tuple[int, ...]
     teacher_shape: tuple[int, ...]
 
+    @property
+    def pixels(self) -> int:
+        """Of the smaller of both maps, which the larger is pooled to."""
+        return math.prod(map(min, self.student_shape[1:], self.teacher_shape[1:]))
+
 
 # From the pairs and the loss's options to (option, message) of what does not fit; "name" is the loss itself.
 PairCheck = Callable[[Sequence[Pair], Mapping[str, Any]], Iterable[tuple[str, str]]]
+PairNotes = Callable[[Sequence[Pair], Mapping[str, Any]], Iterable[str]]
 
 
 def over_time(
@@ -56,11 +63,13 @@ def reading_fix(loss: Callable) -> str:
     return getattr(loss, "over_time_fix", "mark it with lasnn.loss.over_time")
 
 
-def check_pairs(check: PairCheck) -> Callable[[Callable], Callable]:
-    """Decorator that gives a loss a check of the paired stages, made before anything is trained."""
+def check_pairs(check: PairCheck, notes: PairNotes = lambda *_: ()) -> Callable[[Callable], Callable]:
+    """Decorator that gives a loss a check of the paired stages, made before anything is trained, and `notes`, lines for
+    the plan on what can be done but does little.
+    """
 
     def mark(function: Callable) -> Callable:
-        function.check_pairs = check
+        function.check_pairs, function.pair_notes = check, notes
         return function
 
     return mark
@@ -69,6 +78,11 @@ def check_pairs(check: PairCheck) -> Callable[[Callable], Callable]:
 def pair_problems(loss: Callable, pairs: Sequence[Pair], options: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(option, message) of what a loss with these options cannot do with the pairs."""
     return list(getattr(loss, "check_pairs", lambda *_: ())(pairs, options))
+
+
+def pair_notes(loss: Callable, pairs: Sequence[Pair], options: Mapping[str, Any]) -> list[str]:
+    """Lines on what a loss with these options makes of the pairs."""
+    return list(getattr(loss, "pair_notes", lambda *_: ())(pairs, options))
 
 
 def asks_for(inputs: Callable[[Mapping[str, Any]], Iterable[str]]) -> Callable[[Callable], Callable]:

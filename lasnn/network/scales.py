@@ -124,20 +124,21 @@ class _Trace(TorchDispatchMode):
         def enter(module: nn.Module, _: object) -> None:
             self._inside += 1
 
-        def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def leave(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
             self._inside -= 1
+            x = inputs[0] if inputs else next(iter(named.values()))
             if name in found:
                 self._problems[f"{name} ({type(module).__name__}) runs twice, with one scale for both"] = None
             # An Identity returns what it is given.
-            output = output.view_as(output) if output is inputs[0] else output
-            before = self.group(inputs[0])
+            output = output.view_as(output) if output is x else output
+            before = self.group(x)
             self._parents.append(len(self._parents))
             self._seen[id(output)] = output, len(self._parents) - 1
             found[name] = before, len(self._parents) - 1
             return output
 
         module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+        module.register_forward_hook(leave, with_kwargs=True)
 
     def _leave(self, *_: object) -> None:
         self._running.pop()

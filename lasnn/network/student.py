@@ -1,7 +1,8 @@
 """The spiking network with its encoder."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,15 @@ class Student(nn.Module):
         Spikes are those of the network as it is but for what a compiler's sums round otherwise.
         """
         self._compiled = (torch.compile(self.network.forward, fullgraph=True),)
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within the block the network runs module by module, where hooks see it."""
+        compiled, self._compiled = self._compiled, ()
+        try:
+            yield
+        finally:
+            self._compiled = compiled
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1] -> logits [B, K], averaged over the T steps.

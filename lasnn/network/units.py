@@ -1,7 +1,8 @@
 """The units that make a network an ANN or an SNN: normalise, add a residual, activate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -40,6 +41,11 @@ class NormActivate(Unit):
         if self.on_call is not None:
             self.on_call(output, lambda: x)
         return output
+
+
+def residual_of(inputs: tuple, named: Mapping[str, Any]) -> Tensor | None:
+    """What a unit is called with beside its input, by position or by name; for forward hooks."""
+    return inputs[1] if len(inputs) > 1 else named.get("residual")
 
 
 class NormSpike(Unit):

@@ -19,6 +19,7 @@ from lasnn.loss import (
     does_couple_images,
     inputs_of,
     left_at_one_step,
+    pair_notes,
     pair_problems,
     reading_fix,
     reading_of,
@@ -102,11 +103,15 @@ def scheduled_losses(recipe: Recipe) -> Iterator[str]:
             yield f"loss     {loss.name!r}: its weight is 0 after {100 * loss.until:g}% of the training"
 
 
-def empty_losses(recipe: Recipe) -> Iterator[str]:
-    """A line for each loss that compares time steps where there is one."""
-    for loss in recipe.losses if recipe.student.timesteps == 1 else ():
-        if left := left_at_one_step(losses[loss.name].function):
+def empty_losses(recipe: Recipe, pairs: Sequence[Pair]) -> Iterator[str]:
+    """A line for each loss that compares time steps where there is one, and for each with pairs that do little."""
+    for loss in recipe.losses:
+        function = losses[loss.name].function
+        left = left_at_one_step(function) if recipe.student.timesteps == 1 else None
+        if left:
             yield f"loss     {loss.name!r} compares time steps, and T is 1: {left}"
+        for line in pair_notes(function, pairs, loss.options):
+            yield f"loss     {loss.name!r}: {line}"
 
 
 def try_losses(

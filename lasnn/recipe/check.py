@@ -92,9 +92,15 @@ def filled_in(recipe: Model) -> Model:
 
 
 def teaches_classes(loss: str) -> bool:
-    """Whether a registered loss compares the student's logits with something: labels, or what a teacher knows."""
+    """Whether a registered loss compares the student's logits with something: labels, or what a teacher knows. One that
+    compares time steps teaches no class by itself.
+    """
+    # Imports PyTorch.
+    from lasnn.loss import left_at_one_step
+
     inputs = losses[loss].inputs
-    return "logits" in inputs and any(name == "targets" or name.startswith("teacher_") for name in inputs)
+    compared = "logits" in inputs and any(name == "targets" or name.startswith("teacher_") for name in inputs)
+    return compared and left_at_one_step(losses[loss].function) is None
 
 
 @dataclass(frozen=True)

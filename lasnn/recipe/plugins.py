@@ -76,11 +76,18 @@ def use_version(version: str) -> None:
         registry.put(entry)
 
 
-def _import_module(name: str) -> None:
-    """Import a module, again where its file was edited since, and say where it lies."""
+def module_file(name: str) -> Path | None:
+    """Where a module lies; None where it is not to be found, or is no file. It need not be imported: of two with the
+    same content one is.
+    """
     seen = sys.modules.get(name)
     spec = seen.__spec__ if seen else importlib.util.find_spec(name)
-    file = Path(spec.origin) if spec and spec.has_location else None
+    return Path(spec.origin) if spec and spec.has_location else None
+
+
+def _import_module(name: str) -> None:
+    """Import a module, again where its file was edited since, and say where it lies."""
+    seen, file = sys.modules.get(name), module_file(name)
     version = version_of(file) if file else name
     if version in _loaded_plugins or (seen and _imported.get(name, version) == version):
         use_version(version)

@@ -7,7 +7,6 @@ an option of the registered part that the table names, and is checked against th
 
 import math
 import re
-import sys
 from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from lasnn.recipe import check, load, messages
 from lasnn.recipe.paths import expanded, located
-from lasnn.recipe.plugins import is_file, use_version, version_of
+from lasnn.recipe.plugins import is_file, module_file, use_version, version_of
 from lasnn.registry import architectures
 
 Count = Annotated[int, Field(ge=1)]
@@ -325,8 +324,8 @@ class Recipe(Section):
 
     def plugin_sources(self) -> list[Path]:
         """The file of every plugin, those of modules too."""
-        modules = [getattr(sys.modules[plugin], "__file__", None) for plugin in self.plugins if not is_file(plugin)]
-        return self.plugin_files + [Path(file) for file in modules if file]
+        modules = [module_file(plugin) for plugin in self.plugins if not is_file(plugin)]
+        return self.plugin_files + [file for file in modules if file]
 
     def use_plugins(self) -> None:
         """Let the parts that this recipe's plugins registered count, where other versions of them were loaded since."""
@@ -353,7 +352,7 @@ class Recipe(Section):
         found = load.read(recipe, overrides)
         for name in ("teacher", "start"):
             table = found.tables.get(name)
-            if f"{name}.checkpoint" in found.overridden and isinstance(table, dict):
+            if f"{name}.checkpoint" in found.overridden and isinstance(table, dict) and "checkpoint" in table:
                 # The file says how its teacher is trained; with another named instead, that is beside the point.
                 for key in TeacherTable.training_keys & table.keys():
                     if f"{name}.{key}" not in found.overridden:

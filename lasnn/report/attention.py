@@ -11,6 +11,7 @@ from lasnn.loaded_run import Run
 from lasnn.loss import same_size
 from lasnn.plan import pair_stages
 from lasnn.random import generator
+from lasnn.registry import losses
 
 # Sample images of as many classes, beside the most and the least alike of all.
 CLASSES_SHOWN = 10
@@ -48,7 +49,11 @@ def measure_attention(run: Run, test: Any, count: int) -> dict[str, Any]:
         "temporal": maps.temporal,
         "weight": loss.weight if loss else None,
         # What the loss compares, where that is not what is drawn.
-        "otherwise": {key: options[key] for key in ("tap", "normalize", "pool") if key in options},
+        "otherwise": {
+            key: options[key]
+            for key in ("tap", "normalize", "pool")
+            if key in options and options[key] != losses["attention"].options[key].default
+        },
         "stages": stages,
         "samples": samples,
     }

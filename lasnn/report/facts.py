@@ -333,6 +333,8 @@ def training(run: Run) -> dict[str, Any]:
         if teacher is None
         else f"the teacher was not trained in this run: it was read from {teacher.checkpoint}"
         if teacher.checkpoint
+        else "the teacher was not trained: its own code gives it its weights"
+        if not trained(run)
         else "metrics.jsonl has no epochs of the teacher"
     )
     return found
@@ -377,15 +379,24 @@ def recipe_in_short(run: Run) -> list[tuple[str, str]]:
     ]
     if teacher is not None:
         how = f"from {teacher.checkpoint}" if teacher.checkpoint else how_trained(teacher)
+        if not trained(run) and not teacher.checkpoint:
+            how = "with the weights that its own code gives it"
         known = f"{described(teacher.architecture, teacher.options)} on {teacher.activation}"
         parameters = f"{count_parameters(run.teacher.network):,} parameters, " if run.teacher is not None else ""
         lines[1] = ("teacher", f"{known}, {parameters}{how}")
     if start := recipe.start:
         how = f"from {start.checkpoint}" if start.checkpoint else how_trained(start)
+        if not trained(run, "start") and not start.checkpoint:
+            how = "with the weights that its own code gives it"
         lines.insert(2, ("start", f"{described(start.architecture, start.options)} on {start.activation}, {how}"))
     if run.recipe.plugins:
         lines.append(("plugins", ", ".join(run.recipe.plugins)))
     return lines
+
+
+def trained(run: Run, name: str = "teacher") -> bool:
+    """Whether the teacher was trained, in this run or for the cache."""
+    return run.folder.read_json(f"{name}.json").get("seconds") != 0.0
 
 
 def started(run: Run) -> str:

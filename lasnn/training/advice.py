@@ -47,9 +47,11 @@ def advice(recipe: Recipe, summary: Mapping[str, Any], metrics: Iterable[Mapping
 
 
 def drowned_labels(recipe: Recipe, epoch: Mapping[str, Any]) -> Iterable[str]:
-    """Terms without the labels that make up most of the loss."""
+    """Terms without the labels, and without a teacher's logits, which say the class too, that make up most of the
+    loss.
+    """
     for number, loss in enumerate(recipe.losses):
-        if "targets" in losses[loss.name].inputs or not epoch["loss"] > 0:
+        if not epoch["loss"] > 0 or {"targets", "teacher_logits"} & set(losses[loss.name].inputs):
             continue
         share = loss.weight_in(epoch["epoch"], recipe.distill.epochs) * epoch["losses"][loss.name] / epoch["loss"]
         if share > MOST:

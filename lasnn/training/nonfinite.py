@@ -1,13 +1,14 @@
 """Where a training breaks: the first step whose numbers are not finite, and the first layer in it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lasnn import processes
 from lasnn.errors import MachineError
+from lasnn.network.student import Student
 from lasnn.training.objective import Objective
 from lasnn.training.parallel import BatchSlice
 from lasnn.training.precision import Precision
@@ -138,7 +139,12 @@ def find_layers(
     Returns:
         What `first_nonfinite_layers` yields.
     """
-    with first_nonfinite_layers(networks) as layers, torch.autograd.set_detect_anomaly(False):
+    with ExitStack() as stack:
+        for network in networks.values():
+            if isinstance(network, Student):
+                stack.enter_context(network.uncompiled())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        layers = stack.enter_context(first_nonfinite_layers(networks))
         for batch_slice in slices:
             terms = forward(batch_slice)
             broken = "forward" in layers or not terms["loss"].isfinite()

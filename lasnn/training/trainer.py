@@ -227,9 +227,13 @@ class Trainer:
         progress, steps = self.progress, self.phase.steps_per_epoch
         states = (progress, *self.learnt, self.optimizer, self.precision, self.average)
         if self.checkpoints.restore(*states, epochs=self.phase.config.epochs, steps=steps):
-            self.callbacks.note(
-                f"resuming the {progress.phase} at epoch {progress.epoch + 1}, step {progress.step + 1}"
-            )
+            if progress.epoch == self.phase.config.epochs:
+                where = "after its last epoch"
+            elif progress.step == steps:
+                where = f"at the evaluation of epoch {progress.epoch + 1}"
+            else:
+                where = f"at epoch {progress.epoch + 1}, step {progress.step + 1}"
+            self.callbacks.note(f"resuming the {progress.phase} {where}")
         # Epochs that a stopped run logged after its last save are run and logged again; metrics count them from 1.
         done = [
             line for line in self.run.metrics() if line["phase"] != progress.phase or line["epoch"] <= progress.epoch
