@@ -237,7 +237,11 @@ class Registry:
         return f"<{self.kind} registry: {', '.join(self.names())}>"
 
     def unregister(self, name: str) -> None:
-        """Forget a name, for one that another part takes."""
+        """Remove a part, so that its name is free.
+
+        Raises:
+            UserError: there is none of that name.
+        """
         del self._entries[self[name].name]
 
     def _load(self) -> None:

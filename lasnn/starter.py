@@ -62,7 +62,7 @@ QUESTIONS = {
     "size": "Scale the pictures to how many pixels a side?",
     "architecture": "Which network, as teacher and as student?",
     "timesteps": "How many time steps shall the student take for a picture?",
-    "epochs": "How many epochs of training, of each of the two?",
+    "epochs": "How many epochs of training, for the teacher and for the student each?",
 }
 
 
@@ -168,7 +168,7 @@ root = {toml_value(str(pictures.root))}
 size = {choices.size}
 grey = {toml_value(pictures.grey)}
 batch_size = {batch}
-# "flip" mirrors pictures and "crop" shifts them, for where that leaves the class as it is.
+# "flip" mirrors pictures and "crop" shifts them; take them where that does not change the class.
 augment = []
 
 # The ANN, trained first, and kept for further runs.
@@ -186,7 +186,7 @@ width = 32
 timesteps = {choices.timesteps}
 # The image itself at every step; its first layer is computed once.
 encoder = "direct"
-# Left out, `init` starts it from the teacher's weights, with thresholds for its neurons and its T.
+# It starts from the teacher's weights, converted for its neurons and its T (init is left out).
 
 [student.neuron]
 name = "lif"
@@ -197,8 +197,9 @@ epochs = {choices.epochs}
 lr = {rate}
 warmup_epochs = 1.0
 
-# Left out, [[losses]] is what is safe on pictures that nobody has measured. To let the student also look where its
-# teacher looks, stage by stage, write the objective down; a weight that is too large drowns the labels.
+# Without [[losses]] it learns from the labels alone, which is safe on pictures that nobody has measured. To let it
+# also look where its teacher looks, stage by stage, write the objective down; a weight that is too large drowns the
+# labels.
 #
 # [[losses]]
 # name = "cross-entropy"

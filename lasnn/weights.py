@@ -111,7 +111,9 @@ def translate_file_errors(path: Path, what: str) -> Iterator[None]:
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is damaged, or holds code, and is not {what}") from error
+        raise UserError(
+            f"{path} is damaged, or holds pickled code, which lasnn does not run; it takes {what}"
+        ) from error
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path} is not {what}: {reason}") from error

@@ -162,9 +162,9 @@ RECIPE = {
     ("ratios", "line"),
     [
         ([0.001, 0.003], "'attention' does next to nothing: its gradient is 0.002 of cross-entropy's; "
-         "raise losses.1.weight from 100 to about 5e+03 for a tenth of it"),
+         "raise losses.1.weight from 100 to about 5e+03 for a tenth of that"),
         ([4.0, 6.0], "'attention' drowns the labels: its gradient is 5 times cross-entropy's; "
-         "lower losses.1.weight from 100 to about 20 for as much"),
+         "lower losses.1.weight from 100 to about 20, to make them equal"),
         ([0.0, 0.0], "'attention' does nothing: it has no gradient; leave it out, or compare other stages"),
         ([0.3, 1.0], None),
         ([None], None),

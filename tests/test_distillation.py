@@ -472,7 +472,7 @@ def test_a_cached_teacher_is_measured_on_todays_test_images(tiny):
     measured = teacher_accuracy(loaded.teacher, loaded.images.test, batch_size=50)
     assert run.read_json("summary.json")["teacher_accuracy"] == pytest.approx(measured) != first
     assert any("from the cache" in line for line in notes.lines)
-    assert any("measured again, on the test images of today" in line for line in notes.lines)
+    assert any("is of other test images, and is measured again" in line for line in notes.lines)
     assert not any(epoch["phase"] == "teacher" for epoch in run.metrics())
 
 

@@ -286,7 +286,10 @@ def test_a_loss_that_couples_images_is_refused(folder):
         folder, folder / "coupled", '--set=losses=[{name="cross-entropy"},{name="coupled"}]', count=2, code=1
     )
     [line] = lines(done)
-    assert "losses.1.name: 'coupled' compares the images of a batch with each other, which 2 processes share" in line
+    assert (
+        "losses.1.name: 'coupled' compares the images of a batch with each other, and each of 2 processes has a part"
+        in line
+    )
     assert not (folder / "coupled").exists()
 
 

@@ -135,7 +135,9 @@ def test_a_module_with_the_content_of_a_file_that_is_loaded(own, monkeypatch):
 
 
 def test_a_part_that_no_plugin_registers_says_how_it_is_found(tiny):
-    with pytest.raises(UserError, match=r"unknown architecture 'qqq'; known: .*; one of your own needs the file that"):
+    with pytest.raises(
+        UserError, match=r"unknown architecture 'qqq'; known: .*; if it is your own, list the file that"
+    ):
         Recipe.from_tables({"student": {"architecture": "qqq"}})
     with pytest.raises(UserError, match=r"did you mean 'vgg9'\?.*[0-9]$"):
         Recipe.from_tables({"student": {"architecture": "vgg99"}})

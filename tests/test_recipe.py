@@ -163,7 +163,7 @@ power = 0
         ("seed=-1", "seed", "(>= 0)"),
         ("precision=fp8", "precision", 'it takes one of "auto", "fp32", "bf16", "fp16"'),
         ('losses=[{name="attention"}]', "losses", "no loss that teaches the student's logits"),
-        ('losses=[{name="cross-entropy"},{name="cross-entropy"}]', "losses", "stands there 2 times"),
+        ('losses=[{name="cross-entropy"},{name="cross-entropy"}]', "losses", "is listed 2 times"),
         ("teacher.architecture=torchvison", "teacher.architecture", "did you mean 'torchvision'?"),
         ("distill.warmup_epochs=9", "distill.warmup_epochs", "longer than the 2 epochs"),
         ("distill.min_lr=9", "distill.min_lr", "above lr"),
@@ -300,7 +300,10 @@ def test_a_path_that_is_no_recipe_is_named_as_it_was_written(tmp_path, monkeypat
         ("./quickstart.toml", "no file quickstart.toml; the recipe that ships is called quickstart, without folder or"),
         ("./quickstart", "no file quickstart; the recipe that ships is called quickstart, without folder or ending"),
         ("sub/foo.toml", "no file sub/foo.toml"),
-        ("pictures", "pictures is a folder without a recipe.toml; of pictures `lasnn init pictures` writes one"),
+        (
+            "pictures",
+            "pictures is a folder without a recipe.toml; for a folder of pictures `lasnn init pictures` writes one",
+        ),
     ):
         [line] = problems(given)
         assert line.startswith(said)

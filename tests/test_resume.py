@@ -166,7 +166,7 @@ def test_a_resumed_run_says_what_it_goes_on_with_and_keeps_what_it_had(tiny):
     assert [session["threads"] for session in sessions(known)] == [threads, threads + 1]
     assert "earlier" not in known["earlier"][0]
     page = Path(report(run.path, converted="none")["file"]).read_text()
-    assert f"Its numbers are no single command's: {said}." in page
+    assert f"No single command repeats these numbers: {said}." in page
 
 
 def test_a_signal_after_the_last_step_ends_what_comes_next(tiny):

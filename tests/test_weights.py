@@ -33,7 +33,9 @@ def test_a_state_with_code_is_refused(tmp_path):
     path = tmp_path / "last.pt"
     # As someone would make it who wants it to be run: with the digest of what lasnn writes.
     weights.save_state(path, {"x": os.system})
-    with pytest.raises(UserError, match="is damaged, or holds code, and is not a whole checkpoint"):
+    with pytest.raises(
+        UserError, match="is damaged, or holds pickled code, which lasnn does not run; it takes a whole checkpoint"
+    ):
         weights.load_state(path)
     torch.save({"x": os.system}, path)
     with pytest.raises(UserError, match="is not a whole checkpoint: it is damaged, or lasnn did not write it"):

@@ -69,9 +69,7 @@ def evaluate(
     if converted is not None:
         check_options(converted, **options)
     elif membrane_start is not None:
-        raise UserError(
-            "membrane_start (--membrane-start) goes with --converted; a student's neurons start from rest"
-        )
+        raise UserError("membrane_start (--membrane-start) goes with --converted; a student's neurons start from rest")
     if early_exit is not None and not 0 < early_exit <= 1:
         raise UserError(f"early exit (--exit): the confidence must be above 0 and at most 1, got {early_exit}")
     if not isinstance(run, Run):

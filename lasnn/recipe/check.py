@@ -212,7 +212,7 @@ class Form:
                 message = unknown(part.registry.kind, part.name, known)
                 if not self.at(("plugins",)) and not get_close_matches(part.name, known, cutoff=0.5):
                     # As in the folder of a run that a notebook made.
-                    message += "; one of your own needs the file that registers it in plugins"
+                    message += "; if it is your own, list the file that registers it in plugins"
                 found.append((part.key, message))
                 # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
                 for option in part.options:
@@ -298,7 +298,10 @@ class Form:
             if needs_teacher and self.at(("teacher",)) is None:
                 yield ("losses", number, "name"), f"{name!r} needs a teacher; add a [teacher] section"
         for name in sorted({name for name in known if known.count(name) > 1}):
-            yield ("losses",), f"{name!r} stands there {known.count(name)} times; each term is logged by its name"
+            yield (
+                ("losses",),
+                f"{name!r} is listed {known.count(name)} times; list it once: terms are logged by their names",
+            )
 
     def _check_teacher(self, name: str) -> Iterator[tuple[Place, str]]:
         given = self.at((name,))

@@ -109,7 +109,9 @@ def find(recipe: str | Path) -> Path:
     if path.is_dir() and (path / "recipe.toml").is_file():
         return path / "recipe.toml"
     if path.is_dir():
-        raise UserError(f"{path} is a folder without a recipe.toml; of pictures `lasnn init {path}` writes one")
+        raise UserError(
+            f"{path} is a folder without a recipe.toml; for a folder of pictures `lasnn init {path}` writes one"
+        )
     # A path drops the ./ that it was written with.
     if path.suffix or set("/\\") & set(str(recipe)):
         near = f"; the recipe that ships is called {path.stem}, without folder or ending" if path.stem in known else ""

@@ -52,7 +52,7 @@ class Training(BaseModel):
     lr: Positive = 0.1
     """Learning rate at the end of the warm-up."""
     min_lr: NonNegative = 0.0
-    """Learning rate that the schedule ends at; one of steps does not fall below it."""
+    """Learning rate at the end of the schedule; with schedule = "step" a lower bound."""
     warmup_epochs: NonNegative = 0.0
     """Epochs of linear warm-up from 0; fractions are allowed."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -70,7 +70,7 @@ class Training(BaseModel):
     decay_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """For "warmup-stable-decay": the last share of the training, in which `lr` falls to `min_lr`; left out, 0.2."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of the moving average of the weights, as 0.999; it is then what is measured and kept. 0 keeps none."""
+    """Decay of the moving average of the weights, as 0.999; the average is then measured and saved. 0 turns it off."""
 
 
 class AugmentTable(Part):
@@ -90,7 +90,7 @@ class DataTable(Part):
     batch_size: Count = 128
     """Images a step, over all processes."""
     accumulate: Count = 1
-    """Parts that a batch is computed in, one after the other, to need less memory; batch statistics are each part's."""
+    """Gradient accumulation: parts that a batch is computed in, to need less memory; batch norm sees each alone."""
     residence: Literal["auto", "device", "stream"] = "auto"
     """Images on the device, or streamed to it; "auto" streams what takes more than half of its free memory."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -111,7 +111,7 @@ class TeacherTable(Training, Part):
     stages: dict[str, str] | None = None
     """Of a plugin's whole network: the modules that are stages, as { stage1 = "layer1", stage2 = "blocks.5" }."""
     activation: Literal["relu", "qcfs"] = "relu"
-    """What its units end in; "qcfs" (Bu et al., ICLR 2022) makes it one to convert: `--converted qcfs`."""
+    """Activation function; "qcfs" (Bu et al., ICLR 2022) prepares the network for conversion: `--converted qcfs`."""
     levels: Count = 4
     """Levels of the "qcfs" activation above 0; its authors' code has 4 for CIFAR-10, 8 for CIFAR-100."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -155,8 +155,9 @@ class StudentTable(Part):
         str, Field(json_schema_extra={"anyOf": [{"enum": list(check.INITS)}, {"type": "string", "pattern": r"[/\\]"}]})
     ] = "auto"
     """Where the student's weights start: "random"; "teacher", a copy of its teacher's; "copied" or "converted", those
-    of `[start]`, or of the teacher where there is none, as they are or balanced for T; "auto", these where they fit,
-    otherwise random; or a path with a slash, a run folder (its student) or a file of weights."""
+    of `[start]`, or of the teacher where there is none, as they are or balanced for T; "auto", converted where the
+    weights fit, copied where they cannot be converted, otherwise random; or a path with a slash, a run folder (its
+    student) or a file of weights."""
 
     @property
     def encoder_table(self) -> EncoderTable:
@@ -193,7 +194,7 @@ class LossTable(Part):
     weight: NonNegative = 1.0
     """Its factor in the sum."""
     schedule: Literal["constant", "cosine", "until"] = "constant"
-    """How the weight goes on: "cosine" falls to 0 over the training; "until" a share of the training, then it is 0."""
+    """How the weight changes: "constant"; "cosine", down to 0 over the training; "until", 0 after the share `until`."""
     until: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The share of the training after which the weight is 0; for schedule = "until"."""
 

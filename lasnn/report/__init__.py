@@ -34,8 +34,9 @@ def report(
     Args:
         run: a run folder, or what `load_run` returned; None is the newest folder under `runs/`.
         out: the HTML file; None is `report.html` in the run folder. An earlier report is replaced, no other file.
-        timesteps: T, or several, of the student's accuracy; None is 1 to twice the training's T, at most 16 unless that
-            is longer; where each T is a run of its own (rate encoding), the powers of two among them.
+        timesteps: T, or several, at which the student's accuracy is measured; None is every T from 1 to twice the
+            training's, but not above 16 unless the training's is; where each T is a run of its own (rate encoding), the
+            powers of two among them.
         converted: how the teacher is converted for comparison, by a method of `evaluate`, or "none". None is qcfs where
             the teacher has learnt its thresholds and percentile otherwise, and a teacher that cannot be converted is no
             error: the page says why.

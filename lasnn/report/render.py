@@ -42,7 +42,7 @@ def in_words(facts: dict[str, Any]) -> dict[str, Any]:
             "measured again, on this machine."
         )
     if facts["random"]:
-        notes.append("The encoder draws: these are the figures of one draw, the first of the run's seed.")
+        notes.append("The encoder is random: these are the figures of one draw, the first of the run's seed.")
     notes += [f"Operations of {layer}: {note} (docs/energy.md)." for layer, note in at["counting_notes"].items()]
     temporal = facts["attention"]["temporal"]
     readings = {"rate": "of firing rates over all T steps", "map": "the mean of the maps of the T steps"}

@@ -82,8 +82,8 @@ def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator
         if share == 0:
             yield f"{loss.name!r} does nothing: it has no gradient; leave it out, or compare other stages"
         elif share < NOTHING:
-            fix = f"raise {key} from {loss.weight:g} to about {loss.weight * A_TENTH / share:.2g} for a tenth of it"
+            fix = f"raise {key} from {loss.weight:g} to about {loss.weight * A_TENTH / share:.2g} for a tenth of that"
             yield f"{loss.name!r} does next to nothing: its gradient is {share:.2g} of cross-entropy's; {fix}"
         elif share > DROWNS and "teacher_logits" not in inputs:
-            fix = f"lower {key} from {loss.weight:g} to about {loss.weight / share:.2g} for as much"
+            fix = f"lower {key} from {loss.weight:g} to about {loss.weight / share:.2g}, to make them equal"
             yield f"{loss.name!r} drowns the labels: its gradient is {share:.2g} times cross-entropy's; {fix}"

@@ -105,7 +105,7 @@ def nonfinite_error(
         where = "every layer's values are finite, so that it began in the loss itself"
     return MachineError(
         f"the {phase}'s {what} is not a finite number in epoch {epoch + 1}, step {step + 1} ({which}); {where}; "
-        f"lower the learning rate or set clip_norm; --detect-anomaly finds more.{hint}"
+        f"lower the learning rate or set clip_norm; --detect-anomaly names the operation.{hint}"
     )
 
 

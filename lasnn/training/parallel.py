@@ -168,15 +168,23 @@ def check_processes(recipe: Recipe) -> None:
     """
     count, problems = processes.world_size(), []
     if (batch := recipe.data.batch_size) < count:
-        problems.append(recipe.line("data.batch_size", f"{batch} images cannot be shared by {count} processes"))
+        problems.append(
+            recipe.line(
+                "data.batch_size", f"{batch} images cannot be shared by {count} processes; raise it, or start fewer"
+            )
+        )
     if count > 1 and ":" in recipe.device:
-        problems.append(recipe.line("device", f'one GPU for {count} processes; with "cuda" each takes its own'))
+        problems.append(
+            recipe.line("device", f'names one GPU for {count} processes; set device = "cuda", and each takes its own')
+        )
     if count > 1 and recipe.compile:
         problems.append(recipe.line("compile", f"is for one process, and there are {count}; set compile = false"))
     coupled = [number for number, loss in enumerate(recipe.losses) if does_couple_images(losses[loss.name].function)]
     for number in coupled if count > 1 else ():
         name = recipe.losses[number].name
-        why = f"{name!r} compares the images of a batch with each other, which {count} processes share out"
+        why = (
+            f"{name!r} compares the images of a batch with each other, and each of {count} processes has a part of them"
+        )
         problems.append(recipe.line(f"losses.{number}.name", f"{why}; train in one"))
     if problems:
         raise UserError(*problems)

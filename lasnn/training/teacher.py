@@ -164,7 +164,7 @@ class TeacherSource:
             self.callbacks.note(
                 f"{self.name}: its accuracy, {accuracy:.4f} on {images} test images, is near chance "
                 f"(1/{len(self.plan.data.classes)}): it teaches next to nothing. Was it trained on these classes, in "
-                f"this order, and with this mean and std? {key} refuses such a network"
+                f"this order, and with this mean and std? Set {key} to refuse such a network"
             )
 
     @cached_property
@@ -181,7 +181,9 @@ class TeacherSource:
         found = f"{self.table.architecture} from the cache ({self.cache.path})"
         self.callbacks.note(f"{self.name}: {found}, not trained again")
         if result.pop("test", None) != self.test.fingerprint():
-            self.callbacks.note(f"{self.name}: measured again, on the test images of today")
+            self.callbacks.note(
+                f"{self.name}: its accuracy in the cache is of other test images, and is measured again"
+            )
             processes.broadcast_parameters(teacher)
             result = {**self._measured(teacher), "seconds": result["seconds"]}
         return result
