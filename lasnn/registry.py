@@ -104,7 +104,7 @@ class Entry:
 
         `supplied` names the keywords that lasnn passes itself; a recipe may not set them.
         """
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
         found = []
         for name, value in given.items():
@@ -117,6 +117,8 @@ class Entry:
                 TypeAdapter(option.annotation).validate_json(json.dumps(value, default=str), strict=True)
             except ValidationError:
                 found.append((name, f"{value!r} is not valid; it takes {option.type_name}"))
+            except PydanticUserError:
+                found.append((name, f"a recipe cannot give it: it takes {option.type_name}; leave it out"))
         return found + self.missing({*given, *supplied})
 
     def missing(self, given: Iterable[str]) -> list[tuple[str, str]]:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -5,6 +7,7 @@ from pydantic import Field
 
 from lasnn import architectures, losses, teachers
 from lasnn.errors import UserError
+from lasnn.recipe.json_schema import option_schemas
 from lasnn.registry import REGISTRIES, REQUIRED, Registry, raised_at
 
 
@@ -81,6 +84,24 @@ def test_a_plugin_cannot_take_a_built_in_name():
 def test_catch_all_parameters_are_refused(registry):
     with pytest.raises(ValueError, match="name every option"):
         registry.register("a")(lambda **options: None)
+
+
+def test_an_option_that_no_recipe_can_give_may_be_left_out(registry):
+    """One that takes a class or a function of the user's own, with a default."""
+
+    class Own:
+        pass
+
+    @registry.register("mine")
+    def mine(x, *, own: Own = None, of: Callable[[int], int] = abs, file: Path = Path("x"), size: int = 1):
+        return x
+
+    entry = registry["mine"]
+    assert not entry.problems({"size": 2})
+    [(name, said)] = entry.problems({"own": 1})
+    assert (name, said.partition(":")[0]) == ("own", "a recipe cannot give it")
+    assert option_schemas(entry, ()).keys() == {"file", "size"}
+    assert option_schemas(entry, ())["file"]["default"] == "x"
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient"])

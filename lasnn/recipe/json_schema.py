@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-from pydantic import TypeAdapter
+from pydantic import PydanticUserError, TypeAdapter
 
 from lasnn.recipe.check import SUPPLIED
 from lasnn.recipe.schema import (
@@ -236,9 +236,13 @@ def option_schemas(entry: Entry, supplied: tuple[str, ...]) -> dict[str, Schema]
     for name, option in entry.options.items():
         if name in supplied:
             continue
-        schema = cleaned(TypeAdapter(option.annotation).json_schema())
+        try:
+            schema = cleaned(TypeAdapter(option.annotation).json_schema())
+        except PydanticUserError:
+            # A class or a function of the user's own, which a recipe cannot give.
+            continue
         if option.default is not REQUIRED and option.default is not None:
-            schema["default"] = list(option.default) if isinstance(option.default, tuple) else option.default
+            schema["default"] = json.loads(json.dumps(option.default, default=str))
         found[name] = schema | {"description": describe(entry, name)}
     return found
 
