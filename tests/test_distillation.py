@@ -148,8 +148,18 @@ def test_every_loss_trains(tiny, settings):
     assert all(math.isfinite(value) for value in run.metrics()[-1]["losses"].values())
 
 
-@pytest.mark.parametrize("encoder", ["direct", "rate", "poisson"])
-@pytest.mark.parametrize("neuron", ["if", "plif"])
+@pytest.mark.parametrize(
+    ("encoder", "neuron"),
+    [
+        ("direct", "if"),
+        ("rate", "plif"),
+        ("poisson", "plif"),
+        *(
+            pytest.param(*more, marks=pytest.mark.full)
+            for more in (("direct", "plif"), ("rate", "if"), ("poisson", "if"))
+        ),
+    ],
+)
 def test_encoders_and_neurons_train_repeatably(tiny, encoder, neuron):
     settings = [
         f"student.encoder={encoder}",

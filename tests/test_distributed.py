@@ -272,6 +272,7 @@ def test_killed_processes_are_started_again_and_go_on(folder, undisturbed, monke
     assert same_weights(out, undisturbed)
 
 
+@pytest.mark.full
 def test_what_one_process_fails_of_is_said_once(folder):
     done = distill(folder, folder / "failed", count=2, fault="1:3:error", code=1)
     assert lines(done) == ["lasnn: this image is torn"]

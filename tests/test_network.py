@@ -51,6 +51,9 @@ NETWORKS = [
     for name in architectures.names()
     for style in (STYLES if "residual" in architectures[name].options else STYLES[:1])
 ]
+# Deeper ones are built of the same blocks.
+DEEPER = ("resnet32", "resnet34", "vgg13", "vgg16", "vgg19")
+MOST = [pytest.param(name, marks=pytest.mark.full if name.partition("-")[0] in DEEPER else ()) for name in NETWORKS]
 RESNETS = [name for name in architectures.names() if "residual" in architectures[name].options]
 
 
@@ -101,7 +104,7 @@ def test_resnet_stages_are_those_of_torchvision(name, style):
         assert count(getattr(ours, f"stage{number}")) == count(getattr(theirs, f"layer{number}"))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize(
     ("channels", "size"),
     [(1, 28), (3, 33), *(pytest.param(*more, marks=pytest.mark.full) for more in ((3, 32), (2, 64)))],
@@ -116,7 +119,7 @@ def test_any_size_from_28_up(name, channels, size):
             assert list(shapes) == [f"stage{number}" for number in range(1, len(shapes) + 1)]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MOST)
 def test_teacher_and_student_share_their_keys(name):
     teacher, student = make(name, ann_units()), make(name, snn_units())
     assert teacher.state_dict().keys() == student.state_dict().keys()
@@ -128,7 +131,7 @@ def test_teacher_and_student_share_their_keys(name):
     assert all(key.endswith(".neuron.w") for key in extra)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MOST)
 def test_width_scales_every_stage(name):
     with torch.device("meta"):
         shapes = [probe(make(name, ann_units(), width=width), (3, 32, 32)).shapes for width in (8, 16)]
@@ -137,7 +140,7 @@ def test_width_scales_every_stage(name):
         assert shapes[1][stage][1:] == shapes[0][stage][1:]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MOST)
 def test_forward_and_backward_reach_every_parameter(name):
     student = make(name, snn_units(alpha=1.0))
     # Currents high enough that every layer spikes, so that no gradient is zero for want of activity.
@@ -312,7 +315,7 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_the_kernels_run_in_half_precision(name, dtype):
     """One norm_lif for each unit with a norm, in the type that the convolution hands over, and nothing cast between."""
