@@ -23,16 +23,22 @@ from lasnn.export.plain import Plain
 from lasnn.export.pt2 import DESCRIPTION, Pt2Exporter
 from lasnn.export.verification import Verification, observe, samples
 
-# Architecture, encoder, neuron, T: every kind once in the default run, the grid in `make test-all`.
+# Architecture, encoder, neuron, T: every encoder and most neurons once in the default run, the rest in `make test-all`.
 CASES = [
     ("vgg5", "direct", "lif", 4),
     ("vgg5", "rate", "plif", 3),
     ("vgg5", "poisson", "decay", 2),
     ("vgg5", "direct", "soft", 1),
-    ("resnet20-membrane", "direct", "if", 2),
-    pytest.param("resnet20", "direct", "if", 2, marks=pytest.mark.full),
-    pytest.param("resnet20-sew", "direct", "lif", 2, marks=pytest.mark.full),
-    pytest.param("spikformer", "direct", "lif", 2, marks=pytest.mark.full),
+    # Deep networks take half a minute each.
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in (
+            ("resnet20", "direct", "if", 2),
+            ("resnet20-sew", "direct", "lif", 2),
+            ("resnet20-membrane", "direct", "if", 2),
+            ("spikformer", "direct", "lif", 2),
+        )
+    ),
 ]
 GRID = [
     pytest.param(a, e, n, 3, marks=pytest.mark.full)

@@ -187,7 +187,9 @@ def test_a_students_file_needs_no_images(tmp_path, monkeypatch):
         run.images  # noqa: B018
 
 
-@pytest.mark.parametrize("form", ["onnx", "nir", "pt2", "safetensors"])
+@pytest.mark.parametrize(
+    "form", ["nir", "safetensors", *(pytest.param(form, marks=pytest.mark.full) for form in ("onnx", "pt2"))]
+)
 def test_exports_hold_no_path(tmp_path, form):
     run = make_run(tmp_path / "run")
     text = (run / "recipe.toml").read_text().replace('root = "data"', f'root = "{tmp_path / "images"}"')

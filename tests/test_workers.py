@@ -180,7 +180,14 @@ for images, labels in batches(Numbered(), 2):
 """
 
 
-@pytest.mark.parametrize("ends", ["raise IndexError('late')", "sys.exit(3)", "held[0] = iter; time.sleep(600)"])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param("raise IndexError('late')", marks=pytest.mark.full),
+        pytest.param("sys.exit(3)", marks=pytest.mark.full),
+        "held[0] = iter; time.sleep(600)",
+    ],
+)
 def test_a_process_ends_and_leaves_none_behind(tmp_path, ends):
     """Also where the stack of an error, or a signal, keeps the iterator that would end them."""
     program = tmp_path / "program.py"

@@ -64,7 +64,7 @@ def evaluate(
     options = {"membrane_start": membrane_start}
     if percentile is not None:
         if converted != "percentile":
-            raise UserError('percentile (--percentile) goes with a conversion by "percentile" (--converted percentile)')
+            raise UserError("percentile (--percentile) goes with --converted percentile")
         options["percentile"] = percentile
     if converted is not None:
         check_options(converted, **options)

@@ -163,6 +163,7 @@ use()
     assert run(USE + program) == "done\n"
 
 
+@pytest.mark.full
 def test_without_a_place_for_its_cache_it_compiles_anew():
     program = """
 from numba.core import caching

@@ -44,14 +44,19 @@ def passed(environment: dict[str, str], *arguments: str) -> int:
     return int(re.search(r"(\d+) passed", result.stdout)[1])
 
 
+# What the interpreter takes long for, and hardly differs by the launcher: left to `make test-all`.
+SLOW = "state or results_repeat or far_away_mean or many_elements or kept_for_the_backward"
+
+
 def test_the_same_tests_pass():
     """conftest.py registers the launchers there; each test fails if no launcher was called."""
-    assert passed(INTERPRETER, "-m", "not full", *FILES) > 250
+    assert passed(INTERPRETER, "-m", "not full", "-k", f"not ({SLOW})", *FILES) > 200
 
 
 @pytest.mark.full
 def test_the_full_grids_pass():
     assert passed(INTERPRETER, "-m", "full", *FILES) > 20
+    assert passed(INTERPRETER, "-m", "not full", "-k", SLOW, *FILES) > 20
     assert passed(INTERPRETER, "-m", "", str(FOLDER / "test_ops.py")) > 30
 
 
