@@ -11,7 +11,8 @@ seeds, measures what was chosen:
 
 Its primary contrast is C - B at T = 1, converted start; all others are secondary. It trains in single precision, which
 every processor has: bfloat16, in which the screening ran, is nine times as slow where its instructions are missing.
-ResNet-20 alone is trained in bfloat16, as twin and as student: in single precision a twin takes half an hour.
+ResNet-20 is trained in bfloat16, as twin and as student: in single precision a twin takes half an hour. So are the
+students that are trained for as long as their twins.
 """
 
 from pathlib import Path
