@@ -96,7 +96,8 @@ def diagnosed(results: dict[str, dict]) -> list[str]:
     lines = head("start, T", "arm", "1 - cos of maps", "spikes/neuron/step", "silent neurons")
     for (where, arm), of in grouped(results).items():
         last = [one["diagnostics"][-1] for one in of.values()]
-        stages = last[0]["silent"]
+        # Those that are paired; a stem has neurons but no map.
+        stages = last[0]["attention_distance"]
         cells = (
             ", ".join(f"{mean(one[what][stage] for one in last):.3f}" for stage in stages)
             for what in ("attention_distance", "firing_rate", "silent")
