@@ -40,7 +40,7 @@ def attention_problems(pairs: Sequence[Pair], options: Mapping[str, Any]) -> Ite
 
 
 def one_pixel(pairs: Sequence[Pair], options: Mapping[str, Any]) -> list[Pair]:
-    """Pairs whose maps have one pixel, so that they say nothing of where; not where its value itself is compared."""
+    """Pairs whose maps have one pixel, which is the same once it is normalised; none where it is not normalised."""
     if options.get("normalize") == "none" and options.get("measure", "mse") == "mse":
         return []
     return [pair for pair in pairs if pair.pixels == 1 or options.get("pool") == 1]
