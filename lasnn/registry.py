@@ -387,7 +387,7 @@ RESERVED = ("loss", "gradient")
 
 def _loss_entry(entry: Entry) -> Entry:
     if entry.name in RESERVED:
-        raise ValueError(f"a loss cannot be called {entry.name!r}: the metrics have that name for another number; rename it")
+        raise ValueError(f"a loss cannot be called {entry.name!r}: the metrics have that name already; rename it")
     if inspect.isclass(entry.function):
         entry = replace(entry, inputs=_forward_inputs(entry, entry.function), sizes=entry.inputs)
     if strange := [name for name in entry.sizes if name not in LOSS_SIZES]:
