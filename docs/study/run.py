@@ -58,7 +58,7 @@ def train_student(unit: str, settings: list[str]) -> dict:
     def watch(means: torch.Tensor, labels: torch.Tensor, _: torch.Tensor) -> None:
         correct.append(means[own - 1].argmax(-1) == labels)
 
-    timesteps = TIMESTEPS if unit.startswith(("student/", "longer/")) else (own,)
+    timesteps = TIMESTEPS if unit.startswith(("student/", "longer")) else (own,)
     results = measure(
         loaded.student, loaded.images.test, timesteps, batch_size=500, seed=loaded.recipe.seed, watch=watch
     )

@@ -143,21 +143,26 @@ def contrasts(results: dict[str, dict]) -> list[str]:
 
 def longer(results: dict[str, dict]) -> list[str]:
     """Students of arm B that were trained for as many epochs as their twins: how far below these they stay."""
-    lines = head("T", "students", "mean", "sd", "twins", "below the twin", "mean, 95 %", "spikes/neuron/step")
-    found: dict[str, dict[str, dict]] = {}
+    lines = head(
+        "teacher", "T", "students", "mean", "sd", "twins", "below the twin", "mean, 95 %", "spikes/neuron/step"
+    )
+    teachers = {"longer": "VGG-9", "longer-own-teacher": "the twin"}
+    found: dict[tuple[str, str], dict[str, dict]] = {}
     for unit, result in results.items():
-        if unit.startswith("longer/"):
-            _, steps, block = unit.split("/")
-            found.setdefault(steps, {})[block] = result
-    for steps, of in found.items():
+        name, *rest = unit.split("/")
+        if name in teachers:
+            steps, block = rest
+            found.setdefault((name, steps), {})[block] = result
+    for (name, steps), of in found.items():
         of = dict(sorted(of.items()))
-        refuse_mixed(f"longer/{steps}", list(of.values()))
+        refuse_mixed(f"{name}/{steps}", list(of.values()))
         students = [one["accuracy"] for one in of.values()]
         twins = [results[f"teacher/vgg5/{block}"]["accuracy"] for block in of]
         below = [twin - student for twin, student in zip(twins, students, strict=True)]
         spread = len(of) > 1
         lines.append(
             row(
+                teachers[name],
                 steps.removeprefix("T"),
                 ", ".join(f"{one:.4f}" for one in students),
                 f"{mean(students):.4f}",
