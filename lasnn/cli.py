@@ -117,6 +117,7 @@ def distill(
         console.quiet = not processes.is_main()
         if dry_run:
             from lasnn.callback import CallbackList
+            from lasnn.open_run import check_run
             from lasnn.plan import read_plan
             from lasnn.training.parallel import check_processes
 
@@ -125,6 +126,7 @@ def distill(
             CallbackList(callbacks or [])
             if not processes.is_main():
                 return
+            check_run(plan.recipe, out, resume)
             if as_json:
                 answer.update(plan.summary())
             else:
@@ -191,12 +193,14 @@ def evaluate(
     steps = None if timesteps is None else parse_timesteps(timesteps)
     options = {"membrane_start": membrane_start, "percentile": percentile}
     with json_alone(as_json) as answer:
+        from lasnn.console import print_text, to_stderr
         from lasnn.evaluation.conversion import OF_ONE_T
         from lasnn.evaluation.evaluate import conditions, load_run
         from lasnn.evaluation.evaluate import evaluate as measure_run
 
         loaded = load_run(run, device=device or "recipe", data_root=data)
-        results = measure_run(loaded, steps, converted=converted, early_exit=early_exit, draws=draws, **options)
+        options |= {"converted": converted, "early_exit": early_exit, "draws": draws}
+        results = measure_run(loaded, steps, **options, tell=partial(print_text, to_stderr()))
         known = conditions(loaded)
         if converted and converted not in OF_ONE_T:
             # The same at every T.

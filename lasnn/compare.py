@@ -14,6 +14,7 @@ from typing import Any
 
 from lasnn import files
 from lasnn.callback import Callback
+from lasnn.console import interval_said
 from lasnn.errors import UserError, unknown
 from lasnn.evaluation.iso_accuracy import (
     LONGEST,
@@ -226,7 +227,7 @@ class Comparison:
         said = MEASURES[self.measure]
         text = [f"{said[0].upper()}{said[1:]} of the last epoch, `{self.recipe}`.", "", *markdown_table(head, lines)]
         gains = [
-            [f"{gain['name']} over {gain['over']}", str(gain["timesteps"]), signed(gain["mean"]), within(gain)]
+            [f"{gain['name']} over {gain['over']}", str(gain["timesteps"]), signed(gain["mean"]), interval_said(gain)]
             for gain in known["gains"]
         ]
         if gains:
@@ -581,10 +582,14 @@ def write(found: Comparison) -> None:
 def paired_gain(
     name: str, over: str, timesteps: int, ours: Mapping[int, float], theirs: Mapping[int, float]
 ) -> dict[str, Any]:
-    """The mean difference over common seeds and half its 95 % interval, None where there are fewer than two."""
+    """The mean difference over common seeds and half its 95 % interval: None where there are fewer than two, or where
+    all are the same, as on few images; their deviation of 0 says nothing of other seeds.
+    """
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     n = len(differences)
-    half = student_t(n - 1) * stdev(differences) / math.sqrt(n) if n > 1 else None
+    # Equal differences of rounded figures are equal but for the last bits.
+    differ = n > 1 and max(differences) - min(differences) > 1e-9
+    half = student_t(n - 1) * stdev(differences) / math.sqrt(n) if differ else None
     gain = mean(differences) if n else None
     return {"name": name, "over": over, "timesteps": timesteps, "mean": gain, "half_width": half, "seeds": n}
 
@@ -620,12 +625,6 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.4f}"
-
-
-def within(gain: Mapping[str, Any]) -> str:
-    if gain["mean"] is None:
-        return "no pair yet"
-    return "one seed" if gain["half_width"] is None else f"± {gain['half_width']:.4f}"
 
 
 __all__ = ["Comparison", "Stopped", "compare"]

@@ -374,13 +374,22 @@ def print_comparison(console: Console, known: Mapping[str, Any], notes: Sequence
     print_table(console, table)
     for gain in known["gains"]:
         if gain["mean"] is not None:
-            half = gain["half_width"]
-            interval = "one seed, no interval" if half is None else f"± {half:.4f} (95 %, paired)"
+            interval = interval_said(gain)
+            interval = f"({interval})" if gain["half_width"] is None else f"{interval} (95 %, paired)"
             line = f"{gain['name']} over {gain['over']}, T = {gain['timesteps']}: {gain['mean']:+.4f} {interval}"
             print_text(console, line)
     for line in notes:
         print_text(console, line)
     console.print(f"tables: {folder / 'compare.md'}, {folder / 'compare.json'}", highlight=False, soft_wrap=True)
+
+
+def interval_said(gain: Mapping[str, Any]) -> str:
+    """A gain's interval, or why it has none."""
+    if gain["mean"] is None:
+        return "no pair yet"
+    if gain["half_width"] is not None:
+        return f"± {gain['half_width']:.4f}"
+    return "one seed: no interval" if gain["seeds"] == 1 else f"the same in all {gain['seeds']} seeds: no interval"
 
 
 def print_export(console: Console, result: Mapping[str, Any]) -> None:

@@ -188,15 +188,21 @@ class Poisson(Encoder):
         return spikes
 
 
-def check_images(images: Tensor) -> None:
+def check_images(images: Tensor, channels: int | None = None) -> None:
     """Check that images are floats [B, C, H, W] in [0, 1]; on a GPU this waits for them to be computed.
 
+    Args:
+        channels: C of the training images; None does not check it.
+
     Raises:
-        ValueError: they are not (NaN included), or are normalised already.
+        ValueError: they are not (NaN included), are normalised already, or have another C.
     """
     if not images.is_floating_point() or images.ndim != 4:
         shape = list(images.shape)
         raise ValueError(f"images must be floats in [0, 1] of shape [B, C, H, W], not {images.dtype} {shape}")
+    if channels not in (None, images.shape[1]):
+        # One channel would be taken for all of them, without a word.
+        raise ValueError(f"images have {images.shape[1]} channels, those that the network was trained on {channels}")
     if not images.numel() or images.is_meta:
         return
     low, high = (value.item() for value in images.aminmax())

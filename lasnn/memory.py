@@ -30,6 +30,11 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def training_images(recipe: Recipe, data: Dataset) -> int:
+    """How many images are trained on: all but those that `data.validation` holds out."""
+    return data.train_size - recipe.data.validation
+
+
 def carried_voltages(recipe: Recipe, data: Dataset, student: Student) -> list[torch.Tensor]:
     """What is carried from one chunk of time to the next, on the meta device.
 
@@ -49,7 +54,9 @@ def _encoded(recipe: Recipe, data: Dataset, student: Student, steps: int) -> tor
 
 def _images(recipe: Recipe, data: Dataset) -> torch.Tensor:
     """What a process computes at once, on the meta device."""
-    batch = math.ceil(recipe.data.batch_size / processes.world_size() / recipe.data.accumulate)
+    # A batch has no more images than there are.
+    part = min(recipe.data.batch_size / recipe.data.accumulate, training_images(recipe, data))
+    batch = math.ceil(part / processes.world_size())
     return torch.empty(batch, data.channels, data.height, data.width, device="meta")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lasnn import files, lock
+from lasnn import files, lock, processes
 from lasnn.bound_data import Splits
 from lasnn.compatibility import match_names
 from lasnn.data import Dataset, DatasetDescription
@@ -34,18 +34,18 @@ def open_run(
     the block.
 
     Without `out`, `resume` takes the run whose recipe it is, or else the newest run of the same recipe under `runs/`
-    that is not done.
+    that is not done, whatever its folder's name.
 
     Args:
         note: gets what is worth a line.
 
     Raises:
         UserError: the folder is not empty and `resume` is not given, it holds another recipe (but for what leaves the
-            result as it would have been, see `lasnn.resume`), or a process is at it.
+            result as it would have been, see `lasnn.resume`), a process is at it, or there is no run to go on with and
+            no `out`.
         MachineError: the folder cannot be made.
     """
-    if out is None:
-        out = (recipe.run_folder or _unfinished(recipe) if resume else None) or _new_folder(recipe.name)
+    out = _folder(recipe, out, resume) or _new_folder(recipe.name)
     run = check_folder(out, resume)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -56,6 +56,24 @@ def open_run(
     with lock.locked(run.path, note):
         _begin(run, recipe, resume, note)
         yield run
+
+
+def check_run(recipe: Recipe, out: Path | None, resume: bool) -> None:
+    """Check that a run could begin, or go on, and leave everything as it is.
+
+    Raises:
+        UserError: as for `open_run`.
+    """
+    out = _folder(recipe, out, resume)
+    if out is not None and (check_folder(out, resume) / "recipe.toml").is_file():
+        _check_changes(RunFolder(out), recipe)
+
+
+def _folder(recipe: Recipe, out: Path | None, resume: bool) -> Path | None:
+    """The run's folder; None where it is to be a new one."""
+    if out is not None or not resume:
+        return out
+    return recipe.run_folder or _unfinished(recipe)
 
 
 def check_folder(out: Path, resume: bool) -> RunFolder:
@@ -180,16 +198,32 @@ def module_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def _unfinished(recipe: Recipe) -> Path | None:
-    """The newest run of this recipe under `runs/` that is not done and can go on with it."""
+    """The newest run under `runs/` that is not done and can go on with this recipe.
+
+    Where processes are started again, the first time may have ended before there was one: None.
+
+    Raises:
+        UserError: there is none; the newest that is called as the recipe is says why.
+    """
+    problems = []
     for folder in reversed(all_runs()):
-        if folder.name.rpartition("-")[0] != recipe.name or (folder / "summary.json").is_file():
+        if (folder / "summary.json").is_file():
             continue
         try:
             _check_changes(RunFolder(folder), recipe)
-        except UserError:
+        except UserError as error:
+            if folder.name.rpartition("-")[0] == recipe.name:
+                problems.append(error)
             continue
         return folder
-    return None
+    if processes.restarted():
+        return None
+    if problems:
+        raise problems[0]
+    raise UserError(
+        f"there is no unfinished run of {recipe.name} under {RUNS} to resume; leave --resume out, or give --out DIR, "
+        "which begins one where there is none"
+    )
 
 
 def _new_folder(name: str) -> Path:

@@ -31,7 +31,7 @@ from lasnn.factory import (
     pick_precision,
 )
 from lasnn.loss import Pair
-from lasnn.memory import ann_memory, carried_voltages, count_parameters, training_memory
+from lasnn.memory import ann_memory, carried_voltages, count_parameters, training_images, training_memory
 from lasnn.network.scales import Scales
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -184,11 +184,6 @@ class Plan:
         return getattr(self.recipe, name).epochs * self.steps_per_epoch if trained else 0
 
 
-def training_images(recipe: Recipe, data: Dataset) -> int:
-    """How many images are trained on: all but those that `data.validation` holds out."""
-    return data.train_size - recipe.data.validation
-
-
 def micro_batches(images: int, recipe: Recipe) -> int:
     """How many parts, of even sizes, `data.accumulate` makes of a batch of so many images."""
     return math.ceil(images / math.ceil(recipe.data.batch_size / recipe.data.accumulate))
@@ -257,6 +252,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ann_memory_bytes=ann_memory_bytes,
         notes=(
             *held_out(recipe, data, anns, start),
+            *one_step(recipe, data),
             *slow_arithmetic(recipe, device),
             *real_values(student.network, student.probed),
             *scheduled_losses(recipe),
@@ -436,6 +432,16 @@ def held_out(recipe: Recipe, data: Dataset, anns: Mapping[str, PlannedAnn], star
                 f"held out: whether {' and '.join(given)} learnt from these images is not known; if so, what is "
                 "measured on them flatters"
             )
+
+
+def one_step(recipe: Recipe, data: Dataset) -> Iterator[str]:
+    """A line where a batch asks for more images than there are."""
+    images = training_images(recipe, data)
+    if recipe.data.batch_size > images:
+        yield (
+            f"data.batch_size = {recipe.data.batch_size}: more than the {images:,} training images, so that an epoch "
+            "is one step"
+        )
 
 
 def slow_arithmetic(recipe: Recipe, device: torch.device) -> Iterator[str]:

@@ -134,6 +134,36 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return total
 
 
+def gather_images(x: Tensor, total: int, dim: int = 0) -> Tensor:
+    """All processes' images along `dim`, `total` of them, of which this process has its `local_slice`.
+
+    Its gradient is summed over the processes, all of which run its backward pass: where each computes the same loss of
+    all images, and DistributedDataParallel averages what the parameters get of it, they have its gradient.
+    """
+    return x if world_size() == 1 else _GatherImages.apply(x, total, dim)
+
+
+class _GatherImages(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, total: int, dim: int) -> Tensor:
+        ctx.total, ctx.dim = total, dim
+        counts = [len(range(total)[local_slice(total, number)]) for number in range(world_size())]
+        # A collective wants one size; at most one image is added.
+        shape = list(x.shape)
+        shape[dim] = max(counts)
+        own = x.new_zeros(shape)
+        own.narrow(dim, 0, x.shape[dim]).copy_(x)
+        every = [torch.empty_like(own) for _ in counts]
+        dist.all_gather(every, own)
+        return torch.cat([one.narrow(dim, 0, count) for one, count in zip(every, counts, strict=True)], dim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        summed = all_reduce_sum(gradient.contiguous())
+        own = range(ctx.total)[local_slice(ctx.total)]
+        return summed.narrow(ctx.dim, own.start, len(own)), None, None
+
+
 def barrier() -> None:
     """Return once all processes are here."""
     all_reduce_max(0)
@@ -157,9 +187,12 @@ def main_process_first() -> Iterator[None]:
         barrier()
 
 
-def local_slice(count: int) -> slice:
-    """Which of `count` things, as a batch's images, are this process's; they differ by one at most."""
-    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
+def local_slice(count: int, number: int | None = None) -> slice:
+    """Which of `count` things, as a batch's images, are this process's, or that of a number; they differ by one at
+    most.
+    """
+    number = rank() if number is None else number
+    return slice(number * count // world_size(), (number + 1) * count // world_size())
 
 
 def reports_failure(text: str) -> bool:

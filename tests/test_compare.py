@@ -3,6 +3,7 @@ import math
 import shlex
 import signal
 import time
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from lasnn.cli import parse_variants
 from lasnn.compare import Arm, Comparison, paired_gain, rows, student_t
 from lasnn.compare import compare as compare_rows
+from lasnn.console import print_comparison, to_stdout
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import OF_ONE_T, Method
 from lasnn.evaluation.iso_accuracy import accuracy_over_time, match, say_ratio, say_reached
@@ -35,6 +37,20 @@ def test_a_paired_gain_by_hand():
     assert gain["seeds"] == 3
     one = paired_gain("a", "b", 4, {0: 0.6}, {0: 0.5})
     assert one["half_width"] is None
+
+
+def test_differences_that_are_all_equal_have_no_interval(capsys):
+    """0.8 - 0.6 and 0.7 - 0.5 differ in their last bits alone."""
+    gain = paired_gain("a", "b", 4, {0: 0.8, 1: 0.7}, {0: 0.6, 1: 0.5})
+    assert (gain["half_width"], gain["seeds"]) == (None, 2)
+    arms = (Arm("distilled", (), 4), Arm("alone", ("teacher=",), 4))
+    found = Comparison("x.toml", (0, 1), arms, Path("runs"))
+    for arm, value in zip(arms, (0.75, 0.5), strict=True):
+        for seed in (0, 1):
+            found.summaries[arm, seed] = {"accuracy": value, "firing_rate": 0.1, "energy_uj": 1.0, "seconds": 2.0}
+    assert "| +0.2500 | the same in all 2 seeds: no interval |" in found.as_markdown()
+    print_comparison(to_stdout(), found.as_json(), [], found.folder)
+    assert "distilled over alone, T = 4: +0.2500 (the same in all 2 seeds: no interval)" in capsys.readouterr().out
 
 
 def test_the_tables_of_a_comparison():

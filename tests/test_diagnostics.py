@@ -9,6 +9,7 @@ from test_distillation import StopAt, digest, without_times
 
 from lasnn import build, distill
 from lasnn.network.units import NormSpike
+from lasnn.plan import read_plan
 from lasnn.recipe.schema import Recipe
 from lasnn.report import report
 from lasnn.training.advice import term_notes
@@ -194,6 +195,34 @@ def test_a_term_is_judged_by_the_epochs_that_it_is_felt_in():
 def test_a_teacher_s_logits_drown_no_labels():
     recipe = {**RECIPE, "losses": [{"name": "cross-entropy", "weight": 0.1}, {"name": "logit-kd", "weight": 9.0}]}
     assert terms_said(recipe, "logit-kd", [14.0, 20.0]) == []
+
+
+def test_only_the_student_s_logits_learn_the_class_of_the_teacher_s():
+    """The map that samd has them choose says where, not what."""
+    recipe = {**RECIPE, "losses": [{"name": "cross-entropy"}, {"name": "samd", "weight": 8.0}]}
+    [line] = terms_said(recipe, "samd", [4.0])
+    assert line.startswith("'samd' drowns the labels: its gradient is 4 times cross-entropy's; lower losses.1.weight")
+
+
+@pytest.mark.parametrize("name", ["similarity", "cka"])
+def test_a_loss_that_compares_images_is_measured_on_a_whole_batch_or_not_at_all(tiny, name):
+    terms = f'losses=[{{name="cross-entropy"}},{{name="{name}"}},{{name="attention"}}]'
+    run = distill(tiny, "run", overrides=[terms])
+    found = run.metrics()[-1]["diagnostics"]
+    assert found["images"] < 50
+    assert found["gradient"][name] is None
+    assert found["gradient"]["attention"] > 0
+    assert not any(name in line for line in run.read_json("summary.json")["terms"])
+    report(run.path)
+    built = build(tiny, overrides=[terms, f"data.batch_size={found['images']}"], train_teacher=True)
+    assert Diagnostics(built.objective, built.plan, built.train)(0)["diagnostics"]["gradient"][name] > 0
+
+
+def test_a_whole_batch_is_taken_where_it_costs_no_more(tiny):
+    """Of 100,000 images 1.2 % are more than 256, whatever the most is elsewhere."""
+    for name, wanted in (("attention", 128), ("cka", 256)):
+        plan = read_plan(tiny, [f'losses=[{{name="cross-entropy"}},{{name="{name}"}}]', "data.batch_size=256"])
+        assert how_many(plan, 100_000) == wanted
 
 
 def test_the_gradient_of_a_scheduled_term_is_that_of_the_epoch(tiny):

@@ -319,11 +319,19 @@ def test_a_stopped_run_resumes_to_the_same_weights(tiny, phase, signum):
     with pytest.raises(UserError, match="is not empty"):
         distill(tiny, "stopped")
     if signum == signal.SIGINT:
-        # Left out, the folder is that of the newest unfinished run of the recipe; this one has to be moved there.
+        # Left out, the folder is that of the newest unfinished run of the recipe under runs/; this one has to be moved.
+        with pytest.raises(
+            UserError, match="there is no unfinished run of tiny under runs to resume; leave --resume out"
+        ):
+            distill(tiny, resume=True)
         shutil.move("stopped", "runs/tiny-7")
+        with pytest.raises(UserError, match=r"tiny-7 holds a run of another recipe \(seed: was 0, now 1\)"):
+            distill(tiny, overrides=["seed=1"], resume=True)
+        shutil.move("runs/tiny-7", "runs/of-any-name")
         resumed = distill(tiny, resume=True)
-        assert str(resumed.path) == "runs/tiny-7"
-        assert str(distill(tiny, resume=True).path) == "runs/tiny-1", "a finished run is not taken up"
+        assert str(resumed.path) == "runs/of-any-name"
+        with pytest.raises(UserError, match="there is no unfinished run of tiny"):
+            distill(tiny, resume=True)
     else:
         resumed = distill(tiny, "stopped", resume=True)
     assert digest(resumed / "student.safetensors") == digest(whole / "student.safetensors")
@@ -498,8 +506,10 @@ def test_overrides_go_with_a_file(tiny):
         distill(Recipe.load(tiny), overrides=["seed=3"])
 
 
-def test_what_layers_draw_does_not_depend_on_the_cache(tiny):
-    """Dropout draws from the global generator; it is keyed by the step, and the caller's state is given back."""
+def test_what_layers_draw_depends_on_the_recipe_alone(tiny):
+    """Dropout draws from the global generator, in the conversion too; it is keyed, and the caller's state, which may be
+    any, is given back. A cached teacher makes no difference.
+    """
     (tiny.parent / "drop.py").write_text(
         """
 from torch import nn
@@ -507,8 +517,9 @@ from lasnn import Staged, architectures
 
 
 def with_dropout(act, *, in_channels: int, num_classes: int) -> Staged:
-    \"\"\"One stage and dropout.\"\"\"
-    stage = nn.Sequential(nn.Conv2d(in_channels, 4, 3, padding="same"), act(4), nn.Dropout(0.5))
+    \"\"\"One stage, and dropout in it.\"\"\"
+    layers = [nn.Conv2d(in_channels, 4, 3, padding="same"), act(4), nn.Dropout(0.5)]
+    stage = nn.Sequential(*layers, nn.Conv2d(4, 4, 3, padding="same"), act(4))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
     return Staged({"stage1": stage}, head)
 
@@ -517,10 +528,12 @@ architectures.register("with-dropout")(with_dropout)
 """
     )
     settings = ['plugins=["tiny_clothes.py","drop.py"]', "student.architecture=with-dropout", "student.width="]
-    settings += ["teacher.architecture=with-dropout", "teacher.width="]
-    state = torch.get_rng_state()
-    runs = [distill(tiny, overrides=settings) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), state)
+    settings += ["teacher.architecture=with-dropout", "teacher.width=", "student.init=converted"]
+    runs = []
+    for seed in (5, 6):
+        state = torch.manual_seed(seed).get_state()
+        runs.append(distill(tiny, overrides=settings))
+        assert torch.equal(torch.get_rng_state(), state)
     assert digest(runs[0] / "student.safetensors") == digest(runs[1] / "student.safetensors")
 
 

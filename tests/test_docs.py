@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
 import typer.main
@@ -101,6 +102,17 @@ def test_a_command_of_the_docs_can_run(command, tmp_path, monkeypatch):
             context.params["seeds"] = 1
             with pytest.raises(Planned):
                 parsed.invoke(context)
+
+
+def test_a_loss_that_does_not_reach_the_student_is_said_as_the_page_has_it(lasnn):
+    page = (ROOT / "docs/tutorials/parts.md").read_text()
+    for name in ("my_parts.py", "parts.toml"):
+        (lasnn.folder / name).write_text(re.search(rf"%%writefile {name}\n(.*?)```", page, re.DOTALL).group(1))
+    edits = re.findall(r"^sed .*> broken.*$", page, re.MULTILINE)
+    subprocess.run("\n".join(edits), shell=True, cwd=lasnn.folder, check=True)
+    assert (
+        "has no gradient, so that nothing learns from it" in lasnn("distill", "broken.toml", "--dry-run", code=2).stderr
+    )
 
 
 def test_links_have_a_text():

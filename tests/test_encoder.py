@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from lasnn.encoder import Encoder, check_images
+from lasnn.network.staged import build as build_network
+from lasnn.network.student import Student
+from lasnn.network.teacher import Teacher
+from lasnn.network.units import ann_units, snn_units
 from lasnn.random import generator
 from lasnn.registry import encoders
 
@@ -245,3 +249,21 @@ def test_check_images_type_and_shape(images):
         check_images(images.byte())
     with pytest.raises(ValueError, match=r"\[3, 5, 7\]"):
         check_images(images[0])
+    channels = images.shape[1]
+    check_images(images, channels)
+    with pytest.raises(ValueError, match=f"images have {channels} channels, those .* trained on {channels + 1}"):
+        check_images(images, channels + 1)
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson", "rate"])
+def test_grey_images_are_not_taken_for_coloured_ones(encoder):
+    """Nor the other way round: one channel would fit the mean of any number."""
+    mean = std = (0.5, 0.5, 0.5)
+    shape = {"in_channels": 3, "num_classes": 2, "width": 2}
+    teacher = Teacher(build_network("vgg5", ann_units(), **shape), mean, std)
+    network = build_network("vgg5", snn_units(), **shape)
+    for model in (teacher.eval(), Student(network, encoders.build(encoder, mean, std), 2).eval()):
+        model(torch.rand(2, 3, 16, 16))
+        for channels in (1, 4):
+            with pytest.raises(ValueError, match=f"images have {channels} channels"):
+                model(torch.rand(2, channels, 16, 16))

@@ -407,6 +407,21 @@ def test_samd_by_hand():
         samd([student, other[0]], [teacher, other[1]], *given)
 
 
+def test_samd_of_currents_is_of_their_positive_part():
+    """As a head activates them; a neuron that is silent learns."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, 5, 5, requires_grad=True), torch.randn(3, 6, 5, 5)
+    given = torch.randn(3, 10), (torch.randn(10, 6), torch.zeros(10))
+    positive = student.detach().mean(0, keepdim=True).relu()
+    loss = samd([student], [teacher], *given)
+    assert loss.item() == pytest.approx(samd([positive], [teacher.relu()], *given).item(), rel=1e-6)
+    silent = torch.zeros(1, 3, 4, 5, 5, requires_grad=True)
+    with torch.no_grad():
+        silent[:, :, :, 2, 2] = 1.0
+    samd([silent], [teacher], *given).backward()
+    assert silent.grad[..., 0, 0].abs().sum() > 0
+
+
 def test_standardised_logits_by_hand():
     """(2, 1, 0) and (30, 20, 10) are both (1, 0, -1): no distance; (0, 2, 4) is that reversed."""
     teacher = torch.tensor([[30.0, 20.0, 10.0]])

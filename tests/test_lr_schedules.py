@@ -34,6 +34,7 @@ def test_steps():
     assert found[30:] == pytest.approx([0.01] * 10)
     found = rates(epochs=3, schedule="step", milestones=[0.1, 0.9], gamma=0.5, min_lr=0.3)
     assert found == [1.0] * 3 + [0.5] * 24 + [0.3] * 3
+    assert rates(epochs=2, schedule="step", milestones=[]) == [1.0] * 20
 
 
 def test_warmup_stable_decay():

@@ -86,6 +86,19 @@ def test_the_memory_estimate_follows_the_micro_batch(tiny):
     assert parts < 0.3 * whole
 
 
+def test_a_batch_has_no_more_images_than_there_are(tiny):
+    """400 images: the estimate is that of all of them at once, and the plan says what becomes of the batch."""
+    whole, more, parts = (
+        read_plan(tiny, [f"data.batch_size={batch}", f"data.accumulate={count}"])
+        for batch, count in ((400, 1), (4000, 1), (4000, 10))
+    )
+    assert more.memory_bytes == parts.memory_bytes == whole.memory_bytes
+    assert more.ann_memory_bytes == whole.ann_memory_bytes
+    said = "data.batch_size = 4000: more than the 400 training images, so that an epoch is one step"
+    assert said in more.notes
+    assert not any("one step" in note for note in whole.notes)
+
+
 @pytest.mark.parametrize("temporal", ["rate", "step", "map"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_attention_loss_is_in_fp32_under_autocast(temporal, dtype):

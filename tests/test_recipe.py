@@ -237,6 +237,25 @@ def test_set_is_blamed_for_what_it_brought(plain):
     assert "did you mean 'weight'?" in line
 
 
+@pytest.mark.parametrize(
+    ("written", "setting", "key"),
+    [
+        ("[student.neuron]\ntau = 3.0", "student.neuron.name=if", "student.neuron.tau"),
+        ('[teacher]\npool = "max"', "teacher.architecture=resnet20", "teacher.pool"),
+        ('[[losses]]\nname = "cross-entropy"\nreadout = "step"', "losses.cross-entropy.name=tet", "losses.0.readout"),
+    ],
+)
+def test_another_part_by_set_says_how_to_be_rid_of_the_files_options(plain, written, setting, key):
+    table, _, key_and_value = written.partition("\n")
+    text = plain.read_text()
+    plain.write_text(text.replace(table, written) if table in text else f"{text}{table}\n{key_and_value}\n")
+    [line] = problems(plain, setting)
+    assert line.endswith(f"; remove the recipe's with --set {key}=")
+    # What is wrong by itself has no such way out.
+    assert "remove the" not in problems(plain, f"{key}x=1")[0]
+    Recipe.load(plain, [setting, f"{key}="])
+
+
 def test_paths_of_any_script_survive(plain, tmp_path):
     copy = tmp_path / "copy.toml"
     copy.write_text(Recipe.load(plain, ["data.root='/x/\U0001f600 é \"q\"'"]).to_toml(), encoding="utf-8")
@@ -385,7 +404,8 @@ def test_every_key_is_documented():
 )
 def test_plugins_that_fail(plain, code, message):
     (plain.parent / "mine.py").write_text(code)
-    [line] = problems(plain, 'plugins=["mine.py"]')
+    # A name that is not known may be one of the plugin's.
+    [line] = problems(plain, 'plugins=["mine.py"]', 'student.neuron={name="of-the-plugin"}')
     assert line.startswith("--set: plugins.0: mine.py cannot be imported: ")
     assert message in line
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from lasnn.errors import UserError
 from lasnn.evaluation.evaluate import evaluate, load_run
 from lasnn.factory import load_data
 from lasnn.report import report
-from lasnn.report.chart import Series, apart, lines, ticks
+from lasnn.report.chart import TICK, Series, apart, breadth, lines, ticks
 from lasnn.report.facts import measure_teacher
 from lasnn.report.picture import heat, palette, photo
 from lasnn.training.distill import distill
@@ -224,7 +224,7 @@ def test_figures_agree_with_evaluate(runs, pages):
         shown = re.findall("<td>(.*?)</td>", row)
         assert shown[:2] == [f"{one['energy_uj']:.3g}" for one in (student, teacher)]
         rate = by_t[2]["break_even_firing_rate"][name]
-        assert shown[2] == (f"{rate:.3f}" if rate else "no rate")
+        assert shown[2] == (f"{rate:.4f}" if rate else "never")
     _, test, _ = load_data(run.recipe, run.data, run.device)
     teacher, layers = measure_teacher(run, test)
     assert sum(layers["energy"].values()) == pytest.approx(teacher["energy_uj"])
@@ -386,6 +386,9 @@ def test_command(runs, lasnn, tmp_path):
     assert found["bytes"] == (tmp_path / "page.html").stat().st_size
     page = html.unescape((tmp_path / "page.html").read_text())
     assert "lasnn distill hostile/recipe.toml --out hostile-again" in page
+    # It works as it stands, in the folder that the page speaks of.
+    assert "in the folder that this report was written from" in page
+    lasnn("distill", "hostile/recipe.toml", "--out", "hostile-again", "--dry-run")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(runs("hostile"), unfinished)
     (unfinished / "summary.json").unlink()
@@ -407,6 +410,27 @@ def test_ticks_are_round_and_cover():
         assert found[0] <= low
         assert found[-1] >= high
         assert 2 <= len(found) <= 8
+
+
+def test_an_axis_of_shares_ends_at_100_percent():
+    for value in (0.0, 0.4, 1.0):
+        drawn = lines([Series("a", [(1, value), (2, value)], "plain")], title="a", x="x", y="y", shares=True)
+        marks = [float(mark) for mark in re.findall(r'class="tick"[^>]*>([\d.]+) %<', drawn)]
+        assert len(marks) >= 2
+        assert 0 <= marks[0] <= 100 * value <= marks[-1] <= 100
+
+
+def test_notes_of_points_do_not_lie_on_each_other():
+    """Early exits of a sure student lie on one spot."""
+    points = [(1.0, 1.0), (1.001, 1.0), (1.002, 0.999), (3.0, 1.0)]
+    notes = ["0.5", "0.6", "0.7", "0.99"]
+    drawn = lines([Series("a", points, "plain", notes=notes)], title="a", x="x", y="y", shares=True)
+    assert drawn.count("<circle") == 4
+    texts = re.findall(r'<text class="(?:note|tick)" x="([\d.]+)" y="([\d.]+)" text-anchor="end">(.*?)<', drawn)
+    boxes = [(float(x) - breadth(words, TICK), float(x), float(y)) for x, y, words in texts]
+    for one, other in combinations(boxes, 2):
+        assert one[1] <= other[0] or other[1] <= one[0] or abs(one[2] - other[2]) >= TICK
+    assert "0.99" in {words for _, _, words in texts}
 
 
 def test_labels_do_not_lie_on_each_other():

@@ -41,6 +41,20 @@ def test_what_leaves_the_result_alone_is_taken(tiny):
     assert 'residence = "stream"' in (run / "recipe.toml").read_text()
 
 
+def test_a_dry_run_says_what_the_run_would_say_of_its_folder(tiny, lasnn):
+    stopped(tiny)
+    settings = [part for setting in SHORT for part in ("--set", setting)]
+    begin = "out is not empty; choose another --out, or --resume to go on with the run in it"
+    changed = "out holds a run of another recipe (seed: was 0, now 1)"
+    for dry in ((), ("--dry-run",)):
+        command = ["distill", tiny, *settings, "--out", "out", *dry]
+        assert begin in lasnn(*command, code=2).stderr
+        assert changed in lasnn(*command, "--resume", "--set", "seed=1", code=2).stderr
+    state = (tiny.parent / "out" / "last.pt").read_bytes()
+    lasnn(*command, "--resume")
+    assert (tiny.parent / "out" / "last.pt").read_bytes() == state
+
+
 def test_a_runs_own_recipe_resumes_that_run(tiny):
     """Without --out, whatever the folder is called; a new run of it is named as the recipe was."""
     whole = distill(tiny, "whole", overrides=SHORT)

@@ -25,7 +25,7 @@ from lasnn.network.staged import Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.network.units import NormActivate, NormSpike
-from lasnn.random import generator
+from lasnn.random import generator, keyed
 
 # Training images that currents are measured on, and currents kept of each batch and unit.
 IMAGES, BATCH, KEPT = 512, 128, 4096
@@ -100,7 +100,9 @@ def measure_statistics(student: Student, images: Images | Streamed, seed: int) -
         for norm in norms:
             # The mean over the batches so far.
             norm.momentum = 1 / number
-        student.steps(batch, generator=generator(seed, "balance", number, device=batch.device))
+        # The global generators, for layers that draw by themselves.
+        with keyed(seed, "balance", number):
+            student.steps(batch, generator=generator(seed, "balance", number, device=batch.device))
     student.train(mode)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,6 +1,6 @@
 """Evaluation of a finished run at any number of time steps."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from statistics import mean, stdev
@@ -35,6 +35,7 @@ def evaluate(
     early_exit: float | None = None,
     draws: int | None = None,
     include_speed: bool = True,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Measure a run's student on its test images, or its teacher, converted.
 
@@ -47,6 +48,7 @@ def evaluate(
         draws: how often an encoder that draws is measured; None is 3. The first draw is that of `summary.json`.
         include_speed: also measure what needs runs of its own at each T: `operations.dense`, `images_per_second`,
             `latency_ms` and `peak_memory_mib`. Without them many T cost no more than the longest.
+        tell: called with a line before a conversion is measured, which takes time.
 
     Returns:
         One dict for each T, as `lasnn.evaluation.measure.measure` returns it, and in it what `include_speed` names (see
@@ -104,6 +106,7 @@ def evaluate(
     if converted is None:
         students = [(run.student, list(timesteps))]
     else:
+        tell(f"{conversion_line(converted, len(test), max(timesteps))} (--timesteps for less)")
         students = conversions(run.teacher, converted, train, timesteps, batch_size=batch_size, **options)
     try:
         results = []
@@ -169,6 +172,11 @@ def conversions(
         return
     for steps in timesteps:
         yield convert(teacher, method, images, timesteps=steps, **options), [steps]
+
+
+def conversion_line(method: str, images: int, longest: int) -> str:
+    """What is said before a teacher's conversion is measured."""
+    return f"teacher, converted by {method}: {images:,} test images, up to T = {longest}"
 
 
 def merge(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:

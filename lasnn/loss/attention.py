@@ -134,12 +134,16 @@ def samd(
     KL(softmax(M_A / temperature) || softmax(M_S / temperature)) over pixels, averaged over images, of maps scaled to
     [0, 1]: M_S = sum over channels of the firing rate, M_A = ReLU(sum_c W[k, c] A_c) with the teacher's last linear
     layer W and the class k that it decides for (CKDSNN, arXiv 2511.06902). The last pair must be the teacher's last
-    stage, whose channels W weighs. Where the sizes differ, the larger feature is average-pooled to the smaller.
+    stage, whose channels W weighs. Where the sizes differ, the larger feature is average-pooled to the smaller. A stage
+    that passes on currents, which the head activates (`residual = "membrane"`), counts by its positive part.
 
     Raises:
         UserError: the classifier weighs other channels.
     """
-    student, teacher = same_size(student_features[-1], teacher_features[-1])
+    student = student_features[-1].float().mean(0, keepdim=True)
+    # Not a ReLU, which gives neurons that are silent no gradient.
+    student = student.masked_fill(student < 0, 0.0)
+    student, teacher = same_size(student, teacher_features[-1].float().relu())
     weight = teacher_classifier[0].float()
     if weight.shape[1] != teacher.shape[1]:
         raise UserError(
@@ -147,8 +151,8 @@ def samd(
             f"inputs, the last pair's stage {teacher.shape[1]} channels; name the teacher's last stage last in "
             "distill.pairs, of a teacher whose head is one linear layer"
         )
-    ours = student.float().mean(0).sum(1)
-    theirs = (weight[teacher_logits.argmax(-1)][..., None, None] * teacher.float()).sum(1).relu()
+    ours = student[0].sum(1)
+    theirs = (weight[teacher_logits.argmax(-1)][..., None, None] * teacher).sum(1).relu()
     return _distance(ours.flatten(1), theirs.flatten(1), "softmax", "kl", temperature)
 
 

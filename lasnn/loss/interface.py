@@ -104,8 +104,8 @@ def inputs_of(entry: Entry, options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def couples_images(loss: Callable) -> Callable:
-    """Decorator of a loss that compares the images of a batch with each other, so that its parts do not add up: it is
-    refused where a batch is computed in parts (`data.accumulate`, several processes).
+    """Decorator of a loss that compares the images of a batch with each other, so that its parts do not add up. Of
+    several processes each is given all images of the batch; with `data.accumulate` it is refused.
     """
     loss.couples_images = True
     return loss
@@ -143,6 +143,8 @@ class BoundLoss:
     Attributes:
         inputs: the names of what it needs.
         module: of a loss that is a class; it has drawn its weights from the global generators. None of a function.
+        reading: how it reads the student's features over time.
+        couples_images: whether it compares the images of a batch with each other.
 
     Raises:
         UserError: its constructor fails.
@@ -151,6 +153,8 @@ class BoundLoss:
     def __init__(self, entry: Entry, options: dict[str, Any], pairs: Sequence[Pair], num_classes: int):
         self.entry = entry
         self.inputs = inputs_of(entry, options)
+        self.reading = reading_of(entry.function, options)
+        self.couples_images = does_couple_images(entry.function)
         self.module: nn.Module | None = None
         if not inspect.isclass(entry.function):
             self._function = partial(entry.function, **options)

@@ -54,10 +54,12 @@ class Student(nn.Module):
         """Images [B, C, H, W] in [0, 1] -> logits [B, K], averaged over the T steps.
 
         Raises:
-            ValueError: the images are not in [0, 1], as when they were normalised already.
+            ValueError: the images are not in [0, 1], as when they were normalised already, or have other channels than
+                those of the training.
         """
         if not torch.compiler.is_compiling():
-            check_images(images)
+            mean = getattr(self.encoder, "mean", None)
+            check_images(images, None if mean is None else len(mean))
         return self.steps(images)[0].mean(0)
 
     def steps(

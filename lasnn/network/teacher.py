@@ -43,10 +43,12 @@ class Teacher(nn.Module):
         """Images [B, C, H, W] in [0, 1] -> logits [B, K].
 
         Raises:
-            ValueError: the images are not in [0, 1], as when they were normalised already.
+            ValueError: the images are not in [0, 1], as when they were normalised already, or have other channels than
+                those of the training.
         """
         if not torch.compiler.is_compiling():
-            check_images(images)
+            # A network from elsewhere may be given one channel for all of those that its mean has.
+            check_images(images, len(self.mean) if type(self.network) is Staged else None)
         return self.taps(images)[0]
 
     def taps(self, images: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:

@@ -164,7 +164,8 @@ def run_with_current(stage: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None
         output = stage(x)
     finally:
         for unit in units:
-            del unit.on_call
+            # Not deleted: the compiler does not follow that.
+            unit.on_call = None
     return output, last[0][1]() if last and last[0][0] is output else None
 
 

@@ -59,9 +59,10 @@ def checked(
         recipe = model.model_validate_json(text, strict=True)
     except ValidationError as error:
         wrong = list(messages.faults(model, error))
-    form = Form(model, tables, frozenset(place for place, _ in wrong))
-    wrong += form.check_plugins(Path(source).parent)
-    wrong += form.check_parts()
+    form = Form(model, tables, frozenset(place for place, _ in wrong), overridden)
+    missing = form.check_plugins(Path(source).parent)
+    wrong += missing
+    wrong += form.check_parts(bool(missing) or any(place[:1] == ("plugins",) for place in form.faulty))
     wrong += form.check_together()
     lines = [messages.line(source, overridden, key, message) for key, message in found.items()]
     lines += [
@@ -130,12 +131,14 @@ class Form:
         model: the recipe's.
         tables: as `tomllib` returns them, of any form.
         faulty: the places that the model refused.
+        overridden: the keys that `--set` brought.
     """
 
-    def __init__(self, model: type[BaseModel], tables: dict[str, Any], faulty: frozenset[Place]):
+    def __init__(self, model: type[BaseModel], tables: dict[str, Any], faulty: frozenset[Place], overridden: Set[str]):
         self.model = model
         self.tables = tables
         self.faulty = faulty
+        self.overridden = overridden
 
     def at(self, place: Place) -> Any:
         """The value at a place, None where there is none."""
@@ -202,8 +205,11 @@ class Form:
             for number in range(len(entries) if isinstance(entries, list) else 0):
                 yield from by_name((*table, number), registry)
 
-    def check_parts(self) -> list[tuple[Place, str]]:
-        """(place, message) for each name that is not known and each option that its part does not take."""
+    def check_parts(self, plugins_missing: bool) -> list[tuple[Place, str]]:
+        """(place, message) for each name that is not known and each option that its part does not take.
+
+        Where a plugin is missing, a name that is not known may be the plugin's: one that is no slip is left alone.
+        """
         found = []
         for part in self.parts():
             model = messages.table_of(self.model, part.table)
@@ -213,7 +219,10 @@ class Form:
                 if not self.at(("plugins",)) and not get_close_matches(part.name, known, cutoff=0.5):
                     # As in the folder of a run that a notebook made.
                     message += "; if it is your own, list the file that registers it in plugins"
-                found.append((part.key, message))
+                if plugins_missing:
+                    message += "; or it is of a plugin that could not be loaded"
+                if not plugins_missing or get_close_matches(part.name, known, cutoff=0.8):
+                    found.append((part.key, message))
                 # Its options are not known either, but a key that is nearly one of the table's is a slip all the same.
                 for option in part.options:
                     if get_close_matches(option, model.model_fields, cutoff=0.8):
@@ -227,6 +236,10 @@ class Form:
                     # The key may be a misspelt key of the table just as well as of the part's options.
                     known = {*(model.model_fields if part.table != part.key else ()), *takes}
                     message = messages.unknown_key(f"{title(part.table)} ({part.name})", option, known)
+                    key = load.key_of((*part.table, option))
+                    if load.key_of(part.key) in self.overridden and key not in self.overridden:
+                        # The option may have been right for the part that the file names.
+                        message += f"; remove the recipe's with --set {key}="
                 found.append(((*part.table, option), message))
         return found
 

@@ -64,7 +64,8 @@ class Training(BaseModel):
     schedule: Literal["cosine", "step", "warmup-stable-decay"] = "cosine"
     """How `lr` goes on after the warm-up: half a cosine; a factor at milestones; constant, then linearly down."""
     milestones: list[Annotated[float, Field(gt=0, lt=1)]] | None = None
-    """For schedule = "step": shares of the training at which `lr` is multiplied by `gamma`; left out, [0.5, 0.75]."""
+    """For schedule = "step": shares of the training at which `lr` is multiplied by `gamma`, none in []; left out,
+    [0.5, 0.75]."""
     gamma: Annotated[float, Field(gt=0, lt=1)] | None = None
     """For schedule = "step": the factor; left out, 0.1."""
     decay_share: Annotated[float, Field(gt=0, le=1)] | None = None

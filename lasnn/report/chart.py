@@ -62,13 +62,16 @@ def shortened(words: str, size: float, room: float, bold: bool = False) -> str:
     return f"{words}…"
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`."""
+def ticks(low: float, high: float, most: int = 5, top: float = math.inf) -> list[float]:
+    """At least two round numbers, from at or below `low` to at or above `high`; of values up to `top` none above it."""
     span = high - low or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / most))
     step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    if first == last:
+        # One round value: it ends the axis where nothing can be above it, and begins it elsewhere.
+        first, last = (first - 1, last) if last * step >= top else (first, last + 1)
+    return [round(number * step, 12) for number in range(first, last + 1)]
 
 
 def lines(
@@ -82,7 +85,7 @@ def lines(
     low: float | None = None,
     high: float | None = None,
     x_text: Callable[[float], str] = plain,
-    y_text: Callable[[float], str] = plain,
+    shares: bool = False,
     marked: tuple[float, str] | None = None,
     diagonal: bool = False,
 ) -> Markup:
@@ -95,13 +98,15 @@ def lines(
         x_ticks: where; None chooses.
         log: the x axis is logarithmic, to base 2.
         low, high: ends of the y axis, where they shall not follow from the values.
-        x_text, y_text: how their values are written.
+        x_text: how the values of x are written.
+        shares: those of y are shares, at most 1, and written in percent.
         marked: an x to mark with a vertical line, and its label.
         diagonal: draw y = x.
     """
     xs = [point[0] for one in series if not one.flat for point in one.points]
     ys = [point[1] for one in series for point in one.points]
-    y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high)
+    y_text, top = (percent, 1.0) if shares else (plain, math.inf)
+    y_ticks = ticks(min(ys) if low is None else low, max(ys) if high is None else high, top=top)
     if x_ticks is None:
         x_ticks = whole_ticks(min(xs), max(xs)) if not log else powers(min(xs), max(xs))
     left, right = min(*xs, *x_ticks), max(*xs, *x_ticks)
@@ -140,6 +145,8 @@ def lines(
     if diagonal:
         drawn.append(line(across(y_ticks[0]), up(y_ticks[0]), across(y_ticks[-1]), up(y_ticks[-1]), "mark"))
     ends, written = [], []
+    # Texts that end at a place: those of the ticks, and notes.
+    taken = [(area[0] - 6, up(tick) + 4, y_text(tick)) for tick in y_ticks]
     for one in series:
         points = [(left, one.points[0][1]), (right, one.points[0][1])] if one.flat else one.points
         at = [(across(px), up(py)) for px, py in points]
@@ -148,11 +155,21 @@ def lines(
         if not one.flat and (one.marks or len(at) == 1):
             drawn += [Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.6"/>').format(one.colour, *p) for p in at]
         for (px, py), note in zip(at, one.notes, strict=False):
-            written.append(text(px - 5, py - 5, note, "note", "end"))
+            if is_free(px - 5, py - 5, note, taken):
+                taken.append((px - 5, py - 5, note))
+                written.append(text(*taken[-1], "note", "end"))
         ends.append((at[-1][1], one))
     for place, one in apart(ends, area[1], area[3]):
         written.append(text(area[2] + 7, place + 4, names[one.name], f"label {one.colour}", "start"))
     return svg(title, Markup("").join(drawn + written), said(series, x, x_text, y_text))
+
+
+def is_free(x: float, y: float, words: str, taken: Sequence[tuple[float, float, str]]) -> bool:
+    """Whether a text that ends at (x, y) lies on none of others, (x, y, words) each."""
+    return all(
+        abs(y - other_y) >= TICK or x <= other_x - breadth(other, TICK) or other_x <= x - breadth(words, TICK)
+        for other_x, other_y, other in taken
+    )
 
 
 def said(series: Sequence[Series], x: str, x_text: Callable[[float], str], y_text: Callable[[float], str]) -> str:

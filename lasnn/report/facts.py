@@ -18,7 +18,7 @@ from lasnn.data import Batches
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import Method
 from lasnn.evaluation.energy import break_even_rate, in_each_precision, multiply_additions_of, teacher_layers
-from lasnn.evaluation.evaluate import check_conversion, conversions
+from lasnn.evaluation.evaluate import check_conversion, conversion_line, conversions
 from lasnn.evaluation.measure import measure
 from lasnn.evaluation.metrics import CONFIDENCE_BINS, AccuracyMetrics, EarlyExit
 from lasnn.evaluation.operations import PJ_MULTIPLY_ADD, teacher_energy_uj
@@ -260,7 +260,7 @@ def convert_teacher(
         return {"reason": str(error).replace("\n", "; ")}
     timesteps = sorted({longest, *(2**power for power in range(longest.bit_length()) if 2**power <= longest)})
     about = timedelta(seconds=round(longest * step_seconds))
-    tell(f"teacher, converted by {method}: {len(test):,} test images, up to T = {longest}, about {about} (--longest)")
+    tell(f"{conversion_line(method, len(test), longest)}, about {about} (--longest)")
     batch_size = run.recipe.data.batch_size
     results = []
     for converted, steps in conversions(run.teacher, method, train, timesteps, batch_size=batch_size):

@@ -97,7 +97,7 @@ def over_timesteps(facts: dict[str, Any]) -> Markup:
         x="time steps T",
         y="test accuracy",
         log=True,
-        y_text=percent,
+        shares=True,
         marked=(facts["timesteps"], "trained"),
     )
 
@@ -121,7 +121,7 @@ def early_exit(facts: dict[str, Any]) -> Markup | None:
         title="early exit, by the threshold of confidence",
         x="mean time steps used",
         y="test accuracy, by threshold of confidence",
-        y_text=percent,
+        shares=True,
     )
 
 
@@ -144,7 +144,7 @@ def calibration(facts: dict[str, Any]) -> Markup:
         low=0,
         high=1,
         x_text=percent,
-        y_text=percent,
+        shares=True,
         diagonal=True,
     )
 
@@ -158,7 +158,7 @@ def accuracy_over_epochs(training: dict[str, Any]) -> Markup | None:
             series.append(Series(phase, points, style))
     if not series:
         return None
-    return chart.lines(series, title="accuracy over epochs", x="epoch", y="test accuracy", y_text=percent)
+    return chart.lines(series, title="accuracy over epochs", x="epoch", y="test accuracy", shares=True)
 
 
 def loss_over_epochs(training: dict[str, Any], phase: str) -> Markup | None:
@@ -204,8 +204,8 @@ def diagnostics_over_epochs(training: dict[str, Any]) -> dict[str, Markup | None
             Series(name, points, f"term{number % 6}", marks=False)
             for number, (name, points) in enumerate(curves.items())
         ]
-        percents = {"y_text": percent} if what == "silent" else {}
-        found[what] = chart.lines(series, title=title, x="epoch", y=y, low=0.0, **percents) if series else None
+        shares = what == "silent"
+        found[what] = chart.lines(series, title=title, x="epoch", y=y, low=0.0, shares=shares) if series else None
     return found
 
 

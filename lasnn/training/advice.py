@@ -47,20 +47,23 @@ def advice(recipe: Recipe, summary: Mapping[str, Any], metrics: Iterable[Mapping
 
 
 def drowned_labels(recipe: Recipe, epoch: Mapping[str, Any]) -> Iterable[str]:
-    """Terms without the labels, and without a teacher's logits, which say the class too, that make up most of the
-    loss.
-    """
+    """Terms that say nothing of the class and make up most of the loss."""
     for number, loss in enumerate(recipe.losses):
-        if not epoch["loss"] > 0 or {"targets", "teacher_logits"} & set(losses[loss.name].inputs):
+        if not epoch["loss"] > 0 or says_the_class(losses[loss.name].inputs):
             continue
         share = loss.weight_in(epoch["epoch"], recipe.distill.epochs) * epoch["losses"][loss.name] / epoch["loss"]
         if share > MOST:
             yield f"lower losses.{number}.weight ({loss.weight:g}): {loss.name!r} makes up {share:.0%} of the loss"
 
 
+def says_the_class(inputs: Iterable[str]) -> bool:
+    """Whether a loss has these among its inputs: labels, or a teacher's logits that the student's are to learn."""
+    return "targets" in inputs or {"logits", "teacher_logits"} <= set(inputs)
+
+
 def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """A line for each term without the labels whose gradient, in the mean of the epochs that it is felt in, is next to
-    nothing beside cross-entropy's, or drowns it. A teacher's logits, which say the class too, drown nothing.
+    nothing beside cross-entropy's, or drowns it. Learning a teacher's logits, which say the class too, drowns nothing.
 
     Args:
         recipe: the run's.
@@ -84,6 +87,6 @@ def term_notes(recipe: Recipe, metrics: Iterable[Mapping[str, Any]]) -> Iterator
         elif share < NOTHING:
             fix = f"raise {key} from {loss.weight:g} to about {loss.weight * A_TENTH / share:.2g} for a tenth of that"
             yield f"{loss.name!r} does next to nothing: its gradient is {share:.2g} of cross-entropy's; {fix}"
-        elif share > DROWNS and "teacher_logits" not in inputs:
+        elif share > DROWNS and not says_the_class(inputs):
             fix = f"lower {key} from {loss.weight:g} to about {loss.weight / share:.2g}, to make them equal"
             yield f"{loss.name!r} drowns the labels: its gradient is {share:.2g} times cross-entropy's; {fix}"

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from lasnn import processes
 from lasnn.data import Images, Streamed
 from lasnn.factory import make_augmentation
-from lasnn.loss import attention
+from lasnn.loss import attention, does_couple_images
 from lasnn.network.units import NormSpike
 from lasnn.plan import Plan, micro_batches
 from lasnn.random import generator, keyed
+from lasnn.registry import losses
 from lasnn.training.objective import DistillationObjective
 
 # Of the time of an epoch's steps, what the images are chosen for: below 2 %, for what is not proportional to them.
@@ -36,7 +37,7 @@ class Diagnostics:
       firing rate and feature), the mean over images; 1 where the student's map is empty;
     - `gradient`, by term: the norm of its weight at the epoch's first step times its gradient on the student's
       parameters, over that of cross-entropy (the recipe's, or else that of the mean logits with weight 1); None where
-      that is 0;
+      that is 0, and of a loss that compares the images of a batch where these are fewer;
     - `firing_rate` and `silent`, by stage: spikes per neuron and step, and the share of neurons that spike on none of
       the images.
 
@@ -54,7 +55,7 @@ class Diagnostics:
         self.pairs = plan.pairs
         # Half precision without its scaler loses small gradients.
         self.half = plan.precision == "bf16"
-        self.device, self.data = plan.device, plan.data
+        self.device, self.data, self.batch_size = plan.device, plan.data, plan.recipe.data.batch_size
         self.mixed = make_augmentation(plan.recipe, plan.data).mixes
         order = torch.randperm(len(images), generator=generator(plan.recipe.seed, "diagnose"))
         self.images, self.chosen = images, order[: how_many(plan, len(images))]
@@ -95,14 +96,18 @@ class Diagnostics:
         """The norm of each term's weighted gradient over that of cross-entropy."""
         student, _ = self.objective.networks
         learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        # Of fewer images than a batch has it is another loss.
+        fewer = len(targets) < min(self.batch_size, len(self.images))
+        terms = {
+            name: term for name, term in terms.items() if not (fewer and self.objective.bound[name].couples_images)
+        }
         norms = {name: weights[name] * norm(term, learnt) if weights[name] else 0.0 for name, term in terms.items()}
         reference = norms.get("cross-entropy", 0.0)
         if not reference:
             reference = norm(nn.functional.cross_entropy(logits.float().mean(0), targets), learnt)
         ratios = {name: value / reference if reference else math.nan for name, value in norms.items()}
-        return {
-            name: ratio if math.isfinite(ratio) else None for name, ratio in ratios.items() if name != "cross-entropy"
-        }
+        finite = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+        return {name: finite.get(name) for name in weights if name != "cross-entropy"}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -132,7 +137,10 @@ def how_many(plan: Plan, images: int) -> int:
     if plan.precision == "fp16":
         # These are in fp32, which takes twice as much.
         at_once //= 2
-    return max(1, min(max(LEAST, int(SHARE * images / cost)), MOST, at_once, images))
+    # A loss that compares the images of a batch is itself only on a whole one.
+    coupled = any(does_couple_images(losses[loss.name].function) for loss in recipe.losses)
+    most = max(MOST, recipe.data.batch_size) if coupled else MOST
+    return max(1, min(max(LEAST, int(SHARE * images / cost)), most, at_once, images))
 
 
 def norm(term: Tensor, learnt: list[nn.Parameter]) -> float:

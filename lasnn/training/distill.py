@@ -27,7 +27,7 @@ from lasnn.memory import tune_allocator
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
 from lasnn.notebook import default_progress
-from lasnn.open_run import bind, check_folder, is_done, module_digests, open_run
+from lasnn.open_run import bind, check_run, is_done, module_digests, open_run
 from lasnn.plan import Plan, check_batches, read_plan
 from lasnn.random import deterministic, globals_kept
 from lasnn.recipe.schema import Recipe
@@ -61,7 +61,8 @@ def distill(
         recipe: a TOML file, a shipped recipe's name, or a `Recipe`.
         out: the run folder; by default `runs/<recipe>-<number>`.
         overrides: `key.path=value` settings, as for `Recipe.load`.
-        resume: continue the run in `out` from its last saved state.
+        resume: continue the run in `out` from its last saved state, or else the newest unfinished one of the recipe
+            under `runs/`.
         progress: a callback that shows the progress; "auto" is a table in a notebook, a bar on a terminal and plain
             lines elsewhere, None nothing.
         callbacks: further ones, as objects or by the names under which they are registered.
@@ -84,14 +85,15 @@ def distill(
     callbacks = [callbacks] if isinstance(callbacks, str | Callback) else list(callbacks)
     names = [callback for callback in callbacks if isinstance(callback, str)]
     callback = CallbackList([*([progress] if progress else []), *callbacks] if processes.is_main() else [])
-    if out is not None and processes.is_main():
+    out = None if out is None else Path(out)
+    if processes.is_main():
         # Before many images are read.
-        check_folder(Path(out), resume)
+        check_run(plan.recipe, out, resume)
     with processes.main_process_first():
         whole, test, placed = load_data(plan.recipe, plan.data, plan.device)
         check_batches(plan)
         train, validation = hold_out(whole, plan.recipe.data.validation)
-    opened = open_run(plan.recipe, None if out is None else Path(out), resume, callback.note)
+    opened = open_run(plan.recipe, out, resume, callback.note)
     with closing(callback), processes.main_process_context(opened) as run:
         callback.start(plan, run.path)
         callback.note(placed)

@@ -5,6 +5,7 @@ An objective runs networks without registering them as its own: its parameters a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lasnn import processes
-from lasnn.loss import BoundLoss, reading_of
+from lasnn.kernels.layout import state_dtype
+from lasnn.loss import BoundLoss
 from lasnn.network.staged import CURRENT
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -156,7 +158,7 @@ class DistillationObjective(Objective):
         if self.time_chunk:
             return self._terms_in_chunks(images, given, draws, position)
         logits, features = student.steps(images, self.student_taps, draws, **position)
-        return self.values(self.tables, given, logits, features)
+        return self.values(self.tables, given, logits, features, position["total"])
 
     @property
     def student_taps(self) -> list[str]:
@@ -177,13 +179,19 @@ class DistillationObjective(Objective):
         return {"teacher_logits": logits, **found}
 
     def values(
-        self, wanted: Sequence[LossTable], given: dict[str, Any], logits: Tensor, features: dict[str, Tensor]
+        self,
+        wanted: Sequence[LossTable],
+        given: dict[str, Any],
+        logits: Tensor,
+        features: dict[str, Tensor],
+        total: int | None = None,
     ) -> dict[str, Tensor]:
         """The terms of some of the losses, by name.
 
         Args:
             given: the losses' inputs that are not the student's.
             logits, features: the student's, of all time steps or of a chunk.
+            total: the images of all processes, if these are a part of them.
         """
         students = {"logits": logits}
         for name in ("student_features", "student_currents"):
@@ -191,7 +199,9 @@ class DistillationObjective(Objective):
         inputs, values = {**given, **students}, {}
         for loss in wanted:
             bound = self.bound[loss.name]
-            if len(given["targets"]):
+            if bound.couples_images and total is not None and processes.world_size() > 1:
+                value = bound(gathered(bound, inputs, total))
+            elif len(given["targets"]):
                 value = bound(inputs)
             else:
                 value = zero_loss([students[name] for name in bound.inputs if name in students])
@@ -210,17 +220,16 @@ class DistillationObjective(Objective):
         Losses that are means over time steps are computed chunk by chunk, whose features are dropped afterwards.
         """
         student, _ = self.networks
-        by_step = [
-            loss for loss in self.tables if reading_of(self.bound[loss.name].entry.function, loss.options) == "steps"
-        ]
+        by_step = [loss for loss in self.tables if self.bound[loss.name].reading == "steps"]
         options = dict(position)
         if by_step:
             options["of_steps"] = lambda logits, features: torch.stack(
-                list(self.values(by_step, given, logits, features).values())
+                list(self.values(by_step, given, logits, features, position["total"]).values())
             )
         logits, features, means = student.in_chunks(images, self.time_chunk, self.student_taps, draws, **options)
         found = dict(zip([loss.name for loss in by_step], means if by_step else (), strict=True))
-        found |= self.values([loss for loss in self.tables if loss not in by_step], given, logits, features)
+        others = [loss for loss in self.tables if loss not in by_step]
+        found |= self.values(others, given, logits, features, position["total"])
         return {loss.name: found[loss.name] for loss in self.tables}
 
 
@@ -230,6 +239,29 @@ def zero_loss(outputs: Iterable[Tensor | list[Tensor]]) -> Tensor:
     """
     tensors = [tensor for output in outputs for tensor in (output if isinstance(output, list) else [output])]
     return torch.stack([tensor.sum().float() for tensor in tensors]).sum()
+
+
+def gathered(bound: BoundLoss, inputs: dict[str, Any], total: int) -> dict[str, Any]:
+    """The inputs that a loss needs, of the images of all processes, `total` of them."""
+
+    def of_student(x: Tensor) -> Tensor:
+        if total < processes.world_size():
+            # A tensor of no images does not show how many steps there are.
+            [steps] = processes.all_reduce_max(len(x))
+            x = x if x.shape[1] else x[:1].expand(steps, *x.shape[1:])
+        return processes.gather_images(x, total, dim=1)
+
+    found = {name: inputs[name] for name in bound.inputs}
+    if "student_features" in found and bound.reading == "mean":
+        # As many times less to send as there are steps.
+        features = found["student_features"]
+        found["student_features"] = [x.mean(0, keepdim=True, dtype=state_dtype(x.dtype)) for x in features]
+    for name, value in found.items():
+        if name != "teacher_classifier":
+            others = partial(processes.gather_images, total=total)
+            gather = of_student if name == "logits" or name.startswith("student_") else others
+            found[name] = [gather(x) for x in value] if isinstance(value, list) else gather(value)
+    return found
 
 
 def without_images(bound: BoundLoss, inputs: dict[str, Any]) -> Tensor | float:

@@ -34,7 +34,8 @@ def learning_rate(config: Training, step: int, steps_per_epoch: int) -> float:
         return config.lr * min(1.0, (step + 1) / warm)
     if config.schedule == "step":
         # 0.1 of 30 steps is 3.0000000000000004.
-        milestones = [math.ceil(share * total - 1e-6) for share in config.milestones or MILESTONES]
+        shares = MILESTONES if config.milestones is None else config.milestones
+        milestones = [math.ceil(share * total - 1e-6) for share in shares]
         passed = sum(step >= milestone for milestone in milestones)
         return max(config.min_lr, config.lr * (config.gamma or GAMMA) ** passed)
     if config.schedule == "warmup-stable-decay":

@@ -20,7 +20,6 @@ from lasnn.kernels import BatchNorm2d
 from lasnn.loss import does_couple_images
 from lasnn.plan import micro_batches
 from lasnn.recipe.schema import Recipe
-from lasnn.registry import losses
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,11 @@ def share_batch_norms(model: nn.Module) -> None:
     Raises:
         UserError: there are some of a kind that cannot.
     """
-    norms = {name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
+    # A loss that compares images is given all of them.
+    given_all = {part for module in model.modules() if does_couple_images(module) for part in module.modules()}
+    norms = {
+        name: norm for name, norm in model.named_modules() if isinstance(norm, _BatchNorm) and norm not in given_all
+    }
     known = (nn.BatchNorm2d, BatchNorm2d)
     other = [f"{name} ({type(norm).__name__})" for name, norm in norms.items() if type(norm) not in known]
     if other:
@@ -179,12 +182,5 @@ def check_processes(recipe: Recipe) -> None:
         )
     if count > 1 and recipe.compile:
         problems.append(recipe.line("compile", f"is for one process, and there are {count}; set compile = false"))
-    coupled = [number for number, loss in enumerate(recipe.losses) if does_couple_images(losses[loss.name].function)]
-    for number in coupled if count > 1 else ():
-        name = recipe.losses[number].name
-        why = (
-            f"{name!r} compares the images of a batch with each other, and each of {count} processes has a part of them"
-        )
-        problems.append(recipe.line(f"losses.{number}.name", f"{why}; train in one"))
     if problems:
         raise UserError(*problems)
