@@ -314,5 +314,8 @@ def test_the_commands_wait_for_threads_briefly_unless_told_otherwise(given, want
         "import os\nprint(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))\n"
     )
     (lasnn.folder / "says.toml").write_text('plugins = ["says.py"]\n')
+    # What another test's command, run in this process, has set.
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        lasnn.environment.pop(name, None)
     lasnn.environment.update(given)
     assert lasnn("distill", "says.toml", "--dry-run", code=2).stdout.splitlines()[1] == wanted
