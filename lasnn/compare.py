@@ -383,6 +383,9 @@ def compare(
             distill(plans[arm, seed].recipe, path, resume=True, progress=progress)
         summary = RunFolder(path).read_json("summary.json")
         found.summaries[arm, seed] = summary
+        if by == "accuracy":
+            # Where pictures cannot be read there are fewer than the plan knows of.
+            found.images = summary["images"]
         found.environments[arm, seed] = RunFolder(path).read_json("env.json") or {}
         tell(f"{where}: {by.replace('_', ' ')} {summary[by]:.4f}" + (" (done before)" if done[arm, seed] else ""))
         if found.conversion and arm == (*arms, *own)[-1]:

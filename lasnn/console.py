@@ -51,19 +51,23 @@ class RunProgress(Callback):
 
     def epoch(self, phase: str, epoch: int, epochs: int, steps: int) -> None:
         if epoch == 0 or not self._last or self._last.get("phase") != phase:
-            self._begun, self._begun_epoch = time.perf_counter(), epoch
+            self._begun, self._begun_at, self._paced = time.perf_counter(), epoch, False
         self._now = (phase, epoch, epochs, steps)
         self._shown = self.begin_live()
 
     def step(self, step: int, rate: float, sums: Mapping[str, Any], weights: Mapping[str, float]) -> None:
-        if not self._shown:
-            return
         phase, epoch, epochs, steps = self._now
         batch = self._plan.recipe.data.batch_size
+        done = epoch + (step + 1) / steps
+        if not self._paced:
+            # A resumed run begins within an epoch; its pace says where.
+            self._paced = True
+            self._begun_at = max(self._begun_at, done - rate * (time.perf_counter() - self._begun) / (batch * steps))
+        if not self._shown:
+            return
         seen = min((step + 1) * batch, self._plan.data.train_size - self._plan.recipe.data.validation)
         terms = "  ".join(f"{name} {float(sums[name]) / seen:.4g}" for name in weights)
-        done = epoch + (step + 1) / steps
-        left = self._left(done - self._begun_epoch, epochs - self._begun_epoch)
+        left = self._left(done, epochs)
         accuracy = f"  accuracy {self._last['accuracy']:.4f}" if self._last.get("phase") == phase else ""
         text = (
             f"{phase} epoch {epoch + 1}/{epochs}  step {step + 1}/{steps}  {terms}{accuracy}  "
@@ -74,7 +78,7 @@ class RunProgress(Callback):
     def end_epoch(self, metrics: Mapping[str, Any]) -> None:
         _, epoch, epochs, _ = self._now
         self._last = metrics
-        self.epoch_done(metrics, epochs, self._left(epoch + 1 - self._begun_epoch, epochs - self._begun_epoch))
+        self.epoch_done(metrics, epochs, self._left(epoch + 1, epochs))
         if epoch + 1 == epochs:
             self.close()
 
@@ -107,11 +111,11 @@ class RunProgress(Callback):
         for line in summary.get("terms", ()):
             self.say(line)
 
-    def _left(self, done: float, total: float) -> str:
-        """Time left in this phase, from the pace so far."""
-        if done >= total:
+    def _left(self, done: float, epochs: int) -> str:
+        """Time left in this phase, of which so many epochs are done, from the pace since it began or went on."""
+        if done >= epochs:
             return "done"
-        seconds = int((time.perf_counter() - self._begun) / done * (total - done))
+        seconds = int((time.perf_counter() - self._begun) / (done - self._begun_at) * (epochs - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 

@@ -1,9 +1,7 @@
 """How a run's folder begins, and how it is taken up again: with the same recipe and data, as far as they matter."""
 
-import hashlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +17,7 @@ from lasnn.errors import MachineError, UserError
 from lasnn.factory import find_checkpoint
 from lasnn.foreign_weights import read_checkpoint
 from lasnn.recipe.paths import expanded
-from lasnn.recipe.plugins import is_file
+from lasnn.recipe.plugins import is_file, module_file, module_version
 from lasnn.recipe.schema import Recipe
 from lasnn.resume import changes_between, more_epochs
 from lasnn.run import DATA, RUNS, STATE_FILE, WRITTEN, RunFolder, all_runs, read_text
@@ -188,13 +186,9 @@ def _check_plugins(recipe: Recipe, run: RunFolder) -> None:
 
 
 def module_digests(recipe: Recipe) -> dict[str, str]:
-    """A digest of the file of each plugin that is a module, for `env.json`: it has no copy in the run folder."""
-    modules = [sys.modules[plugin] for plugin in recipe.plugins if not is_file(plugin)]
-    return {
-        module.__name__: hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-        for module in modules
-        if getattr(module, "__file__", None)
-    }
+    """The version of each plugin that is a module, for `env.json`: it has no copy in the run folder."""
+    files = {plugin: module_file(plugin) for plugin in recipe.plugins if not is_file(plugin)}
+    return {plugin: module_version(file) for plugin, file in files.items() if file}
 
 
 def _unfinished(recipe: Recipe) -> Path | None:

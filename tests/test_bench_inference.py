@@ -3,9 +3,16 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
+from lasnn import Staged
 from lasnn.bench import inference as bench
+from lasnn.network.student import Student
+from lasnn.network.units import NormSpike
 from lasnn.plan import read_plan
+from lasnn.registry import encoders
+from lasnn.training.diagnostics import counted
 
 SMALL = ["data.batch_size=3", "student.width=4", "teacher.width=4", "student.timesteps=3", "device=cpu"]
 
@@ -36,8 +43,7 @@ def test_the_passes_give_the_same_logits(architecture, encoder):
     """Whole and step by step; of SpikingJelly too where it is there, but for spikes that flip by a rounding."""
     settings = [f"{who}.architecture={architecture}" for who in ("teacher", "student")]
     settings += [f"student.encoder={encoder}", 'distill.pairs=["stage1","stage2","stage3"]']
-    # Every layer spikes, so that a voltage that is not carried shows.
-    settings += ["student.neuron.threshold=0.2", "student.timesteps=4"]
+    settings += ["student.timesteps=9"]
     passes, notes = bench.passes_of(read_plan("quickstart", [*SMALL, *settings]), 3, peer=True)
     assert not notes or "spikingjelly" in notes[0].lower()
     own = passes.pop(bench.LASNN)(0)
@@ -49,6 +55,27 @@ def test_the_passes_give_the_same_logits(architecture, encoder):
         # A fresh node each time: the second call starts from rest as the first did.
         for number in range(2):
             assert (run(number) - own).abs().max() <= near * own.abs().max(), name
+
+
+@pytest.mark.parametrize("architecture", ["vgg5", "resnet20"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_layer_of_the_student_that_is_timed_spikes(architecture, batch):
+    settings = [f"{who}.architecture={architecture}" for who in ("teacher", "student")]
+    plan = read_plan("quickstart", [*SMALL, *settings, 'distill.pairs=["stage1","stage2","stage3"]'])
+    images = torch.rand(batch, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    student = bench.spiking_student(plan, images)
+    with torch.no_grad(), counted(student) as counts:
+        student.steps(images)
+    rates = {name: int(of.spikes) / of.values for name, of in counts.items()}
+    assert len(rates) == sum(isinstance(unit, NormSpike) for unit in student.modules())
+    assert min(rates.values()) > 0.01, rates
+
+
+def test_a_network_without_units_of_lasnns_own_is_not_cut_in_time():
+    """As a peer's, whose neurons would begin anew in each piece."""
+    stages = {"stage1": nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())}
+    student = Student(Staged(stages, nn.Flatten()), encoders.build("direct", (0.5,), (0.5,)), 9).eval()
+    assert not student.neurons_carry_voltages()
 
 
 def test_an_encoder_that_decides_all_steps_at_once_is_not_run_step_by_step():

@@ -1,13 +1,17 @@
 """Who is told of a run: several at once, registered by a plugin or not, and TensorBoard's event files."""
 
+import re
 import sys
+import time
 from collections import Counter
 
 import pytest
 from test_distillation import StopAt, digest
 
 from lasnn import Callback, distill
+from lasnn.console import RunProgress
 from lasnn.errors import UserError
+from lasnn.plan import read_plan
 from lasnn.run import resume_command
 from lasnn.training.stop import Stopped
 
@@ -67,6 +71,34 @@ def test_a_callback_cannot_change_the_runs_figures(tiny):
         return epochs, of.read_json("teacher.json")["accuracy"], of.read_json("summary.json")["accuracy"]
 
     assert figures(run) == figures(plain)
+
+
+class Live(RunProgress):
+    """Keeps what it shows."""
+
+    text = ""
+
+    def say(self, text):
+        pass
+
+    def begin_live(self):
+        return True
+
+    def live(self, text, share):
+        self.text = text
+
+
+@pytest.mark.parametrize(("first", "seconds"), [(0, 9999 * 0.05), (900, 5099 * 0.05)])
+def test_the_time_left_is_that_of_the_steps_to_come(tiny, first, seconds):
+    """Of a run that goes on within an epoch too: ten epochs of 1,000 steps, one of which took 0.05 s."""
+    shown = Live()
+    plan = read_plan(tiny)
+    shown.start(plan, tiny.parent)
+    shown.epoch("student", 4 if first else 0, 10, 1000)
+    time.sleep(0.05)
+    shown.step(first, plan.recipe.data.batch_size / 0.05, {"a": 1.0}, {"a": 1.0})
+    hours, minutes, rest = map(int, re.search(r"(\d+):(\d+):(\d+) left", shown.text).groups())
+    assert 3600 * hours + 60 * minutes + rest == pytest.approx(seconds, rel=0.5)
 
 
 def test_callbacks_are_closed_when_a_run_is_stopped(tiny):

@@ -138,6 +138,19 @@ def test_links(tmp_path):
     assert "1 unreadable picture" in note(data, "left out")
 
 
+def test_links_that_all_lead_nowhere(tmp_path):
+    """As of a store that is not mounted: the notes say it, and there is nothing to load."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(6):
+            (tmp_path / name / f"{number}.png").symlink_to(tmp_path / "store" / f"{number}.png")
+    data = ImageFolder(tmp_path, skip_unreadable=True)
+    assert "no picture's size is known" in note(data, "size")
+    assert "12 unreadable pictures" in note(data, "left out")
+    with pytest.raises(UserError, match="cat"):
+        data.load()
+
+
 def test_a_folder_that_may_not_be_seen_is_a_mistake(tmp_path, monkeypatch):
     root = classes_of(tmp_path / "pictures")
     (root / "cat/secret").mkdir()

@@ -240,4 +240,8 @@ def test_a_run_on_own_pictures_streamed_or_not(lasnn, folder):
         assert ("streamed by 2 worker processes" in said.stdout + said.stderr) == (residence == "stream")
         weights.append((lasnn.folder / out / "student.safetensors").read_bytes()[-2000:])
     assert weights[0] == weights[1]
-    assert lasnn.json("evaluate", "c")["images"] > 3
+    images = lasnn.json("evaluate", "c")["images"]
+    assert images > 3
+    skip = ("--set", "data.skip_unreadable=true")
+    lasnn("compare", recipe, "--seeds", "1", *skip, "--out", "compared")
+    assert f"; {images} test images." in (lasnn.folder / "compared" / "compare.md").read_text()

@@ -16,8 +16,8 @@ RAMP = np.linspace(0, 1, 64)[None].repeat(4, 0)
 EIGHT = np.rint(RAMP * 255).astype(np.uint8)
 
 
-def write_png(path: Path, values: np.ndarray) -> None:
-    """A PNG of 16 bits a channel, which Pillow does not write in colour."""
+def write_png(path: Path, values: np.ndarray, transparent: tuple[int, ...] = ()) -> None:
+    """A PNG of 16 bits a channel, which Pillow does not write in colour; one value of it may stand for transparent."""
     height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
 
@@ -26,6 +26,8 @@ def write_png(path: Path, values: np.ndarray) -> None:
 
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+    if transparent:
+        head += chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
@@ -42,6 +44,18 @@ def write_tiff(path: Path, values: np.ndarray, order: str) -> None:
         form = f"{order}HHIHH" if short else f"{order}HHII"
         content += struct.pack(form, tag, kind, number, *((value, 0) if short else (value,)))
     path.write_bytes(content + struct.pack(f"{order}IHHH", 0, 16, 16, 16) + data)
+
+
+@pytest.mark.parametrize("hidden", [(60_000,), (65_535, 300, 1)])
+def test_a_colour_that_stands_for_transparent_is_black_at_16_bits_too(tmp_path, hidden):
+    """And none that differs from it in the lower byte of one channel."""
+    values = np.empty((4, 8, len(hidden)), np.uint16)
+    values[:] = hidden
+    values[:, 4:, 0] -= 1
+    write_png(tmp_path / "a.png", values, hidden)
+    found = read_image(tmp_path / "a.png", (3, 4, 8), "stretch")
+    assert not found[..., :4].any()
+    assert (found[0, :, 4:] > 200).all()
 
 
 def grey(path: Path, shape=(1, 4, 64), ranges=None) -> np.ndarray:

@@ -124,6 +124,43 @@ def test_an_edited_module_is_read_again(own, monkeypatch):
     assert width(build(own).student) == 6
 
 
+def test_an_edit_anywhere_in_a_package_counts(own, monkeypatch):
+    """Of the plugin that is the package, and of one that is a module in it; for a cached teacher too."""
+    monkeypatch.syspath_prepend(str(own.parent))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    text = own.read_text()
+    for package, plugin in (("whole_package", "whole_package"), ("in_package", "in_package.inner.own")):
+        folder = own.parent / package
+        (folder / "inner").mkdir(parents=True)
+        (folder / "__init__.py").write_text("from .inner import own\n")
+        (folder / "inner" / "__init__.py").touch()
+        (folder / "inner" / "own.py").write_text("from .. import parts\n")
+        code = NET.replace("mine", package).replace("my-loss", f"loss-{package}")
+        (folder / "parts.py").write_text(code)
+        recipe_text = text.replace("nets.py", plugin).replace("mine", package).replace("my-loss", f"loss-{package}")
+        own.write_text(recipe_text)
+        recipe = Recipe.load(own)
+        before = recipe.plugin_versions()
+        assert width(build(own).student) == 4
+        edit(folder / "parts.py", code)
+        importlib.invalidate_caches()
+        with pytest.raises(UserError, match=r"was edited .*; read the recipe again"):
+            make_plan(recipe)
+        assert width(build(own).student) == 6
+        assert Recipe.load(own).plugin_versions() != before
+
+
+def test_packages_whose_first_files_are_equal_are_two(own, monkeypatch):
+    monkeypatch.syspath_prepend(str(own.parent))
+    for name in ("one", "two"):
+        (own.parent / f"package_{name}").mkdir()
+        (own.parent / f"package_{name}" / "__init__.py").write_text("from . import parts\n")
+        (own.parent / f"package_{name}" / "parts.py").write_text(NET.replace("mine", name).replace("my-", f"{name}-"))
+    text = own.read_text().replace('"nets.py"', '"package_one", "package_two"')
+    own.write_text(text.replace("mine", "two").replace("my-loss", "one-loss"))
+    assert width(build(own).student) == 4
+
+
 def test_a_module_with_the_content_of_a_file_that_is_loaded(own, monkeypatch):
     monkeypatch.syspath_prepend(str(own.parent))
     Recipe.load(own)

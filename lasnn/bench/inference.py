@@ -19,6 +19,7 @@ from lasnn.bench.timing import turns
 from lasnn.errors import UserError
 from lasnn.factory import make_encoder, make_student
 from lasnn.markdown import markdown_table
+from lasnn.network.scales import NORMS
 from lasnn.network.student import Student
 from lasnn.plan import Plan
 from lasnn.random import keyed
@@ -144,14 +145,27 @@ def measure(options: Options, progress: Callable[[str], object] = lambda text: N
     }
 
 
+def spiking_student(plan: Plan, images: Tensor) -> Student:
+    """The recipe's student with random weights, its batch norms with the statistics of these images: with those that
+    they begin with hardly a neuron spikes.
+    """
+    with keyed(plan.recipe.seed, "bench"):
+        student = make_student(plan.recipe, plan.data).to(plan.device).train()
+    for norm in student.modules():
+        if isinstance(norm, NORMS):
+            norm.momentum = 1.0
+    with torch.no_grad():
+        student.steps(images, (), torch.Generator(plan.device).manual_seed(0))
+    return student.eval()
+
+
 def passes_of(plan: Plan, batch: int, peer: bool) -> tuple[dict[str, Callable[[int], Any]], list[str]]:
     """The forward passes that take turns, each a function of the round's number, and notes."""
     recipe, device, notes = plan.recipe, plan.device, []
     size = (batch, plan.data.channels, plan.data.height, plan.data.width)
     pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
     images = pixels.float() / 255
-    with keyed(recipe.seed, "bench"):
-        student = make_student(recipe, plan.data).to(device).eval()
+    student = spiking_student(plan, images)
     draws = torch.Generator(device)
 
     def whole(one: Student) -> Tensor:

@@ -258,7 +258,7 @@ class ImageFolder(Dataset):
             sizes = [one.size for split in self._loaded for one in split.seen]
         else:
             paths = [path for split in self._found[1:] for path in split.paths]
-            found = each(paths[:: -(-len(paths) // LOOKED_AT)], _size)
+            found = each(paths[:: max(1, -(-len(paths) // LOOKED_AT))], _size)
             sizes = [size for size in found if isinstance(size, tuple)]
         if not sizes:
             return "no picture's size is known"

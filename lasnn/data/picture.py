@@ -270,6 +270,11 @@ def _deep(opened: Image.Image, content: bytes) -> tuple[np.ndarray, str, float, 
         values = _both_bytes(opened, content, raw)
     else:
         return None
+    hidden = opened.info.get("transparency")
+    if opened.format == "PNG" and isinstance(hidden, int | tuple):
+        # A value, or a colour, that stands for transparent.
+        seen = (values != np.asarray(hidden)).reshape(*values.shape[:2], -1).any(2)
+        values = values * seen.reshape(*seen.shape, *[1] * (values.ndim - 2))
     return values, "integers", float(values.min()), float(values.max())
 
 

@@ -113,7 +113,7 @@ class Student(nn.Module):
     def neurons_carry_voltages(self) -> bool:
         """Whether every neuron can go on from a voltage."""
         units = [unit for unit in self.network.modules() if isinstance(unit, NormSpike)]
-        return all("v0" in inspect.signature(unit.neuron.forward).parameters for unit in units)
+        return bool(units) and all("v0" in inspect.signature(unit.neuron.forward).parameters for unit in units)
 
     def in_chunks(
         self,

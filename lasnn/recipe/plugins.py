@@ -70,6 +70,17 @@ def version_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def module_version(file: Path) -> str:
+    """The same of a module; of one in a package, of all modules of the package, which it may be made of."""
+    top = file
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    if top == file:
+        return version_of(file)
+    parts = [(str(part.relative_to(top)), version_of(part)) for part in sorted(top.rglob("*.py"))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
 def use_version(version: str) -> None:
     """Let what a version of a plugin registered count under its names, whatever other versions were loaded since."""
     for registry, entry in _loaded_plugins.get(version, ()):
@@ -88,14 +99,31 @@ def module_file(name: str) -> Path | None:
 def _import_module(name: str) -> None:
     """Import a module, again where its file was edited since, and say where it lies."""
     seen, file = sys.modules.get(name), module_file(name)
-    version = version_of(file) if file else name
+    version = module_version(file) if file else name
     if version in _loaded_plugins or (seen and _imported.get(name, version) == version):
         use_version(version)
     else:
         log.info("plugin: %s", file or name)
         with _recorded(version):
-            importlib.reload(seen) if seen else importlib.import_module(name)
+            if seen:
+                _forget_siblings(name)
+                importlib.reload(seen)
+            else:
+                importlib.import_module(name)
     _imported[name] = version
+
+
+def _forget_siblings(name: str) -> None:
+    """Let the other modules of a module's package be read again too, but for those that it lies in."""
+    top = name.partition(".")[0]
+    for other in [
+        other for other in sys.modules if other.startswith(f"{top}.") and not f"{name}.".startswith(f"{other}.")
+    ]:
+        module = sys.modules.pop(other)
+        parent, _, child = other.rpartition(".")
+        # Or `from . import` would find it there.
+        if parent in sys.modules and getattr(sys.modules[parent], child, None) is module:
+            delattr(sys.modules[parent], child)
 
 
 def _import_once(path: Path) -> None:

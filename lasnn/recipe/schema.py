@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from lasnn.recipe import check, load, messages
 from lasnn.recipe.paths import expanded, located
-from lasnn.recipe.plugins import is_file, module_file, use_version, version_of
+from lasnn.recipe.plugins import is_file, module_file, module_version, use_version, version_of
 from lasnn.registry import architectures
 
 Count = Annotated[int, Field(ge=1)]
@@ -329,6 +329,12 @@ class Recipe(Section):
         modules = [module_file(plugin) for plugin in self.plugins if not is_file(plugin)]
         return self.plugin_files + [file for file in modules if file]
 
+    def plugin_versions(self) -> list[str]:
+        """What tells each plugin, as it is now, from others of its name."""
+        files = len(self.plugin_files)
+        sources = self.plugin_sources()
+        return [*map(version_of, sources[:files]), *map(module_version, sources[files:])]
+
     def use_plugins(self) -> None:
         """Let the parts that this recipe's plugins registered count, where other versions of them were loaded since."""
         for version in self._versions:
@@ -336,8 +342,10 @@ class Recipe(Section):
 
     def changed_plugins(self) -> list[Path]:
         """The files of the plugins that were edited, or removed, since the recipe was read."""
-        files = zip(self.plugin_sources(), self._versions, strict=True)
-        return [file for file, version in files if not file.is_file() or version_of(file) != version]
+        if gone := [file for file in self.plugin_sources() if not file.is_file()]:
+            return gone
+        versions = zip(self.plugin_sources(), self._versions, self.plugin_versions(), strict=True)
+        return [file for file, version, now in versions if now != version]
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -381,7 +389,7 @@ class Recipe(Section):
         """
         recipe = check.checked(cls, tables, source, overridden, problems)
         recipe._source, recipe._folder, recipe._overridden = source, Path(source).parent, frozenset(overridden)
-        recipe._versions = tuple(map(version_of, recipe.plugin_sources()))
+        recipe._versions = tuple(recipe.plugin_versions())
         return recipe
 
     def line(self, key: str, message: str) -> str:

@@ -243,7 +243,6 @@ def teacher_key(recipe: Recipe, device: torch.device, train: Images | Streamed, 
     teacher = getattr(recipe, name).model_dump(exclude={"checkpoint", "min_accuracy", "stages"})
     # Not where the images lie, but what they are.
     images = train.fingerprint()
-    plugins = [hashlib.sha256(path.read_bytes()).hexdigest() for path in recipe.plugin_sources()]
     machine = [device.type, pick_precision(recipe, device), recipe.deterministic]
-    defines = [__version__, recipe.seed, machine, data, images, teacher, plugins]
+    defines = [__version__, recipe.seed, machine, data, images, teacher, recipe.plugin_versions()]
     return hashlib.sha256(json.dumps(defines, sort_keys=True).encode()).hexdigest()[:12]
