@@ -240,8 +240,19 @@ def test_a_run_on_own_pictures_streamed_or_not(lasnn, folder):
         assert ("streamed by 2 worker processes" in said.stdout + said.stderr) == (residence == "stream")
         weights.append((lasnn.folder / out / "student.safetensors").read_bytes()[-2000:])
     assert weights[0] == weights[1]
-    images = lasnn.json("evaluate", "c")["images"]
-    assert images > 3
+    assert lasnn.json("evaluate", "c")["images"] > 3
+
+
+def test_a_comparison_counts_the_pictures_that_were_measured(lasnn, tmp_path):
+    """Not those that cannot be read, of which the plan does not know."""
+    for split, many in (("train", 8), ("test", 4)):
+        for name, colour in COLOURS.items():
+            for number in range(many):
+                picture(tmp_path / "split" / split / name / f"{number}.png", colour, (20 + number, 12))
+            (tmp_path / "split" / split / name / "0.png").write_bytes(b"<html>not found</html>")
+    recipe = lasnn.folder / "own.toml"
+    recipe.write_text(RECIPE.format(root=tmp_path / "split"))
     skip = ("--set", "data.skip_unreadable=true")
+    assert lasnn.json("distill", recipe, "--dry-run", *skip)["images"]["test"] == 12
     lasnn("compare", recipe, "--seeds", "1", *skip, "--out", "compared")
-    assert f"; {images} test images." in (lasnn.folder / "compared" / "compare.md").read_text()
+    assert "; 9 test images." in (lasnn.folder / "compared" / "compare.md").read_text()
