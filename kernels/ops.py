@@ -46,7 +46,10 @@ def launcher(module: str, name: str):
         if loaded is None:
             require_triton()
             loaded = getattr(import_module(f"lasnn.kernels.triton.{module}"), name)
-        return loaded(*args)
+        # Triton launches on the current GPU, whichever the tensors are on.
+        devices = (arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda)
+        with torch.cuda.device(next(devices, -1)):
+            return loaded(*args)
 
     return launch
 

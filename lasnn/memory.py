@@ -23,6 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 # Freed memory stays in the heap, or goes back to the system.
 WHOLE = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
 CHUNKS = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 64 * 2**10, M_TRIM_THRESHOLD: 128 * 2**10}
+# What PyTorch says where the value of a tensor is read on the meta device.
+NO_VALUES = "cannot be called on meta tensors"
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -73,8 +75,7 @@ def training_memory(
     if recipe.time_chunk:
         count, timesteps = even_chunks(timesteps, recipe.time_chunk)
         carried = count * sum(voltage.nbytes for voltage in carried_voltages(recipe, data, student))
-    student.train()
-    saved = _saved(lambda: student.network(_encoded(recipe, data, student, timesteps), timesteps))
+    saved = _saved(student, lambda: student.network(_encoded(recipe, data, student, timesteps), timesteps))
     learnt = 4 * (count_parameters(student.network) + of_losses) * (2 + STATES[recipe.distill.optimizer])
     frozen = 4 * count_parameters(teacher.network) if teacher else 0
     return saved // (2 if half else 1) + carried + learnt + frozen
@@ -86,14 +87,13 @@ def ann_memory(recipe: Recipe, data: Dataset, ann: Teacher, name: str, half: boo
     Args:
         name: "teacher" or "start".
     """
-    ann.train()
-    saved = _saved(lambda: ann(_images(recipe, data)))
+    saved = _saved(ann, lambda: ann(_images(recipe, data)))
     learnt = 4 * count_parameters(ann.network) * (2 + STATES[getattr(recipe, name).optimizer])
     return saved // (2 if half else 1) + learnt
 
 
-def _saved(forward: Callable[[], object]) -> int:
-    """Bytes of what autograd saves in a forward pass, but for parameters."""
+def _saved(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of what autograd saves in a model's forward pass in training, but for parameters."""
     saved: dict[int, int] = {}
     kept = []
 
@@ -105,7 +105,16 @@ def _saved(forward: Callable[[], object]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
+        try:
+            model.train()
+            forward()
+        except RuntimeError as error:
+            if NO_VALUES not in str(error):
+                raise
+            # What it draws to leave parts out by chance; in evaluation it leaves none out.
+            saved.clear()
+            model.eval()
+            forward()
     return sum(saved.values())
 
 

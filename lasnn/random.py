@@ -38,10 +38,15 @@ def seed_globals(*key: object) -> None:
 
 @contextmanager
 def globals_kept(device: torch.device | None = None):
-    """Give the global generators, and that of a CUDA `device`, their states back at the end of the block."""
+    """Give the global generators, and that of a CUDA `device` (left out: the current one, if CUDA is in use), their
+    states back at the end of the block.
+    """
     numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    if device is None and torch.cuda.is_initialized():
+        devices = [torch.cuda.current_device()]
     try:
-        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
         np.random.set_state(numpy_state)

@@ -314,6 +314,34 @@ def test_what_cannot_be_converted_is_named(layer, messages):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
 
 
+class Scaled(nn.Module):
+    """By channel, in a way that is given."""
+
+    def __init__(self, scaled):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(4))
+        self.register_buffer("constant", torch.rand(4, 1, 1))
+        self.scaled = scaled
+
+    def forward(self, x):
+        return self.scaled(self, x)
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        lambda self, x: x * self.gamma.view(1, -1, 1, 1),
+        lambda self, x: self.gamma[:, None, None].abs() * x,
+        lambda self, x: x * self.constant / self.constant.sum(),
+    ],
+)
+def test_a_product_with_what_no_image_changes_is_linear(scaled):
+    """Layer scale, as it is usually written, and a buffer."""
+    stages = {"stage1": nn.Sequential(nn.Conv2d(3, 4, 1), ann_units()(4), Scaled(scaled), nn.Conv2d(4, 4, 1))}
+    teacher = teacher_of(Staged(stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))))
+    convert(teacher, "maxnorm", images())
+
+
 class Again(nn.Module):
     """One unit at two places."""
 

@@ -218,6 +218,26 @@ def test_an_image_that_is_too_small_names_the_stage(name):
         probe(make(name, ann_units()), (3, 8, 8))
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", ["x", "residual"])
+def test_a_residual_of_another_precision_is_added_as_anywhere(precision, half):
+    """As autocast leaves the product with a parameter in single precision: both are widened."""
+    torch.manual_seed(0)
+    unit = snn_units()(4)
+    unit.time.steps, unit.time.batch = 2, 3
+    x, residual = (torch.rand(6, 4, 5, 5).to(precision).float().requires_grad_() for _ in range(2))
+    wanted = unit(x, residual)
+    given = {"x": x, "residual": residual}
+    given[half] = given[half].to(precision)
+    found = unit(*given.values())
+    assert torch.equal(found, wanted)
+    ups = torch.rand_like(wanted)
+    for one, other in zip(
+        *(torch.autograd.grad(output, (x, residual), ups) for output in (wanted, found)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
 def test_residual_of_a_constant_and_a_spiking_tensor():
     act = snn_units()
 

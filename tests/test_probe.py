@@ -1,8 +1,10 @@
 """Mistakes in a user's own code, found before the first batch: a line names part, stage, what was found and the fix."""
 
+import random
 import re
 import time
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -249,6 +251,22 @@ def test_what_networks_do_besides(function):
     plan(student=student(stage2=lambda act: Do(function, conv(4, 4), act(4))))
 
 
+@pytest.mark.parametrize("chance", [lambda: random.random(), lambda: torch.rand(1)])
+def test_a_stage_that_is_left_out_by_chance_is_no_mistake(chance):
+    """Stochastic depth; the same is said each time, whatever the state of the generators."""
+
+    def skipping(share):
+        return lambda x, c, a: x if a.training and chance() < share else a(c(x))
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        for share in (0.5, 1.0):
+            plan(student=student(stage2=lambda act, share=share: Do(skipping(share), conv(4, 4), act(4))))
+    cut = refused(student=student(stage2=lambda act: Do(lambda x, c, a: x + a(c(x)).detach(), conv(4, 4), act(4))))
+    assert "no gradient reaches stage2" in cut
+
+
 def test_a_network_that_raises_in_training_only():
     def run(x, unit):
         if unit.training:
@@ -331,6 +349,19 @@ def test_a_frozen_teacher_is_not_trained():
     assert found.summary()["teacher_steps"] == 0
     teachers.unregister("elsewhere")
     assert not plan(**teacher(lambda: conv(8, 8))).anns["teacher"].frozen
+
+
+@pytest.mark.skipif(not find_spec("timm"), reason="timm is not installed")
+def test_a_plugin_s_teacher_that_is_called_as_a_whole_is_planned_to_be_trained():
+    from lasnn.architecture.timm import timm
+
+    @teachers.register("mine-of-timm")
+    def mine_of_timm(*, in_channels: int, num_classes: int):
+        """One of timm's, and no weights."""
+        return timm(in_channels=in_channels, num_classes=num_classes, model="test_resnet", resize=32)
+
+    table = {"architecture": "mine-of-timm", "epochs": 1}
+    assert not plan(teacher=table, distill={"epochs": 1, "pairs": []}).anns["teacher"].frozen
 
 
 def test_a_teacher_without_a_gradient_is_not_trained_in_vain():

@@ -333,7 +333,7 @@ def test_options(runs, tmp_path):
     assert [one["timesteps"] for one in found["over_timesteps"]] == [2, 5]
     assert found["converted"] == {"reason": "it was left out (--converted none)"}
     # An earlier report is replaced.
-    report(runs("hostile"), out, timesteps=[1], converted="maxnorm", longest=3)
+    report(runs("hostile"), out, timesteps=np.array([1]), converted="maxnorm", longest=np.int64(3))
     assert "maxnorm" in out.read_text()
     for bad, message in (({"longest": 0}, "at least 1"), ({"timesteps": [True]}, "at least 1")):
         with pytest.raises(UserError, match=message):

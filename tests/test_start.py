@@ -12,13 +12,15 @@ from torch import nn
 
 from lasnn import Recipe, distill, load_run
 from lasnn.architecture import resnet
+from lasnn.data import Images
 from lasnn.errors import UserError
-from lasnn.evaluation.balance import Response, best_scales, staircase, staircase_of
+from lasnn.evaluation.balance import Response, best_scales, measure_statistics, staircase, staircase_of
 from lasnn.network.scales import NORMS, Scales, fold
 from lasnn.network.staged import build
 from lasnn.network.student import Student
 from lasnn.network.units import NormActivate, NormSpike, ann_units, snn_units
 from lasnn.neuron import LIF
+from lasnn.registry import encoders
 from lasnn.run import status
 from lasnn.training.build import build as build_parts
 from lasnn.training.stop import Stopped
@@ -382,6 +384,28 @@ def test_a_recipe_with_a_start_is_written_and_read_again(tiny):
     tiny.with_name("again.toml").write_text(text)
     assert Recipe.load(tiny.with_name("again.toml")).model_dump() == recipe.model_dump()
     assert isinstance(build_parts(recipe, train_teacher=True).student, Student)
+
+
+@pytest.mark.parametrize("encoder", ["direct", "poisson"])
+def test_the_statistics_of_a_converted_start_take_no_more_steps_at_once_than_the_training(encoder):
+    """They are the same, but for the statistics of each chunk that its own images are normalised with."""
+    _, network = networks("vgg5", {"width": 2})
+    student = Student(network, encoders.build(encoder, (0.5, 0.5), (0.5, 0.5)), 40)
+    images = Images(torch.randint(0, 256, (60, 2, 16, 16), dtype=torch.uint8), torch.zeros(60, dtype=torch.long))
+    begin = {name: value.clone() for name, value in student.state_dict().items()}
+    found, most = [], []
+    for chunk in (0, 8):
+        student.load_state_dict(begin)
+        seen = []
+        unit = student.network.stage1[1]
+        with unit.register_forward_hook(lambda *given, seen=seen: seen.append(len(given[2]))):
+            measure_statistics(student, images, 0, chunk)
+        most.append(max(seen))
+        found.append(
+            {name: norm.running_var.clone() for name, norm in student.named_modules() if isinstance(norm, NORMS)}
+        )
+    assert most == [40 * 60, 8 * 60]
+    torch.testing.assert_close(*found, rtol=0.3, atol=0.02)
 
 
 OWN_NEURONS = """

@@ -62,7 +62,14 @@ class Response:
 
 
 @torch.no_grad()
-def balance(student: Student, ann: Teacher, image: tuple[int, int, int], images: Images | Streamed | None, seed: int):
+def balance(
+    student: Student,
+    ann: Teacher,
+    image: tuple[int, int, int],
+    images: Images | Streamed | None,
+    seed: int,
+    time_chunk: int = 0,
+) -> None:
     """Scale the weights that a student has of an ANN for its neurons and its T, in place.
 
     Args:
@@ -72,6 +79,7 @@ def balance(student: Student, ann: Teacher, image: tuple[int, int, int], images:
         images: training images, whose currents are measured; None takes those that batch norm announces, N(beta,
             gamma^2) in each channel, and no data.
         seed: of the choice of the images, or of the draws.
+        time_chunk: time steps of the student to compute at once; 0 is all of them.
 
     Raises:
         UserError: the network has no scales to be chosen (see `Scales`).
@@ -85,10 +93,10 @@ def balance(student: Student, ann: Teacher, image: tuple[int, int, int], images:
     }
     fold(student.network, found, best_scales(found, responses))
     if images is not None:
-        measure_statistics(student, images, seed)
+        measure_statistics(student, images, seed, time_chunk)
 
 
-def measure_statistics(student: Student, images: Images | Streamed, seed: int) -> None:
+def measure_statistics(student: Student, images: Images | Streamed, seed: int, time_chunk: int = 0) -> None:
     """Make the batch norms' running statistics those of the student's own spikes on some training images: the ANN's
     are off by what the units before round away.
     """
@@ -101,8 +109,12 @@ def measure_statistics(student: Student, images: Images | Streamed, seed: int) -
             # The mean over the batches so far.
             norm.momentum = 1 / number
         # The global generators, for layers that draw by themselves.
+        draws = generator(seed, "balance", number, device=batch.device)
         with keyed(seed, "balance", number):
-            student.steps(batch, generator=generator(seed, "balance", number, device=batch.device))
+            if time_chunk:
+                student.in_chunks(batch, time_chunk, generator=draws)
+            else:
+                student.steps(batch, generator=draws)
     student.train(mode)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -118,7 +130,7 @@ def staircase(neuron: nn.Module, timesteps: int, channels: int = 1) -> tuple[Ten
     so many channels; and its threshold, 1 where it does not say one.
     """
     threshold = float(getattr(neuron, "options", {}).get("threshold", 1.0))
-    device = next((p.device for p in neuron.parameters()), torch.device("cpu"))
+    device = next((held.device for held in (*neuron.parameters(), *neuron.buffers())), torch.device("cpu"))
     current = torch.arange(int(REACH * FINE), device=device) / FINE * threshold
     # A pixel for each current, [T, 1, C, pixels, 1], as the neuron has it in a network.
     image = current.view(1, 1, 1, -1, 1).expand(timesteps, 1, channels, -1, 1).contiguous()

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lasnn.activation import QCFS
 from lasnn.data import Batches, Images
@@ -313,9 +314,15 @@ class OutsideUnits(TorchDispatchMode):
         self.not_linear: dict[tuple[str, str], None] = {}
         self.runs: Counter[str] = Counter()
         self._running: list[tuple[str, nn.Module]] = []
+        # What depends on the images; tensors are kept, so that no two have one id.
+        self._signals: dict[int, Tensor] = {}
         for name, module in network.named_modules():
             module.register_forward_pre_hook(lambda module, _, name=name: self._enter(name, module))
             module.register_forward_hook(self._leave)
+
+    def follow(self, given: Any) -> None:
+        """Take the tensors of anything for some that depend on the images."""
+        self._signals |= {id(leaf): leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
 
     def _enter(self, name: str, module: nn.Module) -> None:
         self._running.append((name, module))
@@ -326,14 +333,18 @@ class OutsideUnits(TorchDispatchMode):
         self._running.pop()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if not any(isinstance(module, NormActivate) for _, module in self._running):
+        depends = any(id(arg) in self._signals for arg in tree_leaves((args, kwargs)))
+        if depends and not any(isinstance(module, NormActivate) for _, module in self._running):
             name = op.overloadpacket.__name__.removesuffix("_")
-            # A product is linear where one side is a number or a weight.
-            tensors = sum(isinstance(arg, Tensor) and not isinstance(arg, nn.Parameter) for arg in args)
-            if name not in LINEAR.split() or (name in ("mul", "div") and tensors > 1):
+            # A product is linear where one side does not depend on the images.
+            signals = sum(id(arg) in self._signals for arg in args)
+            if name not in LINEAR.split() or (name in ("mul", "div") and signals > 1):
                 place, module = self._running[-1] if self._running else ("", None)
                 self.not_linear[f"{place or 'the network'} ({type(module).__name__})", name] = None
-        return op(*args, **(kwargs or {}))
+        output = op(*args, **(kwargs or {}))
+        if depends:
+            self.follow(output)
+        return output
 
 
 @torch.no_grad()
@@ -343,6 +354,7 @@ def outside_units(network: Staged, image: tuple[int, int, int]) -> OutsideUnits:
     # Hooks stay on the copy.
     outside = OutsideUnits(network)
     x = torch.empty(1, 1, *image, device="meta")
+    outside.follow(x)
     with outside:
         network(x)
     return outside

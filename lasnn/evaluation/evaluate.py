@@ -78,15 +78,7 @@ def evaluate(
         run = load_run(run, device="recipe")
     if timesteps is None:
         timesteps = [run.recipe.student.timesteps] if converted is None else CONVERTED_TIMESTEPS
-    else:
-        # NumPy's whole numbers, and its arrays, are taken as well.
-        timesteps = list(timesteps) if isinstance(timesteps, Iterable) else [timesteps]
-    wrong = [t for t in timesteps if not isinstance(t, Integral) or isinstance(t, bool) or t < 1]
-    if wrong or not timesteps:
-        raise UserError(
-            f"timesteps (--timesteps) must be whole numbers of at least 1, not {', '.join(map(repr, wrong)) or 'none'}"
-        )
-    timesteps = list(map(int, timesteps))
+    timesteps = whole_timesteps(timesteps)
     encoder = run.student.encoder
     if early_exit is not None and converted is None and not encoder.causal:
         raise UserError(
@@ -172,6 +164,20 @@ def conversions(
         return
     for steps in timesteps:
         yield convert(teacher, method, images, timesteps=steps, **options), [steps]
+
+
+def whole_timesteps(given: int | Iterable[int], name: str = "timesteps (--timesteps)") -> list[int]:
+    """One number of time steps or several as a list; NumPy's whole numbers, and its arrays, are taken as well.
+
+    Raises:
+        UserError: one is no whole number of at least 1, or there are none.
+    """
+    several = list(given) if isinstance(given, Iterable) else [given]
+    wrong = [t for t in several if not isinstance(t, Integral) or isinstance(t, bool) or t < 1]
+    if wrong or not several:
+        said = ", ".join(map(repr, wrong)) or "none"
+        raise UserError(f"{name} must be whole numbers of at least 1, not {said}")
+    return list(map(int, several))
 
 
 def conversion_line(method: str, images: int, longest: int) -> str:

@@ -175,6 +175,10 @@ def fold(network: Staged, found: Scales, scales: Mapping[int, float]) -> None:
     """Put scales into the weights of a network that has the ANN's: its currents and spikes are then those of the ANN,
     divided by the scales of their groups.
 
+    Behind a layer whose input has the scale k, channels whose running variance is below k² times their norm's eps come
+    out smaller: no variance stands for that. The layer's weights could carry the scale instead, but weights in front of
+    a batch norm learn at a rate that falls with the square of their size.
+
     Args:
         network: changed in place.
         scales: of the groups that units read or write.

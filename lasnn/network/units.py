@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -80,6 +81,10 @@ class NormSpike(Unit):
 
     def _fused(self, x: Tensor, residual: Tensor | None, **state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Spikes and, where a state is given (None: rest), the voltage after the last step."""
+        if residual is not None and residual.dtype != x.dtype:
+            # As in a sum: autocast leaves some operations in single precision.
+            wider = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(wider), residual.to(wider)
         steps = self.time.steps
         constant = steps > 1 and x.shape[0] == self.time.batch
         options = {"timesteps": steps, "constant": constant, "return_state": bool(state), **state}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lasnn.compatibility import Shape
 from lasnn.data import Dataset
 from lasnn.errors import UserError
+from lasnn.memory import NO_VALUES
 from lasnn.network.staged import CURRENT, Staged
 from lasnn.network.student import Student
 from lasnn.network.teacher import Teacher
@@ -319,23 +320,39 @@ def check_gradients(
         count = sum(1 for _ in network.parameters())
         why = f"all its {count} parameters are frozen; set requires_grad = True" if count else "it has no parameters"
         raise UserError(f"{who}: there is nothing to learn in it: {why}")
+    cut = "detach(), torch.no_grad(), .data, or a comparison or rounding without a surrogate derivative cuts it"
     mode = network.training
-    network.train()
-    with translate_errors(entry), on_meta():
-        logits, features = network(torch.empty(1, IMAGES, *image), timesteps, tuple(taps))
-        network.train(mode)
-        cut = "detach(), torch.no_grad(), .data, or a comparison or rounding without a surrogate derivative cuts it"
-        for name, value in {**features, "head": logits}.items():
-            if not value.requires_grad:
-                fix = "" if name == "head" else f"; where {name} is frozen on purpose, leave it out of distill.pairs"
-                raise UserError(f"{who}: what {name} returns has no gradient: {cut}{fix}")
-        summed = sum(value.sum() for value in (logits, *features.values()))
-        gradients = torch.autograd.grad(summed, parameters, allow_unused=True)
-    reached = {id(one) for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    for name in ("stem", *network.stage_names, "head"):
-        own = [parameter for parameter in getattr(network, name).parameters() if parameter.requires_grad]
-        if own and not any(id(parameter) in reached for parameter in own):
-            raise UserError(f"{who}: no gradient reaches {name}, which has parameters to train: {cut}")
+    reached: set[int] = set()
+    unreached: list[str] = []
+    # What a pass in training leaves out by chance, as stochastic depth does, one in evaluation has.
+    for training in (True, False):
+        try:
+            with keyed("probe"), translate_errors(entry), on_meta():
+                logits, features = network.train(training)(torch.empty(1, IMAGES, *image), timesteps, tuple(taps))
+                for name, value in {**features, "head": logits}.items():
+                    if not value.requires_grad:
+                        fix = f"; where {name} is frozen on purpose, leave it out of distill.pairs"
+                        raise UserError(
+                            f"{who}: what {name} returns has no gradient: {cut}{'' if name == 'head' else fix}"
+                        )
+                summed = sum(value.sum() for value in (logits, *features.values()))
+                gradients = torch.autograd.grad(summed, parameters, allow_unused=True)
+        except UserError as error:
+            if training and NO_VALUES in str(error):
+                # What it has drawn.
+                continue
+            raise
+        finally:
+            network.train(mode)
+        reached |= {id(one) for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        unreached = []
+        for name, modules in network.modules_by_part().items():
+            own = {id(one) for module in modules.values() for one in module.parameters() if one.requires_grad}
+            if own and not own & reached:
+                unreached.append(name)
+        if not unreached:
+            return
+    raise UserError(f"{who}: no gradient reaches {unreached[0]}, which has parameters to train: {cut}")
 
 
 def check_answers(recipe: Recipe, data: Dataset, model: Student | Teacher, stages: Iterable[str], who: Entry) -> None:

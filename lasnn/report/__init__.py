@@ -7,7 +7,7 @@ from typing import Any
 from lasnn import files
 from lasnn.errors import UserError
 from lasnn.evaluation.conversion import check_options
-from lasnn.evaluation.evaluate import check_conversion, load_run
+from lasnn.evaluation.evaluate import check_conversion, load_run, whole_timesteps
 from lasnn.loaded_run import Run
 from lasnn.recipe.paths import expanded
 from lasnn.report.facts import Tell, at_trained, gather
@@ -63,10 +63,8 @@ def report(
         raise UserError(f"{folder} is not finished (it has no summary.json); go on with `{resume_command(folder)}`")
     path = run.folder.output("report.html") if out is None else expanded(out, "--out")
     check_path(path)
-    steps = [timesteps] if isinstance(timesteps, int) else timesteps
-    wrong = [t for t in [*(steps or []), longest] if not isinstance(t, int) or isinstance(t, bool) or t < 1]
-    if wrong:
-        raise UserError(f"time steps must be whole numbers of at least 1, not {', '.join(map(repr, wrong))}")
+    steps = None if timesteps is None else whole_timesteps(timesteps)
+    [longest] = whole_timesteps([longest], "longest (--longest)")
     if converted not in (None, "none"):
         check_options(converted)
         check_conversion(run, converted)

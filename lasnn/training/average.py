@@ -30,8 +30,10 @@ class Average:
             self.averaged = AveragedModel(model, multi_avg_fn=self._mix, use_buffers=True)
 
     @torch.no_grad()
-    def _mix(self, averages: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        decay = min(self.decay, (1 + int(count)) / (10 + int(count)))
+    def _mix(self, averages: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+        # The number of steps that is given may be on a GPU, which reading it would wait for.
+        count = int(self.averaged.n_averaged)
+        decay = min(self.decay, (1 + count) / (10 + count))
         for average, value in zip(averages, current, strict=True):
             if average.is_floating_point():
                 average.lerp_(value, 1 - decay)

@@ -47,7 +47,7 @@ def _convert(plan: Plan, student: Student, ann: Teacher, images: Images | Stream
     shape = (plan.data.channels, plan.data.height, plan.data.width)
     measured = plan.recipe.student.calibration == "images"
     with translate_own_errors(lambda: "the converted start"):
-        balance(student, ann, shape, images if measured else None, plan.recipe.seed)
+        balance(student, ann, shape, images if measured else None, plan.recipe.seed, plan.recipe.time_chunk)
 
 
 def _weights(plan: Plan, anns: Mapping[str, Teacher | None], student: Student) -> dict[str, Tensor]:
