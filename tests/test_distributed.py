@@ -180,6 +180,11 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def without_none(figures):
+    """Of losses that compare images there is no gradient on so few."""
+    return {name: value for name, value in figures.items() if value is not None} if type(figures) is dict else figures
+
+
 @pytest.mark.parametrize(
     ("count", "settings"),
     [
@@ -220,7 +225,7 @@ def test_processes_train_what_one_trains(folder, tmp_path, count, settings):
             assert got["validation_nll"] == pytest.approx(wanted["validation_nll"], rel=1e-9)
         assert got.get("diagnostics", {}).keys() == wanted.get("diagnostics", {}).keys()
         for what, value in wanted.get("diagnostics", {}).items():
-            assert got["diagnostics"][what] == pytest.approx(value, rel=1e-5)
+            assert without_none(got["diagnostics"][what]) == pytest.approx(without_none(value), rel=1e-5)
         assert round(23 * got["accuracy"]) == pytest.approx(23 * got["accuracy"])
     wanted, got = (json.loads((out / "summary.json").read_text()) for out in (one, several))
     for key in ("accuracy", "firing_rate", "energy_uj", "images", "epochs"):

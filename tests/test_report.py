@@ -387,7 +387,7 @@ def test_command(runs, lasnn, tmp_path):
     page = html.unescape((tmp_path / "page.html").read_text())
     assert "lasnn distill hostile/recipe.toml --out hostile-again" in page
     # It works as it stands, in the folder that the page speaks of.
-    assert "in the folder that this report was written from" in page
+    assert "from the folder in which this report was made" in page
     lasnn("distill", "hostile/recipe.toml", "--out", "hostile-again", "--dry-run")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(runs("hostile"), unfinished)
