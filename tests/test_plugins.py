@@ -150,6 +150,33 @@ def test_an_edit_anywhere_in_a_package_counts(own, monkeypatch):
         assert Recipe.load(own).plugin_versions() != before
 
 
+def test_two_modules_of_a_package_are_two_plugins(own, monkeypatch):
+    """Before and after an edit of either."""
+    monkeypatch.syspath_prepend(str(own.parent))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    folder = own.parent / "package_of_two"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    head, loss = NET.replace("mine", "net-of-two").replace("def net-of-two", "def net").split("@losses")
+    loss = "from lasnn import losses\n\n\n@losses" + loss.replace("my-loss", "loss-of-two")
+    (folder / "nets.py").write_text(head)
+    (folder / "terms.py").write_text(loss)
+    text = own.read_text().replace('"nets.py"', '"package_of_two.nets", "package_of_two.terms"')
+    own.write_text(text.replace("mine", "net-of-two").replace("my-loss", "loss-of-two"))
+    images, targets = torch.rand(2, 1, 28, 28), torch.arange(2)
+    for wide, strong in ((4, 4), (6, 4), (6, 6)):
+        if wide == 6:
+            edit(folder / "nets.py", head)
+        if strong == 6:
+            edit(folder / "terms.py", loss)
+        importlib.invalidate_caches()
+        built = build(own)
+        logits, _ = built.student.steps(images)
+        assert width(built.student) == wide
+        terms = built.objective(images, targets)
+        assert terms["loss-of-two"].item() == pytest.approx(strong * logits.square().mean().item(), rel=1e-5)
+
+
 def test_packages_whose_first_files_are_equal_are_two(own, monkeypatch):
     monkeypatch.syspath_prepend(str(own.parent))
     for name in ("one", "two"):

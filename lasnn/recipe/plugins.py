@@ -71,14 +71,14 @@ def version_of(file: Path) -> str:
 
 
 def module_version(file: Path) -> str:
-    """The same of a module; of one in a package, of all modules of the package, which it may be made of."""
+    """The same of a module; of one in a package its place there and all modules, which it may be made of."""
     top = file
     while (top.parent / "__init__.py").is_file():
         top = top.parent
     if top == file:
         return version_of(file)
     parts = [(str(part.relative_to(top)), version_of(part)) for part in sorted(top.rglob("*.py"))]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr((str(file.relative_to(top)), parts)).encode()).hexdigest()
 
 
 def use_version(version: str) -> None:
